@@ -100,3 +100,18 @@ def to_device(structure: Structure, device: torch.device | str) -> Structure:
 def pin_memory(structure: Structure) -> Structure:
     """The structure with every tensor in page-locked memory."""
     return map_tensors(structure, Tensor.pin_memory)
+
+
+def take_slots(values: Tensor, indices: Tensor) -> Tensor:
+    """Pick slots of each image.
+
+    Args:
+        values: [B, N, ...] anything.
+        indices: [B, S] int64, 0 <= index < N.
+
+    Returns:
+        [B, S, ...] where row s of image b is `values[b, indices[b, s]]`.
+    """
+    extra = values.shape[2:]
+    index = indices.reshape(*indices.shape, *(1,) * len(extra)).expand(*indices.shape, *extra)
+    return values.gather(1, index)

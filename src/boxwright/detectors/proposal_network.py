@@ -1,0 +1,62 @@
+"""RPN as a detector of its own: class-agnostic boxes, measured by their recall."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
+from boxwright.detectors.detector import PixelNormalizer
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.rpn_head import RPNConfig, RPNHead
+from boxwright.structures import Batch, Detections
+
+
+class ProposalNetwork(nn.Module):
+    """A backbone and a region proposal network."""
+
+    def __init__(self, *, backbone: Backbone, rpn: RPNHead, pixel_stats: PixelStats) -> None:
+        super().__init__()
+        self.num_classes = 1
+        self.normalize = PixelNormalizer(pixel_stats)
+        self.backbone = backbone
+        self.rpn = rpn
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`rpn_objectness` and `rpn_box`; see `RPNHead.losses`."""
+        assert batch.targets is not None, "losses need targets"
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        return self.rpn.losses(self.rpn(features, batch.images.shape[-2:]), batch, batch.targets)
+
+    def detect(self, batch: Batch) -> Detections:
+        """The proposals of testing as detections of class 0, scored by objectness."""
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        output = self.rpn(features, batch.images.shape[-2:])
+        proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
+        return Detections(
+            boxes=proposals.boxes,
+            scores=proposals.scores,
+            labels=torch.zeros_like(proposals.valid, dtype=torch.int64),
+            valid=proposals.valid,
+        )
+
+
+def proposal_network(
+    *,
+    backbone: Backbone,
+    num_classes: int = 1,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    rpn: RPNConfig = RPNConfig(),
+) -> ProposalNetwork:
+    """Build an RPN.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: of the data set; a proposal network takes all of them for one.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        rpn: the numbers.
+    """
+    head = RPNHead(backbone.channels[0], backbone.strides, rpn, conventions)
+    return ProposalNetwork(backbone=backbone, rpn=head, pixel_stats=pixel_stats)

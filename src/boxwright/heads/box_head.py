@@ -1,0 +1,224 @@
+"""The second stage: the class of each proposal, and its box once more.
+
+B images, P proposals, S sampled proposals, C classes, G object slots, D detections.
+
+Source: Girshick, Fast R-CNN (2015); on a pyramid: Lin et al., Feature Pyramid Networks (2017), section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.assign.match import match
+from boxwright.assign.sample import sample
+from boxwright.geometry import boxes as box_geometry
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.losses import cross_entropy, smooth_l1, weighted_mean
+from boxwright.ops.nms import nms
+from boxwright.ops.roi_align import multilevel_roi_align
+from boxwright.structures import Batch, Detections, Proposals, Targets, take_slots
+
+SAMPLING_SALT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxConfig:
+    """The numbers of a box head; the defaults are the 2018 toolbox's."""
+
+    width: int = 1024
+    """Units of each of the two fully connected layers."""
+    output_size: int = 7
+    """Side of the grid that RoIAlign gives."""
+    sampling_ratio: int = 2
+    """RoIAlign samples this many points a side in each cell of the grid."""
+    num_levels: int = 4
+    """The finest levels that proposals are pooled from; P2 to P5 of five."""
+    positive_iou: float = 0.5
+    """A proposal with at least this IoU with an object is positive, any other negative."""
+    num_sampled: int = 512
+    """Proposals an image that the losses look at."""
+    positive_fraction: float = 0.25
+    """At most this share of them is positive."""
+    smooth_l1_beta: float = 1.0
+    """Where the box loss turns from square to linear."""
+    stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    """Box deltas are divided by these, so that their loss weighs as much as the class's."""
+    score_threshold: float = 0.05
+    """Detections must score more."""
+    nms_iou: float = 0.5
+    """Of two detections of a class that overlap more than this, the worse goes."""
+    max_detections: int = 100
+    """Detections an image."""
+    min_size: float = 1e-2
+    """Detections with a shorter side, in pixels of the canvas, are dropped."""
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers on RoIAlign's grid, then class logits and class-specific box deltas."""
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        config: BoxConfig = BoxConfig(),
+        conventions: Conventions = MODERN,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            channels: channels of every level.
+            strides: pixels of the canvas a feature position stands for, one a level, finest first.
+            num_classes: C; background is class C of the logits, the last.
+            config: the numbers.
+            conventions: the geometry that the weights were or will be trained with.
+        """
+        super().__init__()
+        self.config = config
+        self.strides = tuple(strides)[: config.num_levels]
+        self.num_classes = num_classes
+        self.conventions = conventions
+        self.fc1 = nn.Linear(channels * config.output_size**2, config.width)
+        self.fc2 = nn.Linear(config.width, config.width)
+        self.class_logits = nn.Linear(config.width, num_classes + 1)
+        self.box_deltas = nn.Linear(config.width, num_classes * 4)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.class_logits.weight, std=0.01)
+        nn.init.normal_(self.box_deltas.weight, std=0.001)
+        for layer in (self.fc1, self.fc2, self.class_logits, self.box_deltas):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify and refine boxes.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first; the first `num_levels` are used.
+            boxes: [B, P, 4] xyxy in pixels of the canvas.
+            valid: [B, P] bool; the others give numbers without meaning.
+
+        Returns:
+            logits: [B, P, C + 1] float32, background last.
+            deltas: [B, P, C, 4] float32, relative to `boxes`, in units of `stds`.
+        """
+        grid = multilevel_roi_align(
+            list(features[: len(self.strides)]),
+            boxes,
+            valid,
+            strides=self.strides,
+            output_size=self.config.output_size,
+            sampling_ratio=self.config.sampling_ratio,
+            aligned=self.conventions.roi_align_aligned,
+            plus_one=self.conventions.plus_one,
+            level_epsilon=self.conventions.level_epsilon,
+        )
+        hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()
+        return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_classes, 4))
+
+    def sample_proposals(
+        self, proposals: Proposals, targets: Targets, seeds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose what the losses look at, among the proposals and the ground truth itself.
+
+        Args:
+            proposals: P slots an image.
+            targets: ground truth.
+            seeds: [B] int64 of the batch.
+
+        Returns:
+            boxes: [B, S, 4] xyxy; positives come first.
+            matched: [B, S] int64, the object slot of each positive, else 0.
+            positive: [B, S] bool.
+            valid: [B, S] bool, the slots that hold a sampled box.
+        """
+        boxes = torch.cat([proposals.boxes, targets.boxes], 1)
+        valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
+        boxes = torch.where(valid[..., None], boxes, 0.0)
+        matches = match(
+            boxes,
+            targets,
+            positive_iou=self.config.positive_iou,
+            negative_iou=self.config.positive_iou,
+            low_quality=None,
+            candidates_valid=valid,
+            plus_one=self.conventions.plus_one,
+        )
+        sampled = sample(
+            matches.labels,
+            seeds,
+            num=self.config.num_sampled,
+            positive_fraction=self.config.positive_fraction,
+            salt=SAMPLING_SALT,
+        )
+        matched = torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0)
+        return take_slots(boxes, sampled.indices), matched, sampled.positive, sampled.valid
+
+    def losses(
+        self, features: Sequence[Tensor], proposals: Proposals, batch: Batch, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of classes and smooth L1 of boxes, both over the number of sampled boxes.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first.
+            proposals: P slots an image; no gradient flows into them.
+            batch: for the seeds.
+            targets: the batch's ground truth.
+
+        Returns:
+            `box_class` and `box_regression`, scalars. Without objects the first learns background and the second is 0.
+        """
+        boxes, matched, positive, valid = self.sample_proposals(proposals, targets, batch.seeds)
+        logits, deltas = self(features, boxes, valid)
+        labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
+        class_loss = cross_entropy(logits, labels)
+
+        objects = torch.where(positive[..., None], take_slots(targets.boxes, matched), boxes)
+        wanted = box_geometry.encode(objects, boxes, self.config.stds, plus_one=self.conventions.plus_one)
+        own_class = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
+        given = deltas.gather(2, own_class).squeeze(2)
+        box_loss = smooth_l1(given, wanted, self.config.smooth_l1_beta).sum(-1)
+        return {
+            "box_class": weighted_mean(class_loss, valid),
+            "box_regression": weighted_mean(torch.where(positive, box_loss, 0.0), valid),
+        }
+
+    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> Detections:
+        """Score every proposal for every class, then NMS within each class.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first.
+            proposals: P slots an image.
+            image_sizes: [B, 2] (height, width), to which boxes are clipped.
+
+        Returns:
+            Detections in D = `max_detections` slots (fewer where there are fewer than D proposals x classes).
+        """
+        config, plus_one = self.config, self.conventions.plus_one
+        proposal_boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
+        logits, deltas = self(features, proposal_boxes, proposals.valid)
+        scores = logits.softmax(-1)[..., :-1].flatten(1)
+        boxes = box_geometry.decode(deltas, proposal_boxes[:, :, None], config.stds, plus_one=plus_one).flatten(1, 2)
+        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        sides = boxes[..., 2:] - boxes[..., :2] + plus_one
+        labels = torch.arange(self.num_classes, device=scores.device).repeat(proposals.valid.shape[1])
+        labels = labels.expand_as(scores)
+        candidates = proposals.valid.repeat_interleave(self.num_classes, 1)
+        kept, valid = nms(
+            boxes,
+            scores,
+            labels,
+            candidates & (scores > config.score_threshold) & (sides >= config.min_size).all(-1),
+            iou_threshold=config.nms_iou,
+            max_keep=min(config.max_detections, scores.shape[1]),
+            plus_one=plus_one,
+        )
+        return Detections(
+            boxes=take_slots(boxes, kept),
+            scores=take_slots(scores, kept),
+            labels=take_slots(labels, kept),
+            valid=valid,
+        )

@@ -1,0 +1,228 @@
+"""The region proposal network: which anchors hold an object of any class, and where exactly.
+
+B images, L levels, A anchors a position, N anchors of all levels together, S sampled anchors, G object slots, P proposals.
+
+Source: Ren et al., Faster R-CNN (2015), section 3; on a pyramid: Lin et al., Feature Pyramid Networks (2017), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.assign.match import match
+from boxwright.assign.sample import sample
+from boxwright.geometry import boxes as box_geometry
+from boxwright.geometry.anchors import base_anchors, grid_anchors
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.losses import binary_cross_entropy, smooth_l1, weighted_mean
+from boxwright.ops.nms import nms
+from boxwright.structures import Batch, Proposals, Targets, take_slots
+
+DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
+SAMPLING_SALT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNConfig:
+    """The numbers of a region proposal network; the defaults are the 2018 toolbox's."""
+
+    anchor_scale: float = 8.0
+    """An anchor's side in units of its level's stride."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width of the anchors at each position."""
+    positive_iou: float = 0.7
+    """An anchor with at least this IoU with an object is positive."""
+    negative_iou: float = 0.3
+    """An anchor with less than this IoU with every object is negative; those between are ignored."""
+    low_quality: float | None = 0.3
+    """IoU from which the best anchors of each object are positive anyway; None turns that off."""
+    border: float | None = 0.0
+    """In training, anchors that reach further than this many pixels over the picture's edge are left out; None keeps all."""
+    num_sampled: int = 256
+    """Anchors an image that the losses look at."""
+    positive_fraction: float = 0.5
+    """At most this share of them is positive."""
+    smooth_l1_beta: float = 1 / 9
+    """Where the box loss turns from square to linear."""
+    pre_nms_per_level: int = 2000
+    """In training, the best anchors of each level that become proposals."""
+    num_proposals: int = 2000
+    """In training, the proposals an image that survive NMS."""
+    test_pre_nms_per_level: int = 2000
+    """The same in testing."""
+    test_num_proposals: int = 2000
+    """The same in testing."""
+    nms_iou: float = 0.7
+    """Of two proposals of a level that overlap more than this, the worse goes."""
+    min_size: float = 1e-3
+    """Proposals with a shorter side, in pixels, are dropped."""
+
+
+class RPNOutput(NamedTuple):
+    """The head's answer at every anchor, levels one after another, finest first."""
+
+    objectness: Tensor
+    """[B, N] float32 logits."""
+    deltas: Tensor
+    """[B, N, 4] float32, the box relative to its anchor."""
+    anchors: Tensor
+    """[N, 4] float32, xyxy in pixels of the canvas."""
+    level_lengths: tuple[int, ...]
+    """Anchors of each of the L levels; they sum to N."""
+
+
+class RPNHead(nn.Module):
+    """One 3x3 convolution and two 1x1 ones, shared by all levels, with their losses and their proposals."""
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        config: RPNConfig = RPNConfig(),
+        conventions: Conventions = MODERN,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            channels: channels of every level.
+            strides: pixels of the canvas a feature position stands for, one a level, finest first.
+            config: the numbers.
+            conventions: the geometry that the weights were or will be trained with.
+        """
+        super().__init__()
+        self.config = config
+        self.strides = tuple(strides)
+        self.conventions = conventions
+        num_anchors = len(config.ratios)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, num_anchors, 1)
+        self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RPNOutput:
+        """Score and refine every anchor.
+
+        Args:
+            features: L of [B, C, H_l, W_l], finest first.
+            canvas: (height, width) in pixels that the features were computed from.
+        """
+        objectness, deltas, shapes = [], [], []
+        for feature in features:
+            hidden = self.conv(feature).relu()
+            height, width = feature.shape[-2:]
+            shapes.append((height, width))
+            # [B, A, H, W] -> [B, H * W * A], [B, A * 4, H, W] -> [B, H * W * A, 4]: the anchors' order.
+            objectness.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
+            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4).float())
+        anchors = self.anchors(shapes, canvas, features[0].device)
+        return RPNOutput(
+            objectness=torch.cat(objectness, 1),
+            deltas=torch.cat(deltas, 1),
+            anchors=torch.cat(anchors),
+            level_lengths=tuple(len(level) for level in anchors),
+        )
+
+    def anchors(self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int], device: torch.device) -> list[Tensor]:
+        """Anchors of each level, [H_l * W_l * A, 4] xyxy in pixels of the canvas."""
+        return grid_anchors(
+            shapes,
+            self.strides,
+            base_anchors([self.config.anchor_scale * s for s in self.strides], self.config.ratios, self.conventions),
+            device,
+        )
+
+    def losses(self, output: RPNOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Binary cross-entropy of objectness and smooth L1 of boxes, both over the number of sampled anchors.
+
+        Args:
+            output: the head's answer for `batch`.
+            batch: for the pictures' sizes and seeds.
+            targets: the batch's ground truth; classes do not matter.
+
+        Returns:
+            `rpn_objectness` and `rpn_box`, scalars. Without objects the first learns background and the second is 0.
+        """
+        config, plus_one = self.config, self.conventions.plus_one
+        matches = match(
+            output.anchors,
+            targets,
+            positive_iou=config.positive_iou,
+            negative_iou=config.negative_iou,
+            low_quality=config.low_quality,
+            candidates_valid=self._inside(output.anchors, batch.image_sizes),
+            plus_one=plus_one,
+        )
+        sampled = sample(
+            matches.labels,
+            batch.seeds,
+            num=config.num_sampled,
+            positive_fraction=config.positive_fraction,
+            salt=SAMPLING_SALT,
+        )
+        anchors = output.anchors[sampled.indices]
+        matched = take_slots(targets.boxes, take_slots(matches.matched, sampled.indices))
+        matched = torch.where(sampled.positive[..., None], matched, anchors)
+        wanted = box_geometry.encode(matched, anchors, DELTA_STDS, plus_one=plus_one)
+        box_loss = smooth_l1(take_slots(output.deltas, sampled.indices), wanted, config.smooth_l1_beta).sum(-1)
+        objectness_loss = binary_cross_entropy(
+            take_slots(output.objectness, sampled.indices), sampled.positive.to(torch.float32)
+        )
+        return {
+            "rpn_objectness": weighted_mean(objectness_loss, sampled.valid),
+            "rpn_box": weighted_mean(torch.where(sampled.positive, box_loss, 0.0), sampled.valid),
+        }
+
+    def _inside(self, anchors: Tensor, image_sizes: Tensor) -> Tensor | None:
+        """[B, N] bool, the anchors that do not cross the border of their picture; None where crossing is allowed."""
+        border = self.config.border
+        if border is None:
+            return None
+        height, width = image_sizes.to(anchors.dtype)[:, :, None].unbind(1)
+        x1, y1, x2, y2 = anchors.unbind(-1)
+        return (x1 >= -border) & (y1 >= -border) & (x2 <= width + border) & (y2 <= height + border)
+
+    @torch.no_grad()
+    def proposals(self, output: RPNOutput, image_sizes: Tensor, *, training: bool) -> Proposals:
+        """The best boxes after NMS within each level.
+
+        Args:
+            output: the head's answer.
+            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped.
+            training: whether the numbers of training or of testing apply.
+
+        Returns:
+            Proposals in P slots, P as configured but no more than there are candidates.
+        """
+        config, plus_one = self.config, self.conventions.plus_one
+        per_level = config.pre_nms_per_level if training else config.test_pre_nms_per_level
+        indices, levels, start = [], [], 0
+        for level, length in enumerate(output.level_lengths):
+            best = output.objectness[:, start : start + length].topk(min(per_level, length)).indices
+            indices.append(best + start)
+            levels.append(torch.full_like(best, level))
+            start += length
+        candidates = torch.cat(indices, 1)
+        boxes = box_geometry.decode(
+            take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
+        )
+        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        scores = take_slots(output.objectness, candidates).sigmoid()
+        sides = boxes[..., 2:] - boxes[..., :2] + plus_one
+        num_proposals = config.num_proposals if training else config.test_num_proposals
+        kept, valid = nms(
+            boxes,
+            scores,
+            torch.cat(levels, 1),
+            (sides >= config.min_size).all(-1),
+            iou_threshold=config.nms_iou,
+            max_keep=min(num_proposals, candidates.shape[1]),
+            plus_one=plus_one,
+        )
+        return Proposals(boxes=take_slots(boxes, kept), scores=take_slots(scores, kept), valid=valid)
