@@ -1,0 +1,34 @@
+"""What code bases do differently with boxes, in one small value, so that a peer's weights give a peer's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AnchorRounding = Literal["none", "torchvision", "detectron"]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Details of box geometry that weights are trained with and cannot be changed afterwards."""
+
+    plus_one: float = 0.0
+    """What widths and heights add: 0 for continuous boxes, 1 where x2 and y2 name the last pixel inside."""
+    anchor_rounding: AnchorRounding = "none"
+    """How base anchors become whole pixels; see `base_anchors`."""
+    anchor_strides_from_canvas: bool = False
+    """Whether anchors lie canvas size // feature size apart, not a stride: 61 instead of 64 for P6 of 800 pixels."""
+    roi_align_aligned: bool = True
+    """Whether RoIAlign subtracts the half pixel that puts a feature at the centre of its cell."""
+    level_epsilon: float = 1e-6
+    """Added when a box's size is turned into a pyramid level, so that powers of two do not fall one level down."""
+
+
+MODERN = Conventions()
+"""What Boxwright trains with: continuous boxes, unrounded anchors, aligned RoIAlign."""
+
+TORCHVISION = Conventions(anchor_rounding="torchvision", anchor_strides_from_canvas=True, roi_align_aligned=False)
+"""torchvision's detection models."""
+
+DETECTRON = Conventions(plus_one=1.0, anchor_rounding="detectron", roi_align_aligned=False)
+"""Detectron and the 2018 toolbox that followed it."""

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+
+from boxwright.geometry.affine import compose, invert, transform_boxes
+
+
+def matrices() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
+
+
+def test_compose_equals_matrix_product() -> None:
+    outer, inner = matrices(), matrices().flip(0)
+    bottom = torch.tensor([[[0.0, 0.0, 1.0]]], dtype=torch.float64).expand(3, 1, 3)
+    product = torch.cat([outer, bottom], 1) @ torch.cat([inner, bottom], 1)
+    torch.testing.assert_close(compose(outer, inner), product[:, :2])
+
+
+def test_invert_undoes() -> None:
+    identity = torch.eye(2, 3, dtype=torch.float64).expand(3, 2, 3)
+    torch.testing.assert_close(compose(invert(matrices()), matrices()), identity)
+    torch.testing.assert_close(compose(matrices(), invert(matrices())), identity)
+
+
+def test_transform_boxes_is_the_hull_of_four_corners() -> None:
+    boxes = torch.tensor([[[1.0, 2.0, 5.0, 9.0], [0.0, 0.0, 3.0, 1.0]]], dtype=torch.float64).expand(3, 2, 4)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    corners = torch.stack([torch.stack([x, y, torch.ones_like(x)], -1) for x in (x1, x2) for y in (y1, y2)], -2)
+    mapped = torch.einsum("bij,bnkj->bnki", matrices(), corners)
+    torch.testing.assert_close(transform_boxes(boxes, matrices()), torch.cat([mapped.amin(2), mapped.amax(2)], -1))
+
+
+def test_mirroring_swaps_sides_exactly() -> None:
+    mirror = torch.tensor([[[-1.0, 0.0, 100.0], [0.0, 1.0, 0.0]]])
+    box = torch.tensor([[[10.3, 20.0, 30.7, 40.0]]])
+    assert torch.equal(transform_boxes(box, mirror)[0, 0], torch.tensor([100 - 30.7, 20.0, 100 - 10.3, 40.0]))
+
+
+def test_boxes_of_padding_stay_in_their_slot_and_autocast_keeps_float32() -> None:
+    boxes = torch.tensor([[[1.25, 2.0, 777.125, 4.0], [float("nan")] * 4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = transform_boxes(boxes, compose(torch.eye(2, 3)[None], torch.eye(2, 3)[None]))
+    assert torch.equal(moved[0, 0], boxes[0, 0])

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from boxwright.geometry.anchors import base_anchors, grid_anchors
+
+SIZES = (32, 64, 128, 256, 512)
+RATIOS = (0.5, 1.0, 2.0)
+
+
+# 100 x 140 does not divide by the strides, so that torchvision's strides are not powers of two.
+@pytest.mark.parametrize(("height", "width"), [(128, 192), (100, 140)])
+def test_equals_torchvision(height: int, width: int) -> None:
+    shapes = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+    theirs = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)(
+        ImageList(torch.zeros(1, 3, height, width), [(height, width)]), [torch.zeros(1, 1, *shape) for shape in shapes]
+    )[0]
+    strides = [(height // rows, width // columns) for rows, columns in shapes]
+    ours = grid_anchors(shapes, strides, [base_anchors([size], RATIOS, "torchvision") for size in SIZES])
+    assert torch.equal(torch.cat(ours), theirs)
+
+
+def test_several_sizes_a_level_equal_torchvision() -> None:
+    theirs = AnchorGenerator(((32, 40, 50),), (RATIOS,)).cell_anchors[0]
+    assert torch.equal(base_anchors((32, 40, 50), RATIOS, "torchvision"), theirs)
+
+
+def test_unrounded_anchors_keep_area_and_ratio() -> None:
+    boxes = base_anchors((32, 48), RATIOS)
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(-1)
+    torch.testing.assert_close((width * height).view(3, 2), torch.tensor([32.0**2, 48.0**2]).expand(3, 2))
+    torch.testing.assert_close((height / width).view(3, 2), torch.tensor(RATIOS)[:, None].expand(3, 2))
+    assert torch.equal(boxes[:, :2], -boxes[:, 2:])
+
+
+def test_2018_anchors() -> None:
+    # P2, by hand: 45.25 x 22.63, 32 x 32 and 22.63 x 45.25 pixels around (1.5, 1.5).
+    boxes = base_anchors([32], RATIOS, "detectron", stride=4)
+    assert boxes.tolist() == [[-21, -9, 24, 12], [-14, -14, 17, 17], [-9, -21, 12, 24]]
+
+
+def test_2018_anchors_need_a_stride() -> None:
+    with pytest.raises(ValueError, match="stride"):
+        base_anchors([32], RATIOS, "detectron")
+
+
+def test_order_is_anchor_then_x_then_y() -> None:
+    base = base_anchors([32], RATIOS)
+    (level,) = grid_anchors([(2, 3)], [16], [base])
+    assert torch.equal(level[:3], base)
+    assert torch.equal(level[3:6], base + torch.tensor([16, 0, 16, 0]))
+    assert torch.equal(level[9:12], base + torch.tensor([0, 16, 0, 16]))
+
+
+def test_traces_whole_and_runs_on_fake_tensors() -> None:
+    base = [base_anchors([32], RATIOS), base_anchors([64], RATIOS)]
+    shapes, strides = [(4, 6), (2, 3)], [8, 16]
+    compiled = torch.compile(grid_anchors, fullgraph=True, backend="aot_eager")(shapes, strides, base)
+    for ours, theirs in zip(grid_anchors(shapes, strides, base), compiled, strict=True):
+        assert torch.equal(ours, theirs)
+    with FakeTensorMode() as mode:
+        fake = grid_anchors(shapes, strides, [mode.from_tensor(boxes) for boxes in base])
+    assert [level.shape for level in fake] == [(72, 4), (18, 4)]
