@@ -1,0 +1,154 @@
+"""Run a detector over a data set, the images shared out over all ranks, and measure what it found.
+
+B images, D detections an image; N detections over the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from boxwright.data.dataset import Category, Dataset
+from boxwright.detectors.detector import Detector
+from boxwright.evaluation.coco import CocoMetrics, coco_metrics
+from boxwright.evaluation.results import Results, match_categories
+from boxwright.geometry import affine
+from boxwright.structures import Batch, Detections, to_device
+
+Precision = Literal["float32", "bfloat16"]
+COORDINATE_DECIMALS = 3
+"""Coordinates are kept to a thousandth of a pixel, about what float32 resolves, which keeps results files short."""
+
+
+def evaluate(
+    detector: Detector,
+    dataset: Dataset,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "float32",
+    categories: Sequence[Category] | None = None,
+    max_detections: tuple[int, int, int] = (1, 10, 100),
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Results, CocoMetrics]:
+    """Detect over `batches` and measure against `dataset`; every rank returns the results and metrics of all ranks.
+
+    Args:
+        detector: Its training mode is left as found.
+        dataset: The ground truth.
+        batches: This rank's share, as `EvaluationLoader` gives it.
+        device: Where the detector is.
+        precision: What the detector computes in.
+        categories: The model's, whose order its labels follow; left out, they are the data set's.
+        max_detections: See `coco_metrics`.
+        progress: Called with the number of images of each finished batch of this rank.
+
+    Raises:
+        ValueError: The model's category names are not the data set's.
+    """
+    new_labels = None if categories is None else match_categories(categories, dataset.categories)
+    results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
+    if new_labels is not None:
+        results = results.relabel(new_labels)
+    return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
+
+
+def detect_dataset(
+    detector: Detector,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "float32",
+    progress: Callable[[int], Any] | None = None,
+) -> Results:
+    """What `detector` finds in every image of every rank, in pixels of the files and clipped to them.
+
+    Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`.
+    """
+    device = torch.device(device)
+    module = cast(nn.Module, detector)
+    was_training = module.training
+    module.eval()
+    tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        for batch in batches:
+            detections = detector.detect(to_device(batch, device))
+            tables.append(_file_table(batch, detections))
+            evaluated.append(batch.image_ids.numpy())
+            if progress is not None:
+                progress(len(batch.image_ids))
+    module.train(was_training)
+    table = _gather_rows(np.concatenate(tables), device)
+    image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
+    # By image, and stable within one: the order, and with it how equal scores rank, is that of a single process.
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return Results(
+        image_ids=table[:, 0].astype(np.int64),
+        labels=table[:, 1].astype(np.int64),
+        scores=table[:, 2].copy(),
+        boxes=table[:, 3:].round(COORDINATE_DECIMALS),
+        evaluated=np.sort(image_ids.astype(np.int64)),
+    )
+
+
+def file_boxes(batch: Batch, detections: Detections) -> Tensor:
+    """[B, D, 4] float64 on the CPU: the detections' boxes as xyxy in pixels of the files, clipped to the files."""
+    to_file = affine.invert(batch.transforms.cpu().double())
+    boxes = affine.transform_boxes(detections.boxes.cpu().double(), to_file)
+    height, width = batch.original_sizes.cpu().double().unbind(dim=1)
+    limits = torch.stack([width, height, width, height], dim=1)[:, None]
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
+    """[N, 7] float64, one row a detection: image id, label, score, x, y, width, height (ids are exact up to 2^53)."""
+    boxes = file_boxes(batch, detections)
+    valid = detections.valid.cpu()
+    rows = torch.cat(
+        [
+            batch.image_ids.cpu()[:, None, None].expand(*valid.shape, 1).double(),
+            detections.labels.cpu()[..., None].double(),
+            detections.scores.cpu()[..., None].double(),
+            boxes[..., :2],
+            boxes[..., 2:] - boxes[..., :2],
+        ],
+        dim=2,
+    )
+    return rows[valid].numpy()
+
+
+def _gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """The rows of all ranks, rank after rank. Plain tensors travel, since gathering objects would unpickle them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    lengths = [int(count.item()) for count in counts]
+    padded = torch.zeros(max(lengths), rows.shape[1], dtype=torch.float64, device=device)
+    padded[: len(rows)] = torch.from_numpy(rows).to(device)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return np.concatenate([part[:length].cpu().numpy() for part, length in zip(parts, lengths, strict=True)])
+
+
+def shared_metrics(
+    dataset: Dataset,
+    results: Results,
+    *,
+    device: torch.device | str,
+    max_detections: tuple[int, int, int] = (1, 10, 100),
+) -> CocoMetrics:
+    """`coco_metrics` computed by rank 0 alone and sent to the others, so that one process reads the annotations."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return coco_metrics(dataset, results, max_detections=max_detections)
+    blank = CocoMetrics.blank(dataset.categories, max_detections)
+    metrics = coco_metrics(dataset, results, max_detections=max_detections) if dist.get_rank() == 0 else blank
+    numbers = torch.from_numpy(metrics.pack()).to(device)
+    dist.broadcast(numbers, src=0)
+    return blank.unpack(numbers.cpu().numpy())

@@ -1,0 +1,39 @@
+"""Average recall of proposals, classes ignored: how much of what is there the best 100, 300, 1000 boxes cover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from boxwright.data.dataset import Dataset
+from boxwright.evaluation.coco import AREA_SUFFIXES, GroundTruth, mean_measured
+from boxwright.evaluation.results import Results
+
+
+def proposal_recall(
+    ground_truth: GroundTruth | Dataset, results: Results, *, limits: Sequence[int] = (100, 300, 1000)
+) -> dict[str, float]:
+    """Recall averaged over IoU 0.50:0.95 (COCO's AR with `useCats = 0`), for each limit of boxes an image.
+
+    Args:
+        ground_truth: A data set, or its `GroundTruth` where it is measured more than once.
+        results: The proposals; their labels play no part.
+        limits: Rising numbers of best-scored boxes an image that are looked at.
+
+    Returns:
+        `AR@100`, `AR@300`, `AR@1000` over all objects, then `ARs@...`, `ARm@...`, `ARl@...` over the small, medium
+        and large ones; in 0..1, or -1 where there is no such object.
+    """
+    truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
+    # Without categories any label will do, but hotcoco wants one that exists.
+    evaluator = truth.evaluator(results.relabel(np.zeros(results.labels.max(initial=0) + 1)), max_detections=limits)
+    evaluator.params.use_cats = False
+    evaluator.evaluate()
+    evaluator.accumulate()
+    recall = evaluator.eval["recall"]  # [T, 1, A, M]
+    return {
+        f"AR{suffix}@{limit}": mean_measured(recall[:, :, area, m])
+        for area, suffix in enumerate(AREA_SUFFIXES)
+        for m, limit in enumerate(limits)
+    }

@@ -1,0 +1,192 @@
+"""The evaluator gives the known answers, and what pycocotools gives."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from boxwright.data.dataset import Category, Sample
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
+from boxwright.evaluation.proposals import proposal_recall
+from boxwright.evaluation.results import Results, read_results
+
+
+@dataclass
+class AnnotationFile:
+    """As much of a data set as the evaluator looks at."""
+
+    annotations: Path
+
+    @property
+    def categories(self) -> list[Category]:
+        return [Category(id=c["id"], name=c["name"]) for c in json.loads(self.annotations.read_bytes())["categories"]]
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [image["id"] for image in json.loads(self.annotations.read_bytes())["images"]]
+
+
+def oracle(annotations: Path, results: Path, *, use_cats: bool = True, **params: object) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluator = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+        evaluator.params.useCats = int(use_cats)
+        for name, value in params.items():
+            setattr(evaluator.params, name, value)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        if use_cats:
+            evaluator.summarize()
+    return evaluator
+
+
+@pytest.fixture(scope="module")
+def yolox(data_dir: Path) -> tuple[AnnotationFile, Path]:
+    folder = data_dir / "coco_mini" / "annotations"
+    results = folder / "yolox_nano_val2017_subset_bbox_results.json"
+    return AnnotationFile(folder / "instances_val2017.json"), results
+
+
+def test_known_answers(data_dir: Path) -> None:
+    dataset = AnnotationFile(data_dir / "coco_eval" / "instances_val2014_100.json")
+    path = data_dir / "coco_eval" / "instances_val2014_fakebbox100_results.json"
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
+    known = [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
+    assert [round(value, 3) for value in metrics.summary.values()] == known
+
+
+def test_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
+    dataset, path = yolox
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
+    evaluator = oracle(dataset.annotations, path)
+    np.testing.assert_allclose(list(metrics.summary.values()), evaluator.stats, atol=1e-6)
+
+    precision = evaluator.eval["precision"]
+    assert CLASS_COLUMNS[0] == "AP"
+    for row in range(len(dataset.categories)):
+        measured = precision[:, :, row, 0, -1]
+        expected = measured[measured > -1].mean() if (measured > -1).any() else -1
+        assert metrics.per_class[row, 0] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(metrics.precision[1], precision[0, :, :, 0, -1], atol=1e-6)
+    np.testing.assert_allclose(metrics.precision[2], precision[5, :, :, 0, -1], atol=1e-6)
+    counted = [len(evaluator.cocoGt.getAnnIds(catIds=[c.id], iscrowd=False)) for c in dataset.categories]
+    assert metrics.num_objects.tolist() == counted
+
+
+def test_a_subset_and_other_limits_equal_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
+    dataset, path = yolox
+    some = dataset.image_ids[::3]
+    results = read_results(path, dataset.categories, some)
+    metrics = coco_metrics(dataset, results, max_detections=(1, 5, 20))
+    assert list(metrics.summary)[6:9] == ["AR1", "AR5", "AR20"]
+    expected = oracle(dataset.annotations, path, imgIds=some, maxDets=[1, 5, 20])
+    assert metrics.summary["AP50"] == pytest.approx(expected.stats[1], abs=1e-6)
+    assert metrics.summary["AR20"] == pytest.approx(expected.stats[8], abs=1e-6)
+    assert metrics.summary["APs"] == pytest.approx(expected.stats[3], abs=1e-6)
+    assert metrics.num_objects.sum() == len(expected.cocoGt.getAnnIds(imgIds=some, iscrowd=False))
+
+
+def test_order_of_categories_is_free(yolox: tuple[AnnotationFile, Path]) -> None:
+    dataset, path = yolox
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories))
+
+    class Reversed(AnnotationFile):
+        @property
+        def categories(self) -> list[Category]:
+            return super().categories[::-1]
+
+    other = Reversed(dataset.annotations)
+    turned = coco_metrics(other, read_results(path, other.categories))
+    assert turned.summary == pytest.approx(metrics.summary, abs=1e-12)
+    np.testing.assert_allclose(turned.per_class[::-1], metrics.per_class)
+    assert turned.num_objects[::-1].tolist() == metrics.num_objects.tolist()
+
+
+def test_more_than_a_hundred_objects_in_an_image_count() -> None:
+    corners = np.stack(np.meshgrid(np.arange(20) * 20, np.arange(15) * 20), axis=-1).reshape(-1, 2)
+    dataset = Made([np.concatenate([corners, corners + 10], axis=1)])
+    results = detections(np.concatenate([corners, np.full_like(corners, 10)], axis=1))
+    assert coco_metrics(dataset, results).summary["AR100"] == pytest.approx(1 / 3, abs=1e-3)
+    metrics = coco_metrics(dataset, results, max_detections=(1, 10, 500))
+    assert metrics.summary["AP"] == pytest.approx(1)
+    assert metrics.summary["AR500"] == pytest.approx(1)
+
+
+def test_what_cannot_be_measured_is_minus_one() -> None:
+    dataset = Made([np.array([[0, 0, 10, 10]])])
+    metrics = coco_metrics(dataset, detections(np.array([[0, 0, 10, 10]])))
+    assert metrics.summary["APs"] == pytest.approx(1)
+    assert metrics.summary["APl"] == -1
+    assert metrics.per_class[1, 0] == -1
+
+    nothing_found = coco_metrics(dataset, detections(np.zeros((0, 4))))
+    assert nothing_found.summary["AP"] == 0
+    with pytest.raises(ValueError, match="no image"):
+        coco_metrics(dataset, detections(np.zeros((0, 4)), evaluated=[]))
+
+
+def test_packed_metrics_come_back_the_same(yolox: tuple[AnnotationFile, Path]) -> None:
+    dataset, path = yolox
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories))
+    again = CocoMetrics.blank(dataset.categories).unpack(metrics.pack())
+    assert again.summary == metrics.summary
+    np.testing.assert_array_equal(again.num_objects, metrics.num_objects)
+    np.testing.assert_array_equal(again.per_class, metrics.per_class)
+    np.testing.assert_array_equal(again.precision, metrics.precision)
+
+
+def test_proposal_recall_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
+    dataset, path = yolox
+    results = read_results(path, dataset.categories, dataset.image_ids)
+    recalls = proposal_recall(GroundTruth(dataset), results)
+    evaluator = oracle(dataset.annotations, path, use_cats=False, maxDets=[100, 300, 1000])
+    names = iter(recalls.items())
+    for area, suffix in enumerate(("", "s", "m", "l")):
+        for m, limit in enumerate((100, 300, 1000)):
+            recall = evaluator.eval["recall"][:, :, area, m]
+            name, value = next(names)
+            assert name == f"AR{suffix}@{limit}"
+            assert value == pytest.approx(recall[recall > -1].mean(), abs=1e-6)
+
+
+class Made:
+    """A data set without a file: two categories, objects of the first one."""
+
+    categories = (Category(id=7, name="cell"), Category(id=3, name="dust"))
+
+    def __init__(self, boxes: list[np.ndarray]) -> None:
+        self.boxes = boxes
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: int) -> Sample:
+        boxes = self.boxes[index].astype(np.float32)
+        return Sample(
+            image=np.zeros((500, 500, 3), dtype=np.uint8),
+            image_id=index + 1,
+            file_name=f"{index}.png",
+            boxes=boxes,
+            labels=np.zeros(len(boxes), dtype=np.int64),
+            crowd=np.zeros(len(boxes), dtype=bool),
+            object_ids=np.arange(len(boxes)),
+        )
+
+
+def detections(boxes: np.ndarray, evaluated: list[int] | None = None) -> Results:
+    """Detections of the first category in image 1."""
+    return Results(
+        image_ids=np.ones(len(boxes), dtype=np.int64),
+        boxes=boxes.astype(np.float64),
+        scores=np.linspace(1, 0.5, len(boxes)),
+        labels=np.zeros(len(boxes), dtype=np.int64),
+        evaluated=np.array([1] if evaluated is None else evaluated, dtype=np.int64),
+    )
