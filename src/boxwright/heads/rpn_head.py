@@ -1,8 +1,10 @@
 """The region proposal network: which anchors hold an object of any class, and where exactly.
 
-B images, L levels, A anchors a position, N anchors of all levels together, S sampled anchors, G object slots, P proposals.
+B images, L levels, A anchors a position, N anchors of all levels together, S sampled anchors, G object slots,
+P proposals.
 
-Source: Ren et al., Faster R-CNN (2015), section 3; on a pyramid: Lin et al., Feature Pyramid Networks (2017), section 4.1.
+Source: Ren et al., Faster R-CNN (2015), section 3; on a pyramid: Lin et al., Feature Pyramid Networks (2017),
+section 4.1.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class RPNConfig:
     low_quality: float | None = 0.3
     """IoU from which the best anchors of each object are positive anyway; None turns that off."""
     border: float | None = 0.0
-    """In training, anchors that reach further than this many pixels over the picture's edge are left out; None keeps all."""
+    """In training, anchors that reach over the picture's edge by more pixels are left out; None keeps all."""
     num_sampled: int = 256
     """Anchors an image that the losses look at."""
     positive_fraction: float = 0.5
@@ -99,6 +101,11 @@ class RPNHead(nn.Module):
         self.strides = tuple(strides)
         self.conventions = conventions
         num_anchors = len(config.ratios)
+        for level, stride in enumerate(self.strides):
+            base = base_anchors(
+                [config.anchor_scale * stride], config.ratios, conventions.anchor_rounding, stride=stride
+            )
+            self.register_buffer(f"base_anchors_{level}", base, persistent=False)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
@@ -121,7 +128,7 @@ class RPNHead(nn.Module):
             # [B, A, H, W] -> [B, H * W * A], [B, A * 4, H, W] -> [B, H * W * A, 4]: the anchors' order.
             objectness.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4).float())
-        anchors = self.anchors(shapes, canvas, features[0].device)
+        anchors = self.anchors(shapes, canvas)
         return RPNOutput(
             objectness=torch.cat(objectness, 1),
             deltas=torch.cat(deltas, 1),
@@ -129,14 +136,12 @@ class RPNHead(nn.Module):
             level_lengths=tuple(len(level) for level in anchors),
         )
 
-    def anchors(self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int], device: torch.device) -> list[Tensor]:
+    def anchors(self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> list[Tensor]:
         """Anchors of each level, [H_l * W_l * A, 4] xyxy in pixels of the canvas."""
-        return grid_anchors(
-            shapes,
-            self.strides,
-            base_anchors([self.config.anchor_scale * s for s in self.strides], self.config.ratios, self.conventions),
-            device,
-        )
+        strides: list[tuple[int, int]] = [(stride, stride) for stride in self.strides]
+        if self.conventions.anchor_strides_from_canvas:
+            strides = [(canvas[0] // height, canvas[1] // width) for height, width in shapes]
+        return grid_anchors(shapes, strides, [getattr(self, f"base_anchors_{level}") for level in range(len(shapes))])
 
     def losses(self, output: RPNOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Binary cross-entropy of objectness and smooth L1 of boxes, both over the number of sampled anchors.

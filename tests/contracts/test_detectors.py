@@ -1,0 +1,117 @@
+"""What every detector promises: one graph, static shapes, padding that changes nothing, gradients for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from factory import DETECTORS, random_batch, small_detector
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from boxwright.structures import Batch, map_tensors
+
+NUM_SLOTS = 8
+OBJECT_COUNTS = (0, 1, NUM_SLOTS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        detector = small_detector(kind)
+        batch = map_tensors(random_batch(num_slots=NUM_SLOTS), mode.from_tensor)
+        losses = detector.losses(batch)
+        detections = detector.detect(batch)
+    assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
+    assert detections.boxes.shape[:2] == detections.scores.shape == detections.valid.shape
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_one_graph_serves_any_number_of_objects(kind: str) -> None:
+    detector = small_detector(kind)
+    counter = CompileCounter()
+    compiled = torch.compile(detector.losses, fullgraph=True, backend=counter)
+    for count in OBJECT_COUNTS:
+        batch = random_batch(num_slots=NUM_SLOTS, num_objects=count)
+        given, wanted = compiled(batch), detector.losses(batch)
+        assert all(torch.equal(given[name], wanted[name]) for name in wanted), f"{count} objects"
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@torch.no_grad()
+def test_detection_is_one_graph(kind: str) -> None:
+    detector = small_detector(kind)
+    counter = CompileCounter()
+    compiled = torch.compile(detector.detect, fullgraph=True, backend=counter)
+    for _ in range(2):
+        batch = random_batch()
+        assert torch.equal(compiled(batch).boxes, detector.detect(batch).boxes)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_aot_autograd_takes_the_step_whole(kind: str) -> None:
+    detector, batch = small_detector(kind), random_batch()
+    torch.compile(lambda b: sum(detector.losses(b).values()), fullgraph=True, backend="aot_eager")(batch).backward()
+    given = {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+    detector.zero_grad()
+    sum(detector.losses(batch).values()).backward()
+    for name, parameter in detector.named_parameters():
+        torch.testing.assert_close(given[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", OBJECT_COUNTS)
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
+    detector = small_detector(kind)
+    losses = detector.losses(random_batch(num_slots=NUM_SLOTS, num_objects=count))
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        assert parameter.grad.isfinite().all(), f"{name} got a gradient that is not finite"
+
+
+def outside_the_picture(batch: Batch) -> torch.Tensor:
+    rows = torch.arange(batch.images.shape[2])[None, :, None] >= batch.image_sizes[:, 0, None, None]
+    columns = torch.arange(batch.images.shape[3])[None, None, :] >= batch.image_sizes[:, 1, None, None]
+    return (rows | columns)[:, None].expand_as(batch.images)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_what_padding_holds_changes_nothing(kind: str) -> None:
+    detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
+    targets = batch.targets
+    padded = ~targets.valid
+    other = replace(
+        batch,
+        images=torch.where(outside_the_picture(batch), 255 - batch.images, batch.images),
+        targets=replace(
+            targets,
+            boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), targets.boxes),
+            labels=torch.where(padded, 2 - targets.labels, targets.labels),
+            crowd=targets.crowd | padded,
+        ),
+    )
+    assert not torch.equal(batch.images, other.images)
+    given, wanted = detector.losses(other), detector.losses(batch)
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+    given_boxes, wanted_boxes = detector.detect(other), detector.detect(batch)
+    assert torch.equal(given_boxes.boxes, wanted_boxes.boxes)
+    assert torch.equal(given_boxes.scores, wanted_boxes.scores)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_more_object_slots_change_nothing(kind: str) -> None:
+    detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
+    wider = map_tensors(batch.targets, lambda t: torch.cat([t, torch.zeros_like(t).expand(-1, 8, *t.shape[2:])], 1))
+    given, wanted = detector.losses(replace(batch, targets=wider)), detector.losses(batch)
+    for name in wanted:
+        torch.testing.assert_close(given[name], wanted[name], rtol=1e-6, atol=1e-7)

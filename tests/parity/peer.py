@@ -1,0 +1,141 @@
+"""torchvision's Faster R-CNN with weights that are random but behave: activations keep their scale, scores spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from boxwright.structures import Batch, Targets
+
+NUM_CLASSES = 20
+SHORT_SIDE = 320
+EVERYTHING = 10**7
+
+
+def real_batch(folder: Path, num_images: int = 2) -> Batch:
+    """The first landscape pictures of `coco_mini`'s val2017 on one canvas, with made-up objects that overlap."""
+    generator = torch.Generator().manual_seed(5)
+    pictures = []
+    for file in sorted((folder / "coco_mini" / "val2017").glob("*.jpg")):
+        picture = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        height, width = picture.shape[:2]
+        if height < width < 1.5 * height:
+            size = (round(width * SHORT_SIDE / height), SHORT_SIDE)
+            pictures.append(torch.from_numpy(cv2.resize(picture, size)).permute(2, 0, 1))
+        if len(pictures) == num_images:
+            break
+    sizes = torch.tensor([picture.shape[1:] for picture in pictures])
+    canvas = [-(-int(side) // 32) * 32 for side in sizes.max(0).values]
+    images = torch.zeros(num_images, 3, *canvas, dtype=torch.uint8)
+    for image, picture in zip(images, pictures, strict=True):
+        image[:, : picture.shape[1], : picture.shape[2]] = picture
+    corners = torch.rand(num_images, 6, 2, generator=generator) * 200
+    boxes = torch.cat([corners, corners + 20 + 100 * torch.rand(num_images, 6, 2, generator=generator)], -1)
+    valid = torch.ones(num_images, 8, dtype=torch.bool)
+    valid[:, 6:] = False
+    return Batch(
+        images=images,
+        image_sizes=sizes,
+        original_sizes=sizes,
+        transforms=torch.eye(2, 3).repeat(num_images, 1, 1),
+        image_ids=torch.arange(num_images),
+        seeds=torch.arange(num_images),
+        targets=Targets(
+            boxes=nn.functional.pad(boxes, (0, 0, 0, 2)),
+            labels=torch.randint(NUM_CLASSES, (num_images, 8), generator=generator),
+            valid=valid,
+            crowd=torch.zeros_like(valid),
+        ),
+    )
+
+
+def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """The batch as torchvision wants it: float pictures without padding, labels from 1."""
+    images = [
+        image[:, :height, :width].float() / 255
+        for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)
+    ]
+    targets = [
+        {"boxes": boxes[valid], "labels": labels[valid] + 1}
+        for boxes, labels, valid in zip(batch.targets.boxes, batch.targets.labels, batch.targets.valid, strict=True)
+    ]
+    return images, targets
+
+
+def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
+    """R-50-FPN that resizes nothing and samples everything, in eval mode."""
+    torch.manual_seed(3)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
+    )
+    _calibrate(backbone, peer_inputs(batch)[0])
+    frozen = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, trainable_layers=5, norm_layer=FrozenBatchNorm2d
+    )
+    frozen.load_state_dict({k: v for k, v in backbone.state_dict().items() if "num_batches" not in k})
+    model = FasterRCNN(
+        frozen,
+        num_classes=NUM_CLASSES + 1,
+        min_size=SHORT_SIDE,
+        max_size=EVERYTHING,
+        rpn_batch_size_per_image=EVERYTHING,
+        box_batch_size_per_image=EVERYTHING,
+    )
+    with torch.no_grad():
+        # The untrained layers start near 0, where all scores are alike.
+        model.rpn.head.cls_logits.weight.mul_(20)
+        model.rpn.head.bbox_pred.weight.mul_(10)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(3)
+    return model.eval()
+
+
+def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
+    """Set the norms' running statistics to those of the images."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    backbone.train()
+    with torch.no_grad():
+        for image in images:
+            backbone((image[None] - 0.45) / 0.225)
+    backbone.eval()
+
+
+def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's weights under our names, background moved from first to last."""
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in KEYS.items():
+            if name.startswith(theirs):
+                renamed[ours + name.removeprefix(theirs)] = tensor
+                break
+        else:
+            raise KeyError(name)
+    for suffix in ("weight", "bias"):
+        logits = renamed[f"box_head.class_logits.{suffix}"]
+        renamed[f"box_head.class_logits.{suffix}"] = torch.cat([logits[1:], logits[:1]])
+        renamed[f"box_head.box_deltas.{suffix}"] = renamed[f"box_head.box_deltas.{suffix}"][4:]
+    return renamed
+
+
+KEYS = {
+    "backbone.body.": "backbone.body.",
+    **{f"backbone.fpn.inner_blocks.{i}.0.": f"backbone.lateral.{i}." for i in range(4)},
+    **{f"backbone.fpn.layer_blocks.{i}.0.": f"backbone.output.{i}." for i in range(4)},
+    "rpn.head.conv.0.0.": "rpn.conv.",
+    "rpn.head.cls_logits.": "rpn.objectness.",
+    "rpn.head.bbox_pred.": "rpn.deltas.",
+    "roi_heads.box_head.fc6.": "box_head.fc1.",
+    "roi_heads.box_head.fc7.": "box_head.fc2.",
+    "roi_heads.box_predictor.cls_score.": "box_head.class_logits.",
+    "roi_heads.box_predictor.bbox_pred.": "box_head.box_deltas.",
+}

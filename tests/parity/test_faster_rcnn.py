@@ -1,0 +1,88 @@
+"""Faster R-CNN equals torchvision's with the same weights on the same real pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from parity.peer import EVERYTHING, NUM_CLASSES, converted, peer_faster_rcnn, peer_inputs, real_batch
+from torchvision.models.detection import FasterRCNN
+
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.detectors.rcnn import RCNN, faster_rcnn
+from boxwright.geometry.conventions import TORCHVISION
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.structures import Batch
+
+
+@pytest.fixture(scope="module")
+def batch(data_dir: Path) -> Batch:
+    return real_batch(data_dir)
+
+
+@pytest.fixture(scope="module")
+def peer(batch: Batch) -> FasterRCNN:
+    return peer_faster_rcnn(batch)
+
+
+@pytest.fixture(scope="module")
+def detector(peer: FasterRCNN) -> RCNN:
+    detector = faster_rcnn(
+        backbone=resnet_fpn(depth=50, frozen_stages=0, train_norm_affine=False),
+        num_classes=NUM_CLASSES,
+        conventions=TORCHVISION,
+        rpn=RPNConfig(
+            border=None,
+            low_quality=0.0,
+            num_sampled=EVERYTHING,
+            test_pre_nms_per_level=1000,
+            test_num_proposals=1000,
+        ),
+        box=BoxConfig(num_sampled=EVERYTHING, smooth_l1_beta=1 / 9),
+    )
+    missing, unexpected = detector.load_state_dict(converted(peer.state_dict()), strict=False)
+    assert not unexpected
+    assert not missing
+    return detector.eval()
+
+
+@torch.inference_mode()
+def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
+    wanted = peer.eval()(peer_inputs(batch)[0])
+    given = detector.detect(batch)
+    for index, theirs in enumerate(wanted):
+        valid = given.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
+        assert len(theirs["labels"].unique()) > 3
+        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-4
+        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-2
+        assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
+
+
+def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
+    wanted = peer.train()(*peer_inputs(batch))
+    given = detector.losses(batch)
+    names = {
+        "rpn_objectness": "loss_objectness",
+        "rpn_box": "loss_rpn_box_reg",
+        "box_class": "loss_classifier",
+        "box_regression": "loss_box_reg",
+    }
+    for ours, theirs in names.items():
+        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-4), ours
+        assert given[ours] > 0
+    sum(wanted.values()).backward()
+    sum(given.values()).backward()
+    gradients = converted(
+        {
+            name: torch.zeros_like(tensor) if parameter is None or parameter.grad is None else parameter.grad
+            for name, tensor in peer.state_dict().items()
+            for parameter in [dict(peer.named_parameters()).get(name)]
+        }
+    )
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            assert error < 1e-4, f"{name}: {error:.1e}"
