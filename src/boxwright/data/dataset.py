@@ -47,9 +47,9 @@ class Sample:
 class Dataset(Protocol):
     """Pictures with their objects, by position.
 
-    It is pickled into every worker, so it should hold paths and memory maps rather than objects. Three optional attributes
-    spare the loader a pass over all samples: `image_sizes` [N, 2] int (height, width), `image_ids` [N] int64 and
-    `max_objects` (the most objects on one image, crowd regions included).
+    It is pickled into every worker, so it should hold paths and memory maps rather than objects. Three optional
+    attributes spare the loader a pass over all samples: `image_sizes` [N, 2] int (height, width), `image_ids` [N]
+    int64 and `max_objects` (the most objects on one image, crowd regions included).
     """
 
     @property
