@@ -13,7 +13,7 @@ from boxwright.structures import Batch, Detections
 
 @runtime_checkable
 class Detector(Protocol):
-    """An `nn.Module` that learns from a batch and detects in a batch; there is no mode that changes what a call returns."""
+    """An `nn.Module` that learns from a batch and detects in a batch; no mode changes what a call returns."""
 
     num_classes: int
 
