@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from boxwright.losses import binary_cross_entropy, cross_entropy, smooth_l1, weighted_mean
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+def test_binary_cross_entropy() -> None:
+    logits, targets = values(2, 50), values(2, 50, seed=1).sigmoid()
+    chance = logits.sigmoid()
+    expected = -(targets * chance.log() + (1 - targets) * (1 - chance).log())
+    torch.testing.assert_close(binary_cross_entropy(logits, targets), expected)
+    ours = binary_cross_entropy(logits.float(), targets > 0.5)
+    torch.testing.assert_close(
+        ours, F.binary_cross_entropy_with_logits(logits.float(), (targets > 0.5).float(), reduction="none")
+    )
+
+
+def test_cross_entropy() -> None:
+    logits, labels = values(2, 50, 7), torch.arange(100).view(2, 50) % 7
+    expected = -(logits.exp() / logits.exp().sum(-1, keepdim=True)).log().gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(
+        cross_entropy(logits.float(), labels), F.cross_entropy(logits.float().mT, labels, reduction="none")
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0])
+def test_smooth_l1(beta: float) -> None:
+    predictions, targets = values(2, 50, 4), values(2, 50, 4, seed=1)
+    error = (predictions - targets).abs()
+    expected = torch.where(error < beta, error**2 / (2 * beta), error - beta / 2) if beta else error
+    torch.testing.assert_close(smooth_l1(predictions, targets, beta), expected)
+    torch.testing.assert_close(
+        smooth_l1(predictions.float(), targets.float(), beta),
+        F.smooth_l1_loss(predictions.float(), targets.float(), beta=beta, reduction="none"),
+    )
+
+
+def test_weighted_mean() -> None:
+    loss = torch.tensor([1.0, 2.0, 4.0])
+    assert weighted_mean(loss, torch.tensor([True, False, True])).item() == 2.5
+    assert weighted_mean(loss, torch.tensor([0.0, 0.0, 0.5])).item() == 2.0  # a denominator below 1 counts as 1
+    assert weighted_mean(loss, torch.zeros(3)).item() == 0.0
+
+
+def all_losses(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    objectness = binary_cross_entropy(logits[..., 0], targets[..., 0].sigmoid(), valid)
+    classes = cross_entropy(logits, labels, valid)
+    coordinates = smooth_l1(boxes, targets, 0.1, valid[..., None]).sum(-1)
+    return weighted_mean(objectness + classes + coordinates, valid)
+
+
+def padded_inputs(padding: float, label: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    valid = torch.tensor([[True, True, False], [False, False, False]])
+    floats = [values(2, 3, size, seed=size).float() for size in (5, 4, 6)]
+    logits, boxes, targets = (torch.where(valid[..., None], tensor, padding) for tensor in floats)
+    labels = torch.where(valid, 3, label)
+    return logits.requires_grad_(), boxes.requires_grad_(), labels, targets[..., :4], valid
+
+
+def test_what_padding_holds_changes_neither_loss_nor_gradient() -> None:
+    clean, dirty = padded_inputs(0.0, 0), padded_inputs(float("nan"), 10**6)
+    losses = all_losses(*clean), all_losses(*dirty)
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(clean[:2], dirty[:2], strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+        assert ours.grad[0, :2].all()
+        assert not ours.grad[1].any()
+
+
+def test_float32_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        arguments = padded_inputs(0.0, 0)
+        halves = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in arguments]
+        assert all_losses(*halves).dtype == torch.float32
+        torch.testing.assert_close(all_losses(*arguments), all_losses(*halves), rtol=0.02, atol=0.02)
+
+
+def test_traces_whole_and_runs_on_fake_tensors() -> None:
+    arguments = padded_inputs(float("nan"), -1)
+    compiled: Callable[..., Tensor] = torch.compile(all_losses, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), all_losses(*arguments))
+    detached = [argument.detach() for argument in arguments]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(argument) for argument in detached]
+        assert all_losses(*fakes).shape == ()
+
+
+LOSS = values(2, 6, 4).float()
+WEIGHT = torch.tensor([[1.0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0.5, 0]])
+
+
+def gradient_of(rows: slice, mean: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    scale = torch.ones((), requires_grad=True)
+    mean((LOSS[rows] * scale).sum(-1), WEIGHT[rows]).backward()
+    assert scale.grad is not None
+    return scale.grad
+
+
+def rank_main(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    expected = (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum()
+    for mean in (weighted_mean, torch.compile(weighted_mean, fullgraph=True, backend="aot_eager")):
+        gradient = gradient_of(slice(rank, rank + 1), mean)
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient / 2, expected)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_average_to_what_one_process_computes() -> None:
+    whole = gradient_of(slice(None), weighted_mean)
+    torch.testing.assert_close(whole, (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(rank_main, args=(port,), nprocs=2)
