@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+import boxwright.assign.match as module
+from boxwright.assign.match import Matches, match
+from boxwright.geometry.anchors import base_anchors, grid_anchors
+from boxwright.geometry.boxes import intersection_over_area, iou
+from boxwright.structures import Targets
+
+RPN = {"positive_iou": 0.7, "negative_iou": 0.3}
+NAN = float("nan")
+
+
+def anchors_of(height: int = 160, width: int = 224) -> Tensor:
+    strides = (8, 16, 32)
+    base = [base_anchors([4 * stride], (0.5, 1.0, 2.0), "torchvision") for stride in strides]
+    return torch.cat(grid_anchors([(height // stride, width // stride) for stride in strides], strides, base))
+
+
+def targets_of(*images: Tensor, slots: int = 8) -> Targets:
+    """Objects first, then slots whose contents must not matter."""
+    boxes = torch.full((len(images), slots, 4), NAN)
+    valid = torch.zeros(len(images), slots, dtype=torch.bool)
+    for image, objects in enumerate(images):
+        boxes[image, : len(objects)] = objects
+        valid[image, : len(objects)] = True
+    labels = torch.zeros(len(images), slots, dtype=torch.int64)
+    return Targets(boxes=boxes, labels=labels, valid=valid, crowd=torch.zeros_like(valid))
+
+
+def random_objects(count: int, seed: int) -> Tensor:
+    """Whole-pixel boxes, some of them anchors and one twice, so that equal IoUs abound."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.randint(0, 100, (count, 2), generator=generator)
+    size = torch.randint(8, 100, (count, 2), generator=generator)
+    boxes = torch.cat([corner, corner + size], dim=-1).float()
+    boxes[0] = anchors_of()[500 + seed]
+    boxes[-1] = boxes[0]
+    return boxes
+
+
+@pytest.fixture(params=["whole", "in pieces"])
+def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in pieces":
+        monkeypatch.setattr(module, "CPU_PIECE", 10_000)
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("low_quality", [0.0, None])
+def test_equals_torchvision(low_quality: float | None) -> None:
+    anchors, images = anchors_of(), [random_objects(count, seed) for seed, count in enumerate((2, 5, 8))]
+    ours = match(anchors, targets_of(*images), **RPN, low_quality=low_quality)
+    for image, objects in enumerate(images):
+        theirs = Matcher(0.7, 0.3, allow_low_quality_matches=low_quality is not None)(box_iou(objects, anchors))
+        expected = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BELOW_LOW_THRESHOLD, 0, -1))
+        assert torch.equal(ours.labels[image], expected)
+        assert torch.equal(ours.matched[image], theirs.clamp(min=0))
+
+
+def rule_by_hand(
+    candidates: Tensor, targets: Targets, image: int, low_quality: float, plus_one: float
+) -> list[list[int]]:
+    """The documented rule for one image, one candidate after another, in float64."""
+    slots = [s for s in range(targets.valid.shape[1]) if targets.valid[image, s] and not targets.crowd[image, s]]
+    crowds = [s for s in range(targets.valid.shape[1]) if targets.valid[image, s] and targets.crowd[image, s]]
+    boxes = targets.boxes[image].double()
+    table = iou(boxes[slots], candidates.double(), plus_one).tolist()
+    inside = intersection_over_area(candidates.double(), boxes[crowds], plus_one).tolist()
+    best_of_object = [max(row) for row in table]
+    result = []
+    for n in range(len(candidates)):
+        column = [row[n] for row in table]
+        best = max(column, default=0.0)
+        level = any(v == b and b > 0 and b >= low_quality for v, b in zip(column, best_of_object, strict=True))
+        if best >= 0.7 or level:
+            result.append([1, slots[column.index(best)]])
+        else:
+            result.append([0 if best < 0.3 and max(inside[n], default=0.0) < 0.7 else -1, 0])
+    return result
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("plus_one", [0.0, 1.0])
+def test_equals_the_2018_rule_by_hand(plus_one: float) -> None:
+    anchors = anchors_of()
+    targets = targets_of(random_objects(6, 0), random_objects(3, 1), torch.zeros(0, 4))
+    crowd = torch.zeros_like(targets.crowd)
+    crowd[0, 1] = crowd[1, 0] = True
+    targets = replace(targets, crowd=crowd)
+    ours = match(anchors, targets, **RPN, low_quality=0.3, plus_one=plus_one)
+    for image in range(3):
+        expected = rule_by_hand(anchors, targets, image, 0.3, plus_one)
+        assert torch.stack([ours.labels[image], ours.matched[image]], -1).tolist() == expected
+    assert (ours.labels[0] == -1).any()
+    assert (ours.labels[2] == 0).all()
+
+
+def test_low_quality_minimum() -> None:
+    candidates = torch.tensor([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
+    objects = torch.tensor([[5.0, 0.0, 15.0, 10.0]])  # IoU 1/3 with the first, 0 with the second
+    for least, expected in ((0.0, 1), (0.33, 1), (0.34, -1), (None, -1)):
+        assert match(candidates, targets_of(objects), **RPN, low_quality=least).labels.tolist() == [[expected, 0]]
+    untouched = targets_of(torch.tensor([[20.0, 20.0, 30.0, 30.0]]))
+    assert match(candidates, untouched, **RPN, low_quality=0.0).labels.tolist() == [[0, 0]]
+
+
+def test_candidates_of_each_image_and_those_that_do_not_count() -> None:
+    objects = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    candidates = torch.tensor(
+        [[[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 6.0], [NAN] * 4], [[90.0, 90.0, 99.0, 99.0]] * 3]
+    )
+    valid = torch.tensor([[False, True, False], [True, True, False]])
+    matches = match(candidates, targets_of(objects, objects), **RPN, low_quality=0.3, candidates_valid=valid)
+    # The best candidate does not count, so the second becomes the object's best.
+    assert matches.labels.tolist() == [[-1, 1, -1], [0, 0, -1]]
+    shared = match(candidates[0], targets_of(objects), **RPN, low_quality=0.3, candidates_valid=valid[0])
+    assert shared.labels.tolist() == [[-1, 1, -1]]
+
+
+def test_a_proposal_inside_a_crowd_is_ignored_unless_positive() -> None:
+    targets = targets_of(torch.tensor([[0.0, 0.0, 100.0, 100.0], [20.0, 20.0, 40.0, 40.0]]))
+    targets = replace(targets, crowd=torch.tensor([[True, False] + [False] * 6]))
+    candidates = torch.tensor([[0.0, 0.0, 100.0, 99.0], [20.0, 20.0, 40.0, 40.0], [90.0, 0.0, 110.0, 10.0]])
+    matches = match(candidates, targets, positive_iou=0.5, negative_iou=0.5)
+    assert matches.labels.tolist() == [[-1, 1, 0]]
+    assert matches.matched.tolist() == [[0, 1, 0]]
+
+
+def test_boxes_without_area() -> None:
+    point = torch.tensor([[5.0, 5.0, 5.0, 5.0]])
+    assert match(point, targets_of(point), **RPN, low_quality=0.0).labels.tolist() == [[0]]
+    crowd = replace(targets_of(point), crowd=torch.ones(1, 8, dtype=torch.bool))
+    assert match(point, crowd, **RPN, low_quality=0.0).labels.tolist() == [[0]]
+
+
+def rpn_match(anchors: Tensor, targets: Targets, valid: Tensor) -> Matches:
+    return match(anchors, targets, **RPN, low_quality=0.3, candidates_valid=valid)
+
+
+def test_traces_whole_and_runs_on_fake_tensors() -> None:
+    anchors, targets = anchors_of(), targets_of(random_objects(6, 0), torch.zeros(0, 4))
+    valid = (anchors >= 0).all(-1).expand(2, -1)
+    ours = rpn_match(anchors, targets, valid)
+    compiled = torch.compile(rpn_match, fullgraph=True, backend="aot_eager")(anchors, targets, valid)
+    assert torch.equal(ours.labels, compiled.labels)
+    assert torch.equal(ours.matched, compiled.matched)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert rpn_match(anchors, targets, valid).labels.shape == (2, len(anchors))
