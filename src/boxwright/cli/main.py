@@ -1,0 +1,62 @@
+"""The `boxwright` command: one file a command, each imported here and added by one line.
+
+Command files import typer and the standard library at the top, and everything heavy (torch) inside the command, so that
+`boxwright --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from boxwright import __version__
+from boxwright.cli import data
+
+
+class _OneLineErrors(TyperGroup):
+    """Tells users what is wrong with what they gave in one line; a traceback is for faults of ours."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            broken_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if broken_pipe or os.environ.get("BOXWRIGHT_TRACEBACK"):
+                raise
+            typer.echo(f"boxwright: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    name="boxwright",
+    help="Train, test, measure and publish object detectors. BOXWRIGHT_TRACEBACK=1 shows where an error came from.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"boxwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.add_typer(data.app, name="data")
+
+
+if __name__ == "__main__":
+    app()
