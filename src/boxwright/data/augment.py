@@ -1,0 +1,189 @@
+"""Random changes to a picture: every geometric one is part of one affine, applied once; colour is apart.
+
+Boxes and matrices are in continuous pixel coordinates, in which pixel (row 0, column 0) spans 0..1.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from boxwright.data.buckets import Resize
+from boxwright.geometry.affine import transform_boxes
+
+MIN_VISIBLE = 0.1
+"""An object of which a crop leaves less than this share of its box is no object of the sample any more."""
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """Random brightness, contrast and saturation, each a factor drawn from 1 - strength to 1 + strength."""
+
+    brightness: float = 0.2
+    """Strength of the factor on all values."""
+    contrast: float = 0.2
+    """Strength of the factor on the distance from the picture's mean grey."""
+    saturation: float = 0.2
+    """Strength of the factor on the distance from each pixel's own grey."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= strength <= 1 for strength in (self.brightness, self.contrast, self.saturation)):
+            raise ValueError(f"{self}: strengths lie in 0..1")
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A changed copy of uint8 RGB [H, W, 3]."""
+        strengths = np.array([self.brightness, self.contrast, self.saturation])
+        brightness, contrast, saturation = 1 + strengths * rng.uniform(-1, 1, 3)
+        # Brightness and contrast act on each value alone, so that one table of 256 holds them both.
+        mean = brightness * cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+        table = contrast * brightness * np.arange(256) + (1 - contrast) * mean
+        image = cv2.LUT(image, np.clip(table + 0.5, 0, 255).astype(np.uint8))
+        grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        return cv2.addWeighted(image, saturation, grey, 1 - saturation, 0)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture comes to lie on its canvas."""
+
+    resized: tuple[int, int]
+    """(height, width) of the whole picture after scaling."""
+    flipped: bool
+    """Whether left and right are swapped."""
+    window: tuple[int, int, int, int]
+    """(top, left, height, width) of what is kept of the scaled and flipped picture."""
+    matrix: np.ndarray
+    """float32 [2, 3], from continuous pixel coordinates of the file to those of the canvas."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what is visible on the canvas."""
+        return self.window[2:]
+
+    @property
+    def cropped(self) -> bool:
+        """Whether anything of the scaled picture is cut off."""
+        return self.size != self.resized
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Which geometric changes are drawn, and from what.
+
+    A picture that is scaled up keeps the size that it would have without jitter, through a window at a random
+    place. So nothing here ever outgrows the canvas, and a picture's bucket is known before it is opened.
+    """
+
+    flip: float = 0.0
+    """Probability of swapping left and right."""
+    scale_jitter: tuple[float, float] | None = None
+    """Least and largest factor on the resized size, drawn evenly; None: always 1."""
+    crop: float | None = None
+    """Keep a random window whose height and width are each at least this share of the picture's; None: keep all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip} is no probability")
+        if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ValueError(f"scale_jitter={self.scale_jitter}: give 0 < least <= largest, such as (0.8, 1.25)")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"crop={self.crop}: give the least share of each side that is kept, in 0..1")
+
+    def draw(self, original: tuple[int, int], resize: Resize | None, rng: np.random.Generator) -> Placement:
+        """Draw a placement.
+
+        Args:
+            original: (height, width) of the picture in its file.
+            resize: the limits; None keeps the picture's own size.
+            rng: takes the same number of draws whatever is on, so that switching one change on moves no other.
+        """
+        at_flip, at_scale, at_height, at_width, at_top, at_left = rng.random(6)
+        base = original if resize is None else resize.size(*original)
+        low, high = self.scale_jitter or (1.0, 1.0)
+        factor = low + (high - low) * at_scale
+        resized = (max(int(base[0] * factor + 0.5), 1), max(int(base[1] * factor + 0.5), 1))
+        share = 1.0 if self.crop is None else self.crop
+        height = max(int(min(base[0], resized[0]) * (share + (1 - share) * at_height) + 0.5), 1)
+        width = max(int(min(base[1], resized[1]) * (share + (1 - share) * at_width) + 0.5), 1)
+        top, left = int((resized[0] - height + 1) * at_top), int((resized[1] - width + 1) * at_left)
+        return place(original, resized, flipped=bool(at_flip < self.flip), window=(top, left, height, width))
+
+
+def place(
+    original: tuple[int, int],
+    resized: tuple[int, int],
+    *,
+    flipped: bool = False,
+    window: tuple[int, int, int, int] | None = None,
+) -> Placement:
+    """Scale a picture, maybe swap left and right, and keep a window of it (all, where None is given)."""
+    top, left, height, width = window or (0, 0, *resized)
+    scale_y, scale_x = resized[0] / original[0], resized[1] / original[1]
+    row_x = [-scale_x, 0.0, resized[1] - left] if flipped else [scale_x, 0.0, -left]
+    matrix = np.array([row_x, [0.0, scale_y, -top]], dtype=np.float32)
+    return Placement(resized=resized, flipped=flipped, window=(top, left, height, width), matrix=matrix)
+
+
+def place_image(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """The visible pixels: bilinear, without antialiasing, as in the 2018 toolbox.
+
+    Args:
+        image: uint8 [H, W, 3].
+        placement: drawn for this picture's size.
+
+    Returns:
+        uint8 [height, width, 3] of the placement's size.
+    """
+    height, width = placement.size
+    if placement.cropped:
+        # OpenCV counts from the middle of the first pixel, half a pixel away from the origin of our coordinates.
+        matrix = placement.matrix.astype(np.float64)
+        matrix[:, 2] += matrix[:, :2].sum(1) * 0.5 - 0.5
+        return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    if image.shape[:2] != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image[:, ::-1] if placement.flipped else image
+
+
+def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes on the canvas, clipped to what is visible.
+
+    Args:
+        boxes: float32 [n, 4] xyxy in pixels of the file.
+        placement: where the picture lies.
+
+    Returns:
+        float32 [n, 4] xyxy in pixels of the canvas, and bool [n]: False where the box has no area left or a crop
+        leaves too little of it.
+    """
+    height, width = placement.size
+    full = transform_boxes(torch.tensor(boxes)[None], torch.tensor(placement.matrix)[None])[0].numpy()
+    visible = full.clip(0, np.array([width, height, width, height], np.float32))
+    area = _areas(visible)
+    least = MIN_VISIBLE * _areas(full) if placement.cropped else 0.0
+    return visible, (area > 0) & (area >= least)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed what transforms from elsewhere draw from (torch, numpy, random) inside the block, and put it back after."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms of others still draw from it)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -1,0 +1,99 @@
+"""From samples to a padded batch.
+
+B images, G object slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from boxwright.data.augment import Placement, place_boxes, place_image
+from boxwright.data.buckets import Canvas
+from boxwright.data.dataset import Sample
+from boxwright.structures import Batch, Targets
+
+MIN_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class PlacedSample:
+    """A sample, where it goes, and the seed of all that is random about it later."""
+
+    sample: Sample
+    placement: Placement
+    seed: int
+
+
+def slots_for(max_objects: int) -> int:
+    """The object slots of a data set: the smallest of 8, 16, 32, ... that holds its fullest image."""
+    slots = MIN_SLOTS
+    while slots < max_objects:
+        slots *= 2
+    return slots
+
+
+def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slots: int | None) -> Batch:
+    """Write samples onto the canvases of one batch.
+
+    Args:
+        placed: B samples; taken one by one, so that a generator holds one decoded picture at a time.
+        batch_size: B.
+        canvas: (height, width) that all of them fit.
+        slots: G, or None for a batch without targets.
+
+    Returns:
+        A batch whose padding is zero, in pixels as in targets.
+
+    Raises:
+        ValueError: a picture does not fit the canvas, or has more objects than slots.
+    """
+    images = torch.zeros(batch_size, 3, *canvas, dtype=torch.uint8)
+    pixels = images.numpy()
+    sizes, originals = np.zeros((2, batch_size, 2), np.int64)
+    transforms = np.zeros((batch_size, 2, 3), np.float32)
+    image_ids, seeds = np.zeros((2, batch_size), np.int64)
+    boxes = np.zeros((batch_size, slots or 0, 4), np.float32)
+    labels = np.zeros((batch_size, slots or 0), np.int64)
+    valid, crowd = np.zeros((2, batch_size, slots or 0), bool)
+    for b, item in enumerate(placed):
+        sample, placement = item.sample, item.placement
+        height, width = placement.size
+        if height > canvas[0] or width > canvas[1]:
+            file_height, file_width = sample.image.shape[:2]
+            raise ValueError(
+                f"{sample.file_name}: the file holds {file_width} x {file_height} pixels, which is another shape than "
+                f"the data set states: correct the width and height of its annotation"
+            )
+        pixels[b, :, :height, :width] = place_image(sample.image, placement).transpose(2, 0, 1)
+        sizes[b], originals[b] = placement.size, sample.image.shape[:2]
+        transforms[b], image_ids[b], seeds[b] = placement.matrix, sample.image_id, item.seed
+        if slots is not None:
+            placed_boxes, kept = place_boxes(sample.boxes, placement)
+            count = int(kept.sum())
+            if count > slots:
+                raise ValueError(
+                    f"{sample.file_name}: {count} objects, but the data set's max_objects allows {slots}: correct it"
+                )
+            boxes[b, :count], labels[b, :count] = placed_boxes[kept], sample.labels[kept]
+            valid[b, :count], crowd[b, :count] = True, sample.crowd[kept]
+    targets = None
+    if slots is not None:
+        targets = Targets(
+            boxes=torch.from_numpy(boxes),
+            labels=torch.from_numpy(labels),
+            valid=torch.from_numpy(valid),
+            crowd=torch.from_numpy(crowd),
+        )
+    return Batch(
+        images=images,
+        image_sizes=torch.from_numpy(sizes),
+        original_sizes=torch.from_numpy(originals),
+        transforms=torch.from_numpy(transforms),
+        image_ids=torch.from_numpy(image_ids),
+        seeds=torch.from_numpy(seeds),
+        targets=targets,
+    )

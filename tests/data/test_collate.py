@@ -1,0 +1,59 @@
+"""Samples come to lie on zeros, and each field of the batch says what it should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from boxwright.data.augment import place, place_image
+from boxwright.data.collate import PlacedSample, collate, slots_for
+from pictures import Pictures
+
+
+@pytest.mark.parametrize(("objects", "slots"), [(0, 8), (8, 8), (9, 16), (93, 128), (400, 512)])
+def test_slots_hold_the_fullest_image(objects: int, slots: int) -> None:
+    assert slots_for(objects) == slots
+
+
+def test_a_batch_says_what_its_samples_say() -> None:
+    samples = [Pictures(8)[3], Pictures(8)[0]]
+    placed = [
+        PlacedSample(samples[0], place((50, 50), (64, 64), flipped=True), seed=7),
+        PlacedSample(samples[1], place((40, 60), (64, 96)), seed=(1 << 63) - 1),
+    ]
+    batch = collate(iter(placed), 2, (64, 96), 8)
+    assert batch.images.shape == (2, 3, 64, 96)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous()
+    first = place_image(samples[0].image, placed[0].placement)
+    np.testing.assert_array_equal(batch.images[0, :, :, :64].permute(1, 2, 0), first)
+    assert (batch.images[0, :, :, 64:] == 0).all()
+    assert batch.image_sizes.tolist() == [[64, 64], [64, 96]]
+    assert batch.original_sizes.tolist() == [[50, 50], [40, 60]]
+    assert batch.image_ids.tolist() == [103, 100]
+    assert batch.seeds.tolist() == [7, (1 << 63) - 1]
+    np.testing.assert_array_equal(batch.transforms[0], placed[0].placement.matrix)
+    targets = batch.targets
+    assert targets is not None
+    assert targets.valid.sum(1).tolist() == [3, 0]
+    assert targets.labels[0, :3].tolist() == [0, 1, 0]
+    assert targets.crowd[0].tolist() == [False, False, True] + [False] * 5
+    x1, y1, x2, y2 = samples[0].boxes[0] * (64 / 50)
+    np.testing.assert_allclose(targets.boxes[0, 0], [64 - x2, y1, 64 - x1, y2], rtol=1e-5)
+    assert (targets.boxes[~targets.valid] == 0).all()
+
+
+def test_without_slots_there_are_no_targets() -> None:
+    batch = collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 64), None)
+    assert batch.targets is None
+
+
+def test_a_picture_that_is_not_as_stated_is_named() -> None:
+    with pytest.raises(ValueError, match=r"0.jpg: the file holds 60 x 40 pixels"):
+        collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 32), 8)
+
+
+def test_more_objects_than_stated_are_never_cut_off_in_silence() -> None:
+    with pytest.raises(ValueError, match=r"3.jpg: 3 objects"):
+        collate([PlacedSample(Pictures(4)[3], place((50, 50), (50, 50)), 0)], 1, (64, 64), 2)

@@ -1,0 +1,229 @@
+"""Batches are the same from anywhere, workers come and go without a trace, and faults reach the user."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import fields, replace
+from itertools import islice
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from boxwright.data.augment import Photometric
+from boxwright.data.buckets import Resize
+from boxwright.data.dataset import Sample
+from boxwright.data.loader import EvaluationLoader, TrainingLoader
+from boxwright.structures import Batch, Targets
+from pictures import SIZES, Pictures, StatedPictures
+
+RESIZE = Resize(64, 107)
+
+
+def training_loader(dataset: Pictures | None = None, **changes: object) -> TrainingLoader:
+    settings: dict = {
+        "batch_size": 4,
+        "resize": RESIZE,
+        "scale_jitter": (0.7, 1.4),
+        "crop": 0.7,
+        "photometric": Photometric(),
+        "seed": 5,
+        "num_workers": 0,
+    }
+    return TrainingLoader(Pictures(23) if dataset is None else dataset, **{**settings, **changes})
+
+
+def assert_equal(one: Batch | Targets | None, two: Batch | Targets | None) -> None:
+    assert type(one) is type(two)
+    if one is None or two is None:
+        return
+    for field in fields(one):
+        left, right = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(left, torch.Tensor):
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right), field.name
+        else:
+            assert_equal(left, right)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in command(child)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def blur(sample: Sample) -> Sample:
+    noise = torch.randint(0, 50, sample.image.shape, dtype=torch.uint8).numpy()
+    return replace(sample, image=sample.image + noise)
+
+
+def cut(sample: Sample) -> Sample:
+    return replace(sample, image=sample.image[:-1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_very_same_batches(num_workers: int) -> None:
+    start = 5
+    from_the_start = list(islice(training_loader().batches(0), start + 6))
+    resumed = training_loader(num_workers=num_workers).batches(start)
+    for batch, again in zip(from_the_start[start:], resumed, strict=False):
+        assert_equal(batch, again)
+
+
+def test_spawned_workers_give_the_same_batches() -> None:
+    spawned = training_loader(num_workers=1, start_method="spawn").batches(2)
+    for one, two in zip(islice(spawned, 2), training_loader().batches(2), strict=False):
+        assert_equal(one, two)
+
+
+def test_ranks_join_to_what_one_process_would_see() -> None:
+    whole = islice(training_loader(batch_size=4).batches(), 8)
+    parts = [training_loader(batch_size=2, rank=rank, world_size=2).batches() for rank in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=False):
+        assert first.images.shape == second.images.shape
+        for field in fields(batch):
+            if field.name != "targets":
+                joined = torch.cat([getattr(first, field.name), getattr(second, field.name)])
+                assert torch.equal(getattr(batch, field.name), joined)
+
+
+def test_an_epoch_sees_every_picture_and_its_seed_belongs_to_it() -> None:
+    loader = training_loader()
+    seeds: dict[int, int] = {}
+    for epoch in range(2):
+        seen = set()
+        for batch in islice(loader.batches(epoch * loader.steps_per_epoch), loader.steps_per_epoch):
+            assert batch.images.shape[0] == 4
+            assert all(side % 32 == 0 for side in batch.images.shape[2:])
+            for image_id, seed in zip(batch.image_ids.tolist(), batch.seeds.tolist(), strict=True):
+                seen.add(image_id)
+                assert seeds.setdefault((epoch, image_id), seed) == seed
+        assert seen == {100 + i for i in range(23)}
+    assert len(set(seeds.values())) == 46
+
+
+def test_targets_sit_on_their_objects_through_all_augmentations() -> None:
+    checked = 0
+    for batch in islice(training_loader(photometric=None).batches(), 12):
+        assert batch.targets is not None
+        for b in range(4):
+            height, width = batch.image_sizes[b].tolist()
+            assert (batch.images[b, :, height:] == 0).all()
+            assert (batch.images[b, :, :, width:] == 0).all()
+            for x1, y1, x2, y2 in batch.targets.boxes[b][batch.targets.valid[b]].tolist():
+                assert 0 <= x1 < x2 <= width
+                assert 0 <= y1 < y2 <= height
+                inside = batch.images[b, 2, int(y1 + 1.5) : int(y2 - 0.5), int(x1 + 1.5) : int(x2 - 0.5)]
+                assert (inside > 200).all()
+                checked += inside.numel() > 0
+    assert checked > 20
+
+
+def test_transforms_bring_boxes_to_the_canvas() -> None:
+    dataset = Pictures(23)
+    batch = next(training_loader(scale_jitter=None, crop=None, flip=0.5).batches(3))
+    assert batch.targets is not None
+    for b in range(4):
+        sample = dataset[int(batch.image_ids[b]) - 100]
+        (a, _, c), (_, e, f) = batch.transforms[b].tolist()
+        for box, expected in zip(sample.boxes, batch.targets.boxes[b][batch.targets.valid[b]], strict=True):
+            xs, ys = sorted([box[0] * a + c, box[2] * a + c]), sorted([box[1] * e + f, box[3] * e + f])
+            np.testing.assert_allclose(expected, [xs[0], ys[0], xs[1], ys[1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_transforms_chance_is_repeatable_and_private(num_workers: int) -> None:
+    torch.manual_seed(0)
+    one = next(training_loader(transform=blur).batches(4))
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert_equal(one, next(training_loader(transform=blur, num_workers=num_workers).batches(4)))
+    assert torch.rand(()) == drawn
+
+
+def test_a_transform_that_changes_the_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"jpg: the transform made a picture of shape"):
+        next(training_loader(transform=cut).batches())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_fault_in_a_worker_reaches_the_user_as_it_was(num_workers: int) -> None:
+    loader = training_loader(StatedPictures(23, broken=7), num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^broken/7.jpg: cannot be decoded$") as caught:
+        list(islice(loader.batches(), loader.steps_per_epoch))
+    assert "__getitem__" in str(caught.value.__cause__)
+    del caught
+    assert_no_children()
+
+
+def test_stopping_leaves_no_process() -> None:
+    iterator = training_loader(num_workers=2).batches()
+    next(iterator)
+    assert len(children()) == 2
+    iterator.close()
+    assert_no_children()
+
+
+def assert_no_children() -> None:
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not children()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("native", [False, True])
+def test_evaluation_sees_each_picture_once(world_size: int, native: bool) -> None:
+    seen = []
+    for rank in range(world_size):
+        loader = EvaluationLoader(
+            Pictures(23),
+            batch_size=4,
+            resize=None if native else RESIZE,
+            native=native,
+            num_workers=0,
+            rank=rank,
+            world_size=world_size,
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        seen += [image_id for batch in batches for image_id in batch.image_ids.tolist()]
+        assert all(batch.targets is None for batch in batches)
+    assert sorted(seen) == [100 + i for i in range(23)]
+
+
+def test_native_evaluation_only_pads() -> None:
+    dataset = Pictures(12)
+    for batch in EvaluationLoader(dataset, batch_size=4, native=True, num_workers=0):
+        for b, image_id in enumerate(batch.image_ids.tolist()):
+            height, width = SIZES[(image_id - 100) % len(SIZES)]
+            assert batch.image_sizes[b].tolist() == [height, width]
+            assert batch.images.shape[2:] == (-(-height // 32) * 32, -(-width // 32) * 32)
+            picture = batch.images[b, :, :height, :width].permute(1, 2, 0)
+            np.testing.assert_array_equal(picture, dataset[image_id - 100].image)
+            assert batch.transforms[b].tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def test_evaluation_can_be_gone_through_again_with_workers() -> None:
+    loader = EvaluationLoader(Pictures(9), batch_size=4, resize=RESIZE, num_workers=1)
+    here = EvaluationLoader(Pictures(9), batch_size=4, resize=RESIZE, num_workers=0)
+    for _ in range(2):
+        for one, two in zip(loader, here, strict=True):
+            assert_equal(one, two)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="either resize or native"):
+        EvaluationLoader(Pictures(3), batch_size=1, num_workers=0)
+    with pytest.raises(ValueError, match="no pictures"):
+        training_loader(Pictures(0))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        training_loader(batch_size=0)

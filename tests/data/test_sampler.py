@@ -1,0 +1,101 @@
+"""Every picture comes, in batches of one canvas, the same for everyone who asks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from boxwright.data.buckets import Resize, assign_buckets, buckets_for, holds
+from boxwright.data.sampler import TrainingSampler, group, image_seed
+
+RESIZE = Resize(800, 1333)
+
+
+def planned(count: int, seed: int = 0) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    sizes = np.random.default_rng(seed).integers(200, 800, (count, 2))
+    canvases = buckets_for(RESIZE)
+    return assign_buckets(RESIZE.sizes(sizes), canvases), canvases
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 100, 421])
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_every_picture_comes_each_epoch_and_few_come_twice(count: int, batch_size: int) -> None:
+    buckets, canvases = planned(count)
+    sampler = TrainingSampler(buckets, canvases, batch_size=batch_size, seed=3)
+    for epoch in range(3):
+        steps = [sampler.step(epoch * sampler.steps_per_epoch + i) for i in range(sampler.steps_per_epoch)]
+        assert {step.epoch for step in steps} == {epoch}
+        seen = np.concatenate([step.indices for step in steps])
+        assert set(seen.tolist()) == set(range(count))
+        # One batch of landscape and one of portrait may be filled up.
+        assert len(seen) - count < 2 * batch_size
+        for step in steps:
+            assert len(step.indices) == batch_size
+            assert all(holds(step.canvas, canvases[buckets[index]]) for index in step.indices)
+
+
+def test_filling_up_prefers_pictures_that_are_not_in_the_batch_yet() -> None:
+    sampler = TrainingSampler(np.zeros(20, int), [(32, 32)], batch_size=16, seed=0)
+    for step in range(4):
+        assert len(set(sampler.step(step).indices.tolist())) == 16
+
+
+def test_left_over_pictures_join_the_next_larger_bucket() -> None:
+    canvases = [(32, 32), (32, 64), (64, 32), (32, 96)]
+    buckets = np.array([0, 0, 0, 1, 1, 2, 3, 3])
+    batches = group(np.arange(8), buckets, canvases, 2)
+    assert [(canvases[bucket], indices.tolist()) for bucket, indices in batches] == [
+        ((32, 32), [0, 1]),
+        ((32, 64), [2, 3]),
+        ((64, 32), [5]),
+        ((32, 96), [4, 6]),
+        ((32, 96), [7]),
+    ]
+
+
+def test_no_canvas_is_used_that_no_picture_needs() -> None:
+    canvases = [(32, 32), (32, 64)]
+    assert group(np.arange(3), np.zeros(3, int), canvases, 2)[-1][0] == 0
+
+
+def test_a_step_can_be_reached_from_anywhere() -> None:
+    buckets, canvases = planned(50)
+    forward = TrainingSampler(buckets, canvases, batch_size=4, seed=1)
+    steps = [forward.step(i) for i in range(40)]
+    backward = TrainingSampler(buckets, canvases, batch_size=4, seed=1)
+    for i in reversed(range(40)):
+        again = backward.step(i)
+        assert (again.epoch, again.canvas) == (steps[i].epoch, steps[i].canvas)
+        np.testing.assert_array_equal(again.indices, steps[i].indices)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    buckets, canvases = planned(50)
+    one, two = (TrainingSampler(buckets, canvases, batch_size=50, seed=seed) for seed in (1, 2))
+    assert (one.step(0).indices != one.step(one.steps_per_epoch).indices).any()
+    assert (one.step(0).indices != two.step(0).indices).any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shares_of_all_ranks_join_to_the_step(world_size: int) -> None:
+    buckets, canvases = planned(50)
+    step = TrainingSampler(buckets, canvases, batch_size=8, seed=1).step(3)
+    shares = [step.share(rank, world_size) for rank in range(world_size)]
+    assert {share.canvas for share in shares} == {step.canvas}
+    np.testing.assert_array_equal(np.concatenate([share.indices for share in shares]), step.indices)
+
+
+def test_image_seeds_are_63_bits_and_all_different() -> None:
+    seeds = {image_seed(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(100)}
+    assert len(seeds) == 900
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert image_seed(1, 2, 3) == image_seed(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "seed", "message"),
+    [(0, 1, 0, "no pictures"), (3, 0, 0, "batch_size"), (3, 1, -1, "seed")],
+)
+def test_what_cannot_be_is_refused(count: int, batch_size: int, seed: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingSampler(np.zeros(count, int), [(32, 32)], batch_size=batch_size, seed=seed)

@@ -1,0 +1,65 @@
+"""A data set made in memory: pictures of many shapes, each a smooth gradient with bright rectangles as objects.
+
+A module of its own, not part of a test, so that workers started by "spawn" can import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from boxwright.data.dataset import Category, Sample
+
+SIZES = ((40, 60), (60, 40), (30, 64), (50, 50), (64, 33), (45, 60))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """`count` pictures; picture i has i % 4 objects, the last of three a crowd, and the id 100 + i."""
+
+    count: int
+    sizes: Sequence[tuple[int, int]] = SIZES
+    broken: int | None = None
+    categories: Sequence[Category] = field(default=(Category(id=1, name="one"), Category(id=5, name="two")))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.broken:
+            raise ValueError(f"broken/{index}.jpg: cannot be decoded")
+        rng = np.random.default_rng(index)
+        height, width = self.sizes[index % len(self.sizes)]
+        image = np.zeros((height, width, 3), np.uint8)
+        image[..., 0] = np.linspace(0, 100, width)
+        image[..., 1] = np.linspace(0, 100, height)[:, None]
+        num = index % 4
+        corners = rng.integers(0, [width // 2, height // 2], (num, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(8, 16, (num, 2))], axis=1).astype(np.float32)
+        for x1, y1, x2, y2 in boxes.astype(int):
+            image[y1:y2, x1:x2] = 255
+        return Sample(
+            image=image,
+            image_id=100 + index,
+            file_name=f"{index}.jpg",
+            boxes=boxes,
+            labels=np.arange(num, dtype=np.int64) % 2,
+            crowd=np.arange(num) == 2,
+            object_ids=np.arange(num, dtype=np.int64),
+        )
+
+
+class StatedPictures(Pictures):
+    """The same, with the facts that spare the loader a pass over all samples."""
+
+    @property
+    def image_sizes(self) -> np.ndarray:
+        """(height, width) of each picture."""
+        return np.array([self.sizes[index % len(self.sizes)] for index in range(self.count)])
+
+    @property
+    def max_objects(self) -> int:
+        """The objects of the fullest picture."""
+        return 3
