@@ -1,0 +1,215 @@
+"""ResNet (He et al., Deep Residual Learning, 2016) as a backbone; parameters are named as in torchvision.
+
+B images, H x W canvas. Map C2 comes from `layer1` at stride 4, C5 from `layer4` at stride 32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Style = Literal["pytorch", "caffe"]
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+
+BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics are constants, in training too; scale and bias are parameters.
+
+    Detectors train with few images a GPU, too few for statistics of their own.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, train_affine: bool = True) -> None:
+        """Start as the identity, but for `eps`; `train_affine` says whether scale and bias learn."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=train_affine)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=train_affine)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised input, in its own dtype.
+
+        `F.batch_norm` is the folded `x * scale + bias` in one pass, in float32 inside also where x is bfloat16.
+        """
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # nn.BatchNorm2d counts the batches of its statistics; ours never change.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:
+    """A normalisation layer.
+
+    Args:
+        norm: "frozen_bn" constant statistics; "bn" statistics of this process's images; "sync_bn" statistics of all
+            processes' images (CUDA only; in one process it is "bn"); "gn" 32 groups, fewer where 32 does not divide
+            the channels.
+        channels: of the maps to normalise.
+        train_affine: whether the scale and bias of "frozen_bn" learn; those of the others always do.
+    """
+    if norm == "frozen_bn":
+        return FrozenBatchNorm2d(channels, train_affine=train_affine)
+    if norm == "bn":
+        return nn.BatchNorm2d(channels)
+    if norm == "sync_bn":
+        return nn.SyncBatchNorm(channels)
+    if norm == "gn":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, style: Style, norm: Norm, train_affine: bool) -> None:
+        """See `ResNet`; `style` changes nothing here."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = make_norm(norm, width, train_affine=train_affine)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = make_norm(norm, width, train_affine=train_affine)
+        self.downsample = _shortcut(inputs, width, stride, norm, train_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, width, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        x += shortcut
+        return F.relu(x, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (ResNet-50 and 101)."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, style: Style, norm: Norm, train_affine: bool) -> None:
+        """See `ResNet`; the stride is that of the first convolution ("caffe") or of the second ("pytorch")."""
+        super().__init__()
+        stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
+        outputs = width * self.expansion
+        self.conv1 = nn.Conv2d(inputs, width, 1, stride1, bias=False)
+        self.bn1 = make_norm(norm, width, train_affine=train_affine)
+        self.conv2 = nn.Conv2d(width, width, 3, stride2, padding=1, bias=False)
+        self.bn2 = make_norm(norm, width, train_affine=train_affine)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = make_norm(norm, outputs, train_affine=train_affine)
+        self.downsample = _shortcut(inputs, outputs, stride, norm, train_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, 4 * width, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        x += shortcut
+        return F.relu(x, inplace=True)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride, bias=False), make_norm(norm, outputs, train_affine=train_affine)
+    )
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier; a torchvision state dict less `fc.*` loads as it is."""
+
+    def __init__(
+        self,
+        depth: int = 50,
+        *,
+        style: Style = "pytorch",
+        norm: Norm = "frozen_bn",
+        frozen_stages: int = 1,
+        train_norm_affine: bool = True,
+        out_stages: Sequence[int] = (2, 3, 4, 5),
+    ) -> None:
+        """Build it with random weights.
+
+        Args:
+            depth: 18, 34, 50 or 101.
+            style: where a bottleneck has its stride: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1.
+            norm: see `make_norm`.
+            frozen_stages: the stem and this many stages do not learn; 0 trains everything.
+            train_norm_affine: whether the scales and biases of "frozen_bn" learn in the stages that do.
+            out_stages: the maps to give, of 2 (stride 4) to 5 (stride 32); stages above the last are not built.
+        """
+        super().__init__()
+        if depth not in BLOCKS_PER_STAGE:
+            raise ValueError(f"ResNet depth {depth} is none of {', '.join(map(str, BLOCKS_PER_STAGE))}")
+        if style not in ("pytorch", "caffe"):
+            raise ValueError(f"ResNet style {style!r} is neither 'pytorch' nor 'caffe'")
+        if not out_stages or list(out_stages) != sorted(set(out_stages) & {2, 3, 4, 5}):
+            raise ValueError(f"ResNet out_stages {tuple(out_stages)}: give rising numbers of 2 to 5")
+        self.num_stages = max(out_stages) - 1
+        if not 0 <= frozen_stages <= self.num_stages:
+            raise ValueError(f"ResNet frozen_stages {frozen_stages} is not within 0..{self.num_stages}")
+        block = BasicBlock if depth < 50 else Bottleneck
+        self.out_stages = tuple(out_stages)
+        self.frozen_stages = frozen_stages
+        self.channels = [2 ** (stage + 4) * block.expansion for stage in out_stages]
+        self.strides = [2**stage for stage in out_stages]
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(norm, 64, train_affine=train_norm_affine)
+        inputs = 64
+        for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth][: self.num_stages]):
+            width, stride = 64 * 2**index, 1 if index == 0 else 2
+            blocks = []
+            for i in range(num_blocks):
+                blocks.append(block(inputs, width, stride if i == 0 else 1, style, norm, train_norm_affine))
+                inputs = width * block.expansion
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # The pictures need no gradient either, so autograd keeps nothing of what runs before the first trained stage.
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train()
+
+    def _stage(self, index: int) -> nn.Module:
+        return self.get_submodule(f"layer{index}")
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages == 0:
+            return []
+        return [self.conv1, self.bn1, *(self._stage(i + 1) for i in range(self.frozen_stages))]
+
+    def train(self, mode: bool = True) -> ResNet:
+        """As in any module, but frozen stages stay in evaluation mode, so that theirs are constants with any norm."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] normalised pixels -> the maps of `out_stages`."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        maps = []
+        for index in range(self.num_stages):
+            x = self._stage(index + 1)(x)
+            if index + 2 in self.out_stages:
+                maps.append(x)
+        return maps

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+from boxwright.backbones.backbone import Backbone
+from boxwright.backbones.resnet import Bottleneck, FrozenBatchNorm2d, ResNet, make_norm
+
+
+def with_random_norms(model: nn.Module) -> nn.Module:
+    """Statistics and scales other than 0 and 1, so that an ignored one shows, but no blow-up over many blocks."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+            nn.init.uniform_(module.weight, 0.4, 0.6)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+def test_equals_torchvision(depth: int, norm: str) -> None:
+    torch.manual_seed(depth)
+    theirs = with_random_norms(getattr(torchvision.models, f"resnet{depth}")())
+    ours = ResNet(depth, norm=norm)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    # In training mode the frozen statistics must hold all the same.
+    ours.train(norm == "frozen_bn")
+    getter = IntermediateLayerGetter(theirs, {f"layer{i}": str(i) for i in range(1, 5)})
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected, maps = getter(images).values(), ours(images)
+    for ours_map, their_map, channels, stride in zip(maps, expected, ours.channels, ours.strides, strict=True):
+        assert ours_map.shape == (1, channels, 64 // stride, 96 // stride)
+        torch.testing.assert_close(ours_map, their_map, atol=1e-5, rtol=1e-5)
+
+
+def test_is_a_backbone() -> None:
+    assert isinstance(ResNet(18), Backbone)
+
+
+def test_caffe_style_has_its_stride_in_the_first_convolution() -> None:
+    for style, strides in (("pytorch", (1, 2)), ("caffe", (2, 1))):
+        block = ResNet(50, style=style).get_submodule("layer2.0")
+        assert isinstance(block, Bottleneck)
+        assert (block.conv1.stride[0], block.conv2.stride[0]) == strides
+
+
+def test_frozen_stages_do_not_learn_and_keep_their_statistics() -> None:
+    model = ResNet(18, norm="bn", frozen_stages=2).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    maps = model(torch.randn(2, 3, 64, 64))
+    assert [x.requires_grad for x in maps] == [False, False, True, True]
+    frozen = ("conv1.", "bn1.", "layer1.", "layer2.")
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]) == name.startswith(frozen), name
+
+
+def test_nothing_frozen() -> None:
+    assert all(p.requires_grad for p in ResNet(18, norm="gn", frozen_stages=0).parameters())
+
+
+@pytest.mark.parametrize("train_affine", [True, False])
+def test_frozen_batch_norm_learns_scale_and_bias_only_by_option(train_affine: bool) -> None:
+    model = ResNet(18, train_norm_affine=train_affine).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sum(x.sum() for x in model(torch.randn(1, 3, 32, 32))).backward()
+    norm = model.get_submodule("layer4.1.bn2")
+    assert isinstance(norm, FrozenBatchNorm2d)
+    assert (norm.weight.grad is not None) == train_affine
+    assert (norm.bias.grad is not None) == train_affine
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_frozen_batch_norm_keeps_bfloat16() -> None:
+    norm = FrozenBatchNorm2d(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_sync_bn_is_plain_bn_in_one_process() -> None:
+    x = torch.randn(3, 8, 4, 4)
+    torch.testing.assert_close(make_norm("sync_bn", 8)(x), make_norm("bn", 8)(x))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (64, 32), (48, 16), (12, 4), (7, 1)])
+def test_group_norm_has_at_most_32_groups_that_divide(channels: int, groups: int) -> None:
+    norm = make_norm("gn", channels)
+    assert isinstance(norm, nn.GroupNorm)
+    assert norm.num_groups == groups
+
+
+def test_stages_above_the_last_map_are_not_built() -> None:
+    model = ResNet(18, out_stages=(3, 4))
+    assert (model.channels, model.strides) == ([128, 256], [8, 16])
+    assert not hasattr(model, "layer4")
+    assert [x.shape[-1] for x in model(torch.zeros(1, 3, 32, 32))] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": 20}, "18, 34, 50, 101"),
+        ({"style": "torch"}, "'caffe'"),
+        ({"norm": "layer"}, "frozen_bn"),
+        ({"out_stages": (5, 4)}, "rising"),
+        ({"out_stages": ()}, "rising"),
+        ({"frozen_stages": 5}, "0..4"),
+    ],
+)
+def test_wrong_settings_name_the_right_ones(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResNet(**settings)
