@@ -1,0 +1,124 @@
+"""Which library decodes JPEG and which resizes fastest, on one core.
+
+    python benchmarks/decode.py ../shared/data/coco_mini/train2017
+
+Files are read into memory first. All candidates take turns within each round, so that a busy machine hurts them alike;
+a figure is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional
+
+from boxwright.data.buckets import Resize
+
+RESIZE = Resize(800, 1333)
+
+
+def opencv_decode(data: bytes) -> np.ndarray:
+    """OpenCV, asking libjpeg for RGB."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def torchvision_decode(data: bytes) -> torch.Tensor:
+    """torchvision.io, channels first."""
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def simplejpeg_decode(data: bytes) -> np.ndarray:
+    """simplejpeg: libjpeg-turbo without anything around it."""
+    return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+
+
+def pillow_decode(data: bytes) -> Image.Image:
+    """Pillow."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.load()
+    return image
+
+
+def opencv_resize(image: np.ndarray) -> np.ndarray:
+    """OpenCV, bilinear without antialiasing."""
+    height, width = RESIZE.size(*image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def torchvision_resize(image: torch.Tensor) -> torch.Tensor:
+    """Torchvision v2 on uint8, bilinear without antialiasing."""
+    return functional.resize(image, list(RESIZE.size(*image.shape[1:])), antialias=False)
+
+
+def pillow_resize(image: Image.Image) -> Image.Image:
+    """Pillow, bilinear; it cannot switch antialiasing off, which only matters where a picture shrinks."""
+    height, width = RESIZE.size(image.height, image.width)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+CHAINS: dict[str, tuple[Callable[[bytes], Any], Callable[[Any], Any]]] = {
+    "opencv": (opencv_decode, opencv_resize),
+    "simplejpeg + opencv": (simplejpeg_decode, opencv_resize),
+    "torchvision": (torchvision_decode, torchvision_resize),
+    "pillow": (pillow_decode, pillow_resize),
+}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of JPEG files")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--num-images", type=int, default=100)
+    arguments = parser.parse_args()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    files = [path.read_bytes() for path in sorted(arguments.images.glob("*.jpg"))[: arguments.num_images]]
+
+    decode_rates: dict[str, list[float]] = {name: [] for name in CHAINS}
+    resize_rates: dict[str, list[float]] = {name: [] for name in CHAINS}
+    chain_rates: dict[str, list[float]] = {name: [] for name in CHAINS}
+    for _ in range(arguments.rounds):
+        for name, (decode, resize) in CHAINS.items():
+            decoding = resizing = 0.0
+            for data in files:
+                start = time.perf_counter()
+                image = decode(data)
+                middle = time.perf_counter()
+                resize(image)
+                resizing += time.perf_counter() - middle
+                decoding += middle - start
+            decode_rates[name].append(len(files) / decoding)
+            resize_rates[name].append(len(files) / resizing)
+            chain_rates[name].append(len(files) / (decoding + resizing))
+
+    packages = ["opencv-python-headless", "simplejpeg", "torch", "torchvision", "pillow"]
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, ", end="")
+    print(", ".join(f"{package} {version(package)}" for package in packages))
+    print(f"{len(files)} images, {arguments.rounds} rounds, images/s on one core, median (least to most)\n")
+    print("| library | decode | resize | both |\n| --- | --- | --- | --- |")
+    for name in CHAINS:
+        cells = [rates[name] for rates in (decode_rates, resize_rates, chain_rates)]
+        print(
+            "| "
+            + " | ".join([name, *(f"{statistics.median(c):.0f} ({min(c):.0f}-{max(c):.0f})" for c in cells)])
+            + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()
