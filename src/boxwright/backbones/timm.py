@@ -22,7 +22,7 @@ class TimmBackbone(nn.Module):
             pretrained: whether timm loads (and the first time fetches) the model's published weights.
 
         Raises:
-            ValueError: timm is not installed or knows no such model, or the model gives no maps at strides 4, 8, 16, 32.
+            ValueError: timm is not installed, has no such model, or the model gives no maps at strides 4, 8, 16, 32.
         """
         super().__init__()
         try:
