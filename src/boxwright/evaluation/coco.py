@@ -150,11 +150,10 @@ def coco_metrics(
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
     assert list(max_detections) == sorted(max_detections)
     evaluator = truth.evaluator(results, max_detections=max_detections)
-    evaluator.evaluate()
-    evaluator.accumulate()
+    tables = accumulate(evaluator)
     order = _file_order(evaluator, truth.categories)
-    precision = evaluator.eval["precision"][:, :, order]  # [T, R, C, A, M], -1 where a category has no object
-    recall = evaluator.eval["recall"][:, order]  # [T, C, A, M]
+    precision = tables["precision"][:, :, order]  # [T, R, C, A, M], -1 where a category has no object
+    recall = tables["recall"][:, order]  # [T, C, A, M]
     thresholds = np.asarray(evaluator.params.iou_thrs)
     at50, at75 = int(np.argmin(np.abs(thresholds - 0.5))), int(np.argmin(np.abs(thresholds - 0.75)))
 
@@ -182,6 +181,15 @@ def coco_metrics(
         per_class=per_class,
         precision=np.stack(curves),
     )
+
+
+def accumulate(evaluator: hotcoco.COCOeval) -> dict[str, np.ndarray]:
+    """Run an evaluator; `precision` [T, R, C, A, M] and `recall` [T, C, A, M]."""
+    evaluator.evaluate()
+    evaluator.accumulate()
+    tables = evaluator.eval
+    assert tables is not None
+    return tables
 
 
 def _file_order(evaluator: hotcoco.COCOeval, categories: Sequence[Category]) -> list[int]:

@@ -20,7 +20,7 @@ from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
 from boxwright.structures import Batch, Detections, to_device
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "auto"]
 COORDINATE_DECIMALS = 3
 """Coordinates are kept to a thousandth of a pixel, about what float32 resolves, which keeps results files short."""
 
@@ -43,7 +43,7 @@ def evaluate(
         dataset: The ground truth.
         batches: This rank's share, as `EvaluationLoader` gives it.
         device: Where the detector is.
-        precision: What the detector computes in.
+        precision: What the detector computes in; `auto` is bfloat16 on GPUs that have it, else float32.
         categories: The model's, whose order its labels follow; left out, they are the data set's.
         max_detections: See `coco_metrics`.
         progress: Called with the number of images of each finished batch of this rank.
@@ -75,7 +75,7 @@ def detect_dataset(
     was_training = module.training
     module.eval()
     tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.inference_mode(), _autocast(device, precision):
         for batch in batches:
             detections = detector.detect(to_device(batch, device))
             tables.append(_file_table(batch, detections))
@@ -94,6 +94,12 @@ def detect_dataset(
         boxes=table[:, 3:].round(COORDINATE_DECIMALS),
         evaluated=np.sort(image_ids.astype(np.int64)),
     )
+
+
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def file_boxes(batch: Batch, detections: Detections) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from boxwright.data.dataset import Dataset
-from boxwright.evaluation.coco import AREA_SUFFIXES, GroundTruth, mean_measured
+from boxwright.evaluation.coco import AREA_SUFFIXES, GroundTruth, accumulate, mean_measured
 from boxwright.evaluation.results import Results
 
 
@@ -27,11 +28,9 @@ def proposal_recall(
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
     # Without categories any label will do, but hotcoco wants one that exists.
-    evaluator = truth.evaluator(results.relabel(np.zeros(results.labels.max(initial=0) + 1)), max_detections=limits)
+    evaluator = truth.evaluator(replace(results, labels=np.zeros_like(results.labels)), max_detections=limits)
     evaluator.params.use_cats = False
-    evaluator.evaluate()
-    evaluator.accumulate()
-    recall = evaluator.eval["recall"]  # [T, 1, A, M]
+    recall = accumulate(evaluator)["recall"]  # [T, 1, A, M]
     return {
         f"AR{suffix}@{limit}": mean_measured(recall[:, :, area, m])
         for area, suffix in enumerate(AREA_SUFFIXES)
