@@ -1,0 +1,174 @@
+"""Checkpoints: everything training needs to go on as if it had never stopped, in a folder that is whole or not there.
+
+A checkpoint is `checkpoints/step_N/` with safetensors (no pickle) and a JSON page:
+
+- `model.safetensors`: parameters and buffers, those that do not train included;
+- `optimizer.safetensors`: momenta, `<kind>/<parameter>`;
+- `ema.safetensors`: averaged parameters, where the experiment keeps them;
+- `loop.safetensors`: random states of every rank, and the figures gathered since the last log line;
+- `state.json`: the step (which is also the loader's position and the schedule's), the experiment, versions, ranks.
+
+The learning rate is no state: the schedule gives it from the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from boxwright.training.distributed import gather, rank
+from boxwright.training.ema import EMA
+
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """The live objects that a checkpoint is taken of and put back into."""
+
+    model: nn.Module
+    """The detector itself, not a wrapper around it."""
+    optimizer: torch.optim.Optimizer
+    """Holds the parameters that train."""
+    ema: EMA | None
+    """The averaged parameters, if kept."""
+    device: torch.device
+    """Whose random state is kept beside the host's."""
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a run's `checkpoints` folder, or None."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps were done when a checkpoint was taken, by its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def save(
+    folder: Path, step: int, state: TrainingState, *, figures: Mapping[str, Tensor], page: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step_N` and drop all but the newest `keep`. Every rank calls it; rank 0 writes.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: steps done.
+        state: what is saved.
+        figures: small tensors of the loop, given back by `load`.
+        page: what goes into `state.json` beside the step.
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: the disk is full or cannot be written; the folder then holds what it held before.
+    """
+    target = folder / f"step_{step}"
+    loop = {name: tensor.detach().cpu() for name, tensor in figures.items()}
+    loop["random/cpu"] = torch.stack(gather(torch.get_rng_state()))
+    if state.device.type == "cuda":
+        loop["random/cuda"] = torch.stack(gather(torch.cuda.get_rng_state(state.device)))
+    if rank() > 0 or target.is_dir():
+        return target
+    partial = folder / f".partial_step_{step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_tensors(partial / "model.safetensors", state.model.state_dict())
+    _write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(state))
+    if state.ema is not None:
+        _write_tensors(partial / "ema.safetensors", state.ema.state())
+    _write_tensors(partial / "loop.safetensors", loop)
+    (partial / "state.json").write_text(json.dumps({"step": step, **page}, indent=1) + "\n", encoding="utf-8")
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
+    partial.rename(target)
+    _flush(folder)
+    for old in _checkpoints(folder)[:-keep]:
+        # Renamed first: a removal cut short must not leave half a checkpoint under a checkpoint's name.
+        doomed = old.rename(folder / f".removed_{old.name}")
+        shutil.rmtree(doomed)
+    return target
+
+
+def read_page(checkpoint: Path) -> dict[str, Any]:
+    """The JSON page of a checkpoint: its step and what the run said about itself."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
+    """Put a checkpoint back into a model, its optimizer and its EMA.
+
+    Returns:
+        The loop's tensors; `restore_random_state` takes them when all else is set up.
+
+    Raises:
+        ValueError: the checkpoint holds other tensors than the model.
+    """
+    try:
+        state.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit the model of this experiment: {error}") from error
+    parameters = dict(state.model.named_parameters())
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        # A momentum is laid out in memory as its parameter is; fused optimizers rely on it.
+        slot = torch.empty_like(parameter) if tensor.shape == parameter.shape else tensor.to(state.device)
+        state.optimizer.state[parameter][kind] = slot.detach().copy_(tensor)
+    if state.ema is not None:
+        state.ema.load_state(load_file(checkpoint / "ema.safetensors"))
+    return load_file(checkpoint / "loop.safetensors")
+
+
+def restore_random_state(loop: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put this rank's random states back; a rank that the checkpoint has none for keeps its own."""
+    if rank() < len(loop["random/cpu"]):
+        torch.set_rng_state(loop["random/cpu"][rank()].clone())
+        if device.type == "cuda" and "random/cuda" in loop:
+            torch.cuda.set_rng_state(loop["random/cuda"][rank()].clone(), device)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for pattern in (".partial_*", ".removed_*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {
+        f"{kind}/{names[parameter]}": value
+        for parameter, slots in state.optimizer.state.items()
+        for kind, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Cloned, because safetensors refuses two names for one memory (tied weights).
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,177 @@
+"""What a run says about itself: a progress line, `metrics.jsonl` and TensorBoard curves. Nothing leaves the machine.
+
+`metrics.jsonl` holds one JSON object a line, of two kinds, told apart by `kind`:
+
+- "train": `step` (steps done), `epoch`, `learning_rate`, `losses` {name: mean over the interval}, `total`, `grad_norm`
+  (before clipping), `seconds_per_step`, `images_per_second`, `data_wait` (seconds a step that the host waited for
+  images) and `data_wait_share`, `memory_mib` (`memory_reserved_mib` on CUDA), `eta_seconds`;
+- "evaluation": `step`, `epoch`, `seconds`, `metrics` {name: value}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from boxwright.training.distributed import rank
+
+_console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """Print a line, once for all ranks."""
+    if rank() == 0:
+        _console.print(line)
+
+
+class Window:
+    """The figures of the steps since the last log line, a row a step, on the device until a log line wants them."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        """Room for `length` steps."""
+        self.length = length
+        self._device = device
+        self.names: list[str] = []
+        self.table = torch.zeros(0, 0, device=device)
+        self.num_rows = 0
+
+    def record(self, scalars: dict[str, Tensor]) -> None:
+        """Take in one step's scalars, the same names at every step."""
+        if not self.names:
+            self.names = list(scalars)
+            self.table = torch.zeros(self.length, len(self.names), device=self._device)
+        assert self.names == list(scalars), f"losses changed their names: {self.names} to {list(scalars)}"
+        self.table[self.num_rows] = torch.stack(list(scalars.values()))
+        self.num_rows += 1
+
+    def restore(self, names: Sequence[str], rows: Tensor) -> None:
+        """Go on with an interval that a checkpoint cut in two."""
+        if len(rows):
+            self.names, self.num_rows = list(names), len(rows)
+            self.table = torch.zeros(self.length, len(names), device=self._device)
+            self.table[: len(rows)] = rows.to(self._device)
+
+    def read(self) -> Tensor:
+        """[steps, names] on the host; here the host waits for the device."""
+        return self.table[: self.num_rows].cpu()
+
+    def clear(self) -> None:
+        """Begin the next interval."""
+        self.num_rows = 0
+
+
+class Clock:
+    """Where the time of an interval goes: seconds a step and the share spent waiting for images."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next interval."""
+        self._start = time.perf_counter()
+        self._paused = 0.0
+        self.data_wait = 0.0
+        self.num_steps = 0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the block as waiting for images."""
+        start = time.perf_counter()
+        yield
+        self.data_wait += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Leave the block out: an evaluation or a checkpoint is no step. Work in flight before it still counts."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Of the interval so far, without pauses."""
+        return time.perf_counter() - self._start - self._paused
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """MiB in use: on CUDA the peak that tensors took and that is reserved for them, else the process's peak."""
+    if device.type == "cuda":
+        return {
+            "memory_mib": torch.cuda.max_memory_allocated(device) >> 20,
+            "memory_reserved_mib": torch.cuda.max_memory_reserved(device) >> 20,
+        }
+    import resource  # not on Windows, where only CUDA runs report memory
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_mib": peak >> (20 if sys.platform == "darwin" else 10)}
+
+
+class Log:
+    """`metrics.jsonl` and the TensorBoard events of a run; rank 0 alone writes."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        """Open a run's records at `step`; what they hold of later steps, from a run that was cut off, is removed."""
+        self._path = folder / "metrics.jsonl"
+        self.lines: list[dict[str, Any]] = []
+        self._writer: Any = None
+        if rank() > 0:
+            return
+        if self._path.exists():
+            self.lines = [line for line in read_lines(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        partial.replace(self._path)
+
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, line: dict[str, Any], curves: dict[str, float]) -> None:
+        """Append a line, and points to the curves."""
+        if self._writer is None:
+            return
+        self.lines.append(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in curves.items():
+            self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(text) for text in texts if text.endswith("\n")]
+
+
+def progress_line(line: dict[str, Any], total_steps: int) -> str:
+    """One "train" line of `metrics.jsonl` as a person reads it."""
+    losses = " ".join(f"{name} {value:.4f}" for name, value in line["losses"].items())
+    eta = str(timedelta(seconds=round(line["eta_seconds"])))
+    return (
+        f"epoch {line['epoch']:.2f} step {line['step']}/{total_steps} lr {line['learning_rate']:.3g} "
+        f"loss {line['total']:.4f} ({losses}) grad {line['grad_norm']:.3g} | {line['seconds_per_step']:.3f} s/iter "
+        f"{line['images_per_second']:.1f} img/s, data {100 * line['data_wait_share']:.0f}%, "
+        f"{line['memory_mib']} MiB, ETA {eta}"
+    )

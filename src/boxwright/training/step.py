@@ -1,0 +1,138 @@
+"""One training step: losses, gradients, a guard, the optimizer; the host never waits for the device in it.
+
+`TrainStep` is what a compiled or captured form may replace: the detector's code is the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from boxwright.detectors.detector import Detector
+from boxwright.structures import Batch
+
+Precision = Literal["float32", "bfloat16", "auto"]
+
+
+class Losses(nn.Module):
+    """A detector's `losses` as a `forward`, which is what DDP and the compiler take hold of."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        """Wrap a detector."""
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name."""
+        return cast(Detector, self.detector).losses(batch)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """The context that a detector's arithmetic runs in. "auto": bfloat16 on GPUs that have it, else float32."""
+    if precision == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if has_bfloat16 else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+class TrainStep:
+    """Learns from one global batch at a call.
+
+    A step whose loss or gradient norm is not finite on any rank leaves parameters and momenta as they were. After more
+    than `allowed_non_finite` such steps every later one is left out too, so that the weights stay those that the last
+    one met; all of it is decided on the device, and `record` tells the host when it cares to look.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        precision: Precision = "float32",
+        clip_norm: float | None = None,
+        compile: bool = False,
+        allowed_non_finite: int = 0,
+    ) -> None:
+        """Set up the step.
+
+        Args:
+            detector: the model, on its device, in training mode.
+            optimizer: over the parameters that train, its learning rate a tensor (see `build_optimizer`).
+            device: where it all runs.
+            precision: of the detector's arithmetic; weights, losses and boxes stay float32.
+            clip_norm: gradients are scaled down to at most this L2 norm over all parameters.
+            compile: compile the losses, as one graph for each canvas shape.
+            allowed_non_finite: how many steps may be left out before all are.
+        """
+        losses: nn.Module = Losses(detector)
+        if compile:
+            losses = cast(nn.Module, torch.compile(losses, fullgraph=True, dynamic=False))
+        if dist.is_initialized():
+            # Buffers are made alike only where they matter (evaluating, saving), not in every step.
+            losses = DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._losses = losses
+        self._optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = device
+        self._precision: Precision = precision
+        self._clip_norm = clip_norm
+        self._allowed_non_finite = allowed_non_finite
+        self.num_non_finite = torch.zeros((), device=device)
+        """[] float32, steps left out so far because they were not finite."""
+
+    def __call__(self, batches: Sequence[Batch], learning_rate: float) -> dict[str, Tensor]:
+        """Do one step.
+
+        Args:
+            batches: this rank's images, on the device, in as many parts as gradients are accumulated over.
+            learning_rate: of this step.
+
+        Returns:
+            Scalars on the device: this rank's losses (the mean over the parts), their sum `total`, `grad_norm` before
+            clipping, and `finite` (1 or 0: whether the step counted), the last two the same on all ranks.
+        """
+        sums: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            with self._gather_gradients(index == len(batches) - 1):
+                with autocast(self._device, self._precision):
+                    losses = self._losses(batch)
+                total = torch.stack(list(losses.values())).sum()
+                # A loss may be infinite with finite gradients; NaN in the gradients of the rank that met it reaches
+                # every rank with their sum, so that all agree without another collective.
+                poison = torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)
+                (total * poison / len(batches)).backward()
+            for name, loss in {**losses, "total": total}.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach().float() / len(batches)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        grad_norm = get_total_norm(gradients)
+        if self._clip_norm is not None:
+            clip_grads_with_norm_(self._parameters, self._clip_norm, grad_norm)
+        finite = self._apply(grad_norm, learning_rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        return {**sums, "grad_norm": grad_norm.float(), "finite": finite}
+
+    def _apply(self, grad_norm: Tensor, learning_rate: float) -> Tensor:
+        """Run the optimizer unless the gradients are not finite."""
+        bad = ~torch.isfinite(grad_norm)
+        self.num_non_finite += bad
+        skip = bad | (self.num_non_finite > self._allowed_non_finite)
+        # Fused optimizers look at `found_inf` on the device (gradient scalers use it) and then change nothing at all.
+        cast(Any, self._optimizer).found_inf = skip.float()
+        for group in self._optimizer.param_groups:
+            group["lr"].fill_(learning_rate)
+        self._optimizer.step()
+        return (~bad).float()
+
+    def _gather_gradients(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the last part of an accumulated step only."""
+        if isinstance(self._losses, DistributedDataParallel) and not last:
+            return self._losses.no_sync()
+        return nullcontext()

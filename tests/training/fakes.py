@@ -1,0 +1,99 @@
+"""A detector and a data set small enough that a training run takes milliseconds."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from boxwright.data.dataset import Category, Sample
+from boxwright.structures import Batch, Detections
+
+CATEGORIES = [Category(id=3, name="square"), Category(id=7, name="circle")]
+
+
+class TinyDetector(nn.Module):
+    """Guesses one box and one class per picture from 8 x 8 averages; has what real ones have: norm, chance, frozen parts."""
+
+    def __init__(self, num_classes: int, *, dropout: float = 0.1, width: int = 8) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(3, width, 3, stride=2)
+        self.stem.requires_grad_(False)
+        self.body = nn.Conv2d(width, width, 3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(width, num_classes)
+        self.regress = nn.Linear(width, 4)
+
+    def features(self, batch: Batch) -> Tensor:
+        pixels = nn.functional.adaptive_avg_pool2d(batch.images.float() / 255, 8)
+        return self.dropout(self.norm(self.body(self.stem(pixels))).relu().mean((2, 3)))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.targets is not None
+        features = self.features(batch)
+        weight = batch.targets.valid.float()
+        boxes = torch.where(batch.targets.valid[..., None], batch.targets.boxes, 0.0) / 64
+        labels = nn.functional.one_hot(batch.targets.labels.clamp(min=0, max=self.num_classes - 1), self.num_classes)
+        present = (labels * weight[..., None]).amax(1)
+        logits = self.classify(features)
+        errors = (self.regress(features)[:, None] - boxes).abs().sum(-1)
+        # Means over pictures, which halves of a batch and ranks share out evenly.
+        return {
+            "class": nn.functional.binary_cross_entropy_with_logits(logits, present),
+            "box": (errors * weight).sum(1).mean(),
+        }
+
+    def detect(self, batch: Batch) -> Detections:
+        scores = self.classify(self.features(batch)).sigmoid()
+        size = len(scores)
+        return Detections(
+            boxes=self.regress(self.features(batch))[:, None].float() * 64,
+            scores=scores.amax(1, keepdim=True),
+            labels=scores.argmax(1, keepdim=True),
+            valid=torch.ones(size, 1, dtype=torch.bool),
+        )
+
+
+def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True) -> TinyDetector:
+    detector = TinyDetector(num_classes, dropout=dropout)
+    if not norm:
+        detector.norm = nn.Identity()  # type: ignore[assignment]
+    return detector
+
+
+class Pictures:
+    """Random pictures with an object each; those whose position is in `empty` have none, and ids start at 100."""
+
+    categories = CATEGORIES
+
+    def __init__(self, number: int = 16, empty: frozenset[int] = frozenset(), bad: int | None = None) -> None:
+        self.number, self.empty, self.bad = number, empty, bad
+        self.image_sizes = np.full((number, 2), 32)
+        self.max_objects = 2
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, position: int) -> Sample:
+        rng = np.random.default_rng(position)
+        n = 0 if position in self.empty else 1 + position % 2
+        corner = rng.uniform(0, 16, (n, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(4, 16, (n, 2))], 1).astype(np.float32)
+        if position == self.bad:
+            boxes[0, 2] = np.nan
+        return Sample(
+            image=rng.integers(0, 255, (32, 32, 3), dtype=np.uint8),
+            image_id=100 + position,
+            file_name=f"{position}.png",
+            boxes=boxes,
+            labels=rng.integers(0, 2, n),
+            crowd=np.zeros(n, bool),
+            object_ids=np.arange(n),
+        )
+
+
+MODEL = partial(tiny_detector)
