@@ -1,0 +1,119 @@
+"""Everything that is wrong with a COCO data set, found in one go: annotations, file names and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+
+from boxwright.data.coco_index import read_annotations
+from boxwright.data.decode import MAX_PIXELS, decode_image
+from boxwright.data.fault import Fault
+
+
+def check(
+    annotations: Path,
+    images: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Fault]:
+    """All faults of a data set, every picture decoded.
+
+    Args:
+        annotations: The COCO JSON file.
+        images: The folder that its file names start from.
+        max_pixels: A picture with more is a fault.
+        progress: Called with the number of pictures that are done and that there are.
+
+    Raises:
+        OSError: The annotation file or the image folder cannot be read.
+    """
+    reading = read_annotations(annotations)
+    sizes = reading.arrays["image_sizes"].tolist()
+    ids = reading.arrays["image_ids"].tolist()
+    name_faults = file_faults(images, reading.file_names, ids)
+    readable = [row for row in range(len(ids)) if row not in name_faults]
+
+    def check_picture(row: int) -> Fault | None:
+        return _picture_fault(images / reading.file_names[row], ids[row], tuple(sizes[row]), max_pixels)
+
+    picture_faults = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, fault in enumerate(pool.map(check_picture, readable), 1):
+            if fault:
+                picture_faults.append(fault)
+            if progress:
+                progress(done, len(readable))
+    return [*reading.faults, *name_faults.values(), *picture_faults]
+
+
+def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int]) -> dict[int, Fault]:
+    """Images whose file is not there or lies outside the folder, by their row; reads directories, no files.
+
+    Raises:
+        ValueError: The folder is not there.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such image folder: give the one that the file names start from")
+    rows_of_parent: dict[str, list[int]] = {}
+    faults = {}
+    for row, name in enumerate(file_names):
+        path = PurePath(name)
+        if path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
+            faults[row] = Fault(
+                str(folder),
+                f"image {image_ids[row]}",
+                f"its file name {name!r} leaves the image folder",
+                "give it relative to the image folder, without ..",
+            )
+        else:
+            rows_of_parent.setdefault(name.rpartition("/")[0], []).append(row)
+    for parent, rows in rows_of_parent.items():
+        links = _list_folder(folder / parent)
+        leaves = not _lies_within(folder / parent, folder)
+        for row in rows:
+            name = file_names[row]
+            base = name.rpartition("/")[2]
+            if base not in links:
+                hint = "; folders are parted by /, not by a backslash" if "\\" in name else ""
+                what, mend = "is missing", f"add the file, correct `file_name`, or remove the image{hint}"
+            elif leaves or (links[base] and not _lies_within(folder / name, folder)):
+                what = "is a link that leaves the image folder"
+                mend = "copy the file here, or give the folder that holds both as the image folder"
+            else:
+                continue
+            faults[row] = Fault(str(folder / name), f"image {image_ids[row]}", what, mend)
+    return dict(sorted(faults.items()))
+
+
+def size_fault(path: Path, image_id: int, stated: tuple[int, int], found: tuple[int, int]) -> Fault:
+    """The fault of a picture whose (height, width) is not what the annotation file states."""
+    what = "its file holds {} x {} pixels, the annotation file states {} x {}".format(*found[::-1], *stated[::-1])
+    mend = "correct `width` and `height`, or put the right file there"
+    if stated == found[::-1]:
+        mend += "; if EXIF orientation turns it, the boxes must fit the upright picture"
+    return Fault(str(path), f"image {image_id}", what, mend)
+
+
+def _list_folder(folder: Path) -> dict[str, bool]:
+    """Whether it is a link, for each name in a folder; empty if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _lies_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _picture_fault(path: Path, image_id: int, stated: tuple[int, int], max_pixels: int) -> Fault | None:
+    try:
+        found = decode_image(path, max_pixels=max_pixels).shape[:2]
+    except ValueError as error:
+        what = str(error).removeprefix(f"{path}: ")
+        return Fault(str(path), f"image {image_id}", what, "replace the file, or remove the image")
+    return size_fault(path, image_id, stated, found) if found != stated else None

@@ -1,0 +1,258 @@
+"""A COCO annotation file read into columns, with everything that is wrong with it.
+
+Each image, annotation and category is checked for itself against a typed schema, so that one reading finds all faults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from boxwright.data import rle
+from boxwright.data.fault import Fault
+
+_Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Run = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+NO_SEGMENTATION, POLYGONS, RLE = 0, 1, 2
+
+
+class _Image(Struct):
+    id: _Id
+    file_name: Annotated[str, Meta(min_length=1)]
+    width: _Length
+    height: _Length
+
+
+class _Category(Struct):
+    id: _Id
+    name: str
+
+
+class _Rle(Struct):
+    size: tuple[_Run, _Run]
+    counts: str | list[_Run]
+
+
+class _Annotation(Struct):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: Literal[0, 1] = 0
+    segmentation: list[list[float]] | _Rle | None = None
+
+
+class _File(Struct):
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    categories: list[msgspec.Raw]
+
+
+class _TolerantFile(Struct):
+    images: list[Any]
+    annotations: list[Any]
+    categories: list[Any]
+
+
+_Entry = TypeVar("_Entry", bound=Struct)
+
+
+def _integers() -> array[int]:
+    return array("q")
+
+
+def _reals() -> array[float]:
+    return array("d")
+
+
+@dataclass
+class Columns:
+    """What is well-typed in an annotation file, in the file's order; ids may still be unknown and numbers NaN."""
+
+    image_ids: array[int] = field(default_factory=_integers)
+    image_sizes: array[int] = field(default_factory=_integers)
+    """(height, width) of each image, one after the other."""
+    file_names: list[str] = field(default_factory=list)
+    category_ids: array[int] = field(default_factory=_integers)
+    category_names: list[str] = field(default_factory=list)
+    annotation_ids: array[int] = field(default_factory=_integers)
+    annotation_images: array[int] = field(default_factory=_integers)
+    annotation_categories: array[int] = field(default_factory=_integers)
+    bboxes: array[float] = field(default_factory=_reals)
+    """x, y, width and height of each annotation, one after the other."""
+    areas: array[float] = field(default_factory=_reals)
+    crowd: array[int] = field(default_factory=lambda: array("b"))
+    segmentation: array[int] = field(default_factory=lambda: array("b"))
+    polygon_ends: array[int] = field(default_factory=_integers)
+    """For each annotation, the number of polygons up to and with its own."""
+    point_ends: array[int] = field(default_factory=_integers)
+    """For each polygon, the number of coordinates up to and with its own."""
+    points: array[float] = field(default_factory=lambda: array("f"))
+    rle_ends: array[int] = field(default_factory=_integers)
+    """For each annotation, the number of characters up to and with its own."""
+    rle_sizes: array[int] = field(default_factory=_integers)
+    """(height, width) of each annotation's run-length mask, 0 where it has none."""
+    rle_characters: bytearray = field(default_factory=bytearray)
+
+
+def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
+    """All entries of an annotation file that have the right types, and a fault for each that has not.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    columns, faults = Columns(), []
+    try:
+        file = _parse(path.read_bytes())
+    except ValueError as error:
+        return columns, [_file_fault(path, error)]
+    for image in _entries(path, "image", file.images, _Image, faults):
+        columns.image_ids.append(image.id)
+        columns.image_sizes.extend((image.height, image.width))
+        columns.file_names.append(image.file_name)
+    for category in _entries(path, "category", file.categories, _Category, faults):
+        columns.category_ids.append(category.id)
+        columns.category_names.append(category.name)
+    for annotation in _entries(path, "annotation", file.annotations, _Annotation, faults):
+        _add_annotation(columns, annotation, str(path), faults)
+    return columns, faults
+
+
+def _parse(data: bytes) -> _File | _TolerantFile:
+    try:
+        return msgspec.json.decode(data, type=_File)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, RecursionError) as error:
+        # Python's own reader is slower, but takes the NaN and Infinity that Python's own writer leaves, so that
+        # the objects that hold them can be named; and it tells line and column where the file breaks off.
+        try:
+            return msgspec.convert(json.loads(data), _TolerantFile)
+        except RecursionError:
+            raise ValueError("nested too deeply") from error
+
+
+def _file_fault(path: Path, error: ValueError) -> Fault:
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc[error.pos :].strip() or "Unterminated" in error.msg:
+            return Fault(str(path), "file", f"cut short: {error}", "copy or export it again")
+        return Fault(str(path), "file", f"no valid JSON: {error}", "correct it there, or export it again")
+    if isinstance(error, msgspec.ValidationError):
+        mend = "a COCO file is an object that holds the lists images, annotations and categories; results files are not"
+        return Fault(str(path), "file", f"no COCO annotations: {error}", mend)
+    return Fault(str(path), "file", f"no valid JSON: {error}", "export it again as UTF-8 JSON")
+
+
+def _entries(
+    path: Path, noun: str, entries: Sequence[Any], kind: type[_Entry], faults: list[Fault]
+) -> Iterator[_Entry]:
+    """The entries that fit the schema; adds the faults of those that do not."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def convert(entry: Any) -> _Entry:
+        return msgspec.convert(entry, kind)
+
+    read: Callable[[Any], _Entry] = decode if entries and isinstance(entries[0], msgspec.Raw) else convert
+    for position, entry in enumerate(entries):
+        try:
+            result = read(entry)
+        except ValueError:  # noqa: PERF203, each entry is to be judged for itself
+            plain = msgspec.json.decode(entry) if isinstance(entry, msgspec.Raw) else entry
+            faults += _entry_faults(path, noun, position, plain, kind)
+        else:
+            yield result
+
+
+def _entry_faults(path: Path, noun: str, position: int, entry: Any, kind: type[Struct]) -> Iterator[Fault]:
+    """Every field that does not fit the schema."""
+    place = f"{noun} number {position + 1} of the file"
+    if not isinstance(entry, dict):
+        yield Fault(str(path), place, f"is no object but {json.dumps(entry)[:40]}", "make it an object, or remove it")
+        return
+    name = f"{noun} {json.dumps(entry['id'])}" if "id" in entry else place
+    for known in msgspec.structs.fields(kind):
+        if known.name not in entry:
+            if known.required:
+                yield Fault(str(path), name, f"`{known.name}` is missing", "add it")
+            continue
+        try:
+            msgspec.convert(entry[known.name], known.type)
+        except ValueError as error:
+            where = re.search(r" - at `\$(.*)`$", str(error))
+            inner = where.group(1) if where else ""
+            told = str(error)[: where.start()] if where else str(error)
+            value = json.dumps(entry[known.name])
+            value = value if len(value) <= 40 else value[:40] + "..."
+            yield Fault(str(path), name, f"`{known.name}{inner}`: {told} ({known.name} is {value})", _mend(told))
+
+
+def _mend(told: str) -> str:
+    if "Expected `int`, got" in told:
+        return "write a whole number, without quotes, point or exponent"
+    if "Expected `float`, got" in told:
+        return "write a number, without quotes"
+    if "length" in told:
+        return "bbox is [x, y, width, height] and segmentation.size [height, width]; a name is not empty"
+    return "write it as the COCO format has it"
+
+
+def _add_annotation(columns: Columns, annotation: _Annotation, file: str, faults: list[Fault]) -> None:
+    columns.annotation_ids.append(annotation.id)
+    columns.annotation_images.append(annotation.image_id)
+    columns.annotation_categories.append(annotation.category_id)
+    columns.bboxes.extend(annotation.bbox)
+    area = annotation.area
+    columns.areas.append(annotation.bbox[2] * annotation.bbox[3] if area is None else area)
+    columns.crowd.append(annotation.iscrowd)
+    segmentation = annotation.segmentation
+    kind, size = NO_SEGMENTATION, (0, 0)
+    if isinstance(segmentation, _Rle):
+        kind, size = RLE, segmentation.size
+        try:
+            columns.rle_characters += _rle_characters(segmentation)
+        except ValueError as error:
+            faults.append(
+                Fault(file, f"annotation {annotation.id}", f"`segmentation`: {error}", "correct or remove its mask")
+            )
+    elif segmentation:
+        kind = POLYGONS
+        for polygon in segmentation:
+            if len(polygon) < 6 or len(polygon) % 2:
+                what = f"a polygon of {len(polygon)} numbers"
+                mend = "a polygon is x, y of three or more points: correct it; training leaves it out"
+                faults.append(Fault(file, f"annotation {annotation.id}", what, mend, "dropped"))
+                continue
+            columns.points.fromlist(polygon)
+            columns.point_ends.append(len(columns.points))
+    columns.segmentation.append(kind)
+    columns.rle_sizes.extend(size)
+    columns.polygon_ends.append(len(columns.point_ends))
+    columns.rle_ends.append(len(columns.rle_characters))
+
+
+def _rle_characters(mask: _Rle) -> bytes:
+    """The mask's runs in the compressed form, whichever it was written in."""
+    if isinstance(mask.counts, str):
+        characters = mask.counts.encode()
+        runs = rle.decompress(characters)
+    else:
+        runs = np.asarray(mask.counts, np.int64)
+        characters = rle.compress(runs)
+    height, width = mask.size
+    if len(runs) and runs.min() < 0:
+        raise ValueError("a run of less than no pixels")
+    if runs.sum() != height * width:
+        raise ValueError(f"runs of {runs.sum()} pixels in all for a mask of {height} x {width}")
+    return characters

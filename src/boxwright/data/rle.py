@@ -1,0 +1,56 @@
+"""COCO's run-length masks: runs of pixels, column by column, that are off, on, off, ...
+
+The compressed form writes each run (from the fourth on: its difference to the run two before) in groups of 5 bits,
+lowest first, a sixth bit telling that more follow, each offset by 48 to be a printable character.
+Source: `rleToString` and `rleFrString` of the COCO API (common/maskApi.c).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_MAX_GROUPS = 8  # 40 bits: more than any picture has pixels
+
+
+def compress(runs: ArrayLike) -> bytes:
+    """Runs of pixels as COCO's characters."""
+    values = np.array(runs, np.int64)
+    values[3:] -= np.asarray(runs, np.int64)[1:-2]
+    characters = np.zeros((len(values), _MAX_GROUPS), np.uint8)
+    pending = np.ones(len(values), bool)
+    for group in range(_MAX_GROUPS):
+        bits = values & 0x1F
+        values >>= 5
+        # The highest bit of the last group is the sign.
+        more = pending & (values != np.where(bits & 0x10, -1, 0))
+        characters[:, group] = np.where(pending, bits + 48 + np.where(more, 0x20, 0), 0)
+        pending = more
+    assert not pending.any()
+    return characters[characters > 0].tobytes()
+
+
+def decompress(characters: bytes) -> NDArray[np.int64]:
+    """Runs of pixels from COCO's characters.
+
+    Raises:
+        ValueError: The characters are not a compressed mask.
+    """
+    codes = np.frombuffer(characters, np.uint8).astype(np.int64) - 48
+    if not len(codes):
+        return codes
+    last = (codes & 0x20) == 0
+    if codes.min() < 0 or codes.max() > 0x3F or not last[-1]:
+        raise ValueError("not COCO's compressed form")
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    lengths = np.diff(starts, append=len(codes))
+    if lengths.max() > _MAX_GROUPS:
+        raise ValueError("not COCO's compressed form: a run is too long")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & 0x1F) << shifts, starts)
+    negative = (codes[starts + lengths - 1] & 0x10) != 0
+    values -= np.where(negative, np.int64(1) << (5 * lengths), 0)
+    # From the fourth on, a run is the difference to the run two before: sums over every second run undo that.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
