@@ -6,6 +6,7 @@ import gc
 import time
 from dataclasses import fields, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,10 +15,18 @@ import torch
 
 from boxwright.data.augment import Photometric
 from boxwright.data.buckets import Resize
+from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Sample
+from boxwright.data.layout import find_layout
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.structures import Batch, Targets
 from pictures import SIZES, Pictures, StatedPictures
+
+# What torch says on machines of one core, and Python 3.12 of any fork beside threads.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+]
 
 RESIZE = Resize(64, 107)
 
@@ -227,3 +236,29 @@ def test_what_cannot_be_is_refused() -> None:
         training_loader(Pictures(0))
     with pytest.raises(ValueError, match="batch_size=0"):
         training_loader(batch_size=0)
+
+
+@pytest.mark.parametrize(("folder", "num_images"), [("coco_mini", 206), ("bccd", 87)])
+def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) -> None:
+    split = find_layout(data_dir / folder)["val"]
+    dataset = CocoDataset(split.annotations, split.images)
+    assert len(dataset) == num_images
+    resize = Resize(160, 267)
+    seen = []
+    for batch in EvaluationLoader(dataset, batch_size=8, resize=resize, num_workers=2):
+        seen += batch.image_ids.tolist()
+        # Original sizes come from the files: the annotations agree, or the pictures would lie wrong on the canvas.
+        np.testing.assert_array_equal(resize.sizes(batch.original_sizes.numpy()), batch.image_sizes)
+    assert sorted(seen) == sorted(dataset.image_ids.tolist())
+
+    loader = TrainingLoader(dataset, batch_size=4, resize=resize, scale_jitter=(0.8, 1.2), seed=0, num_workers=2)
+    num_objects = 0
+    for batch in islice(loader.batches(), 10):
+        assert batch.targets is not None
+        valid, boxes = batch.targets.valid, batch.targets.boxes
+        assert (boxes[..., 2:] > boxes[..., :2])[valid].all()
+        limits = batch.image_sizes.flip(1)[:, None].expand(-1, boxes.shape[1], -1)
+        assert (boxes[..., 2:] <= limits)[valid].all()
+        assert (batch.targets.labels[valid] < len(dataset.categories)).all()
+        num_objects += int(valid.sum())
+    assert num_objects > 40

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ class TrainingLoader:
         self.steps_per_epoch = self._sampler.steps_per_epoch
         """Steps until every picture was seen, the same in each epoch."""
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from a step on, without end. Closing the iterator ends its workers."""
         steps = (self._sampler.step(step).share(self._rank, self._world_size) for step in itertools.count(start_step))
         return _batches(self._builder, steps, self._num_workers, self._start_method)
@@ -238,7 +238,9 @@ class _ParcelBuilder(TorchDataset[_Parcel]):
             return _Parcel(fault=str(error), trace=traceback.format_exc())
 
 
-def _batches(builder: _Builder, steps: Iterable[Step], num_workers: int, start_method: str | None) -> Iterator[Batch]:
+def _batches(
+    builder: _Builder, steps: Iterable[Step], num_workers: int, start_method: str | None
+) -> Generator[Batch, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _ParcelBuilder(builder),
         batch_size=None,

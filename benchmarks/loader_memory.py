@@ -1,0 +1,82 @@
+"""Whether the memory of a training loader grows, over steps, epochs and workers.
+
+    python benchmarks/loader_memory.py ../shared/data/coco_mini --workers 2 4
+
+Counts the proportional set size of anonymous and shared memory over the process and its workers: a page that several
+of them share is divided among them, so that nothing is counted twice. Pages of files are left out: libraries and memory
+maps, whose share depends on what else runs on the machine and which the system can drop. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from boxwright.data.buckets import Resize
+from boxwright.data.coco import CocoDataset
+from boxwright.data.layout import find_layout
+from boxwright.data.loader import TrainingLoader
+
+
+def memory(process: psutil.Process) -> float:
+    """Anonymous and shared memory of a process in MiB, its share where pages are shared."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
+
+
+def tree_memory() -> tuple[float, float]:
+    """Memory in MiB of this process, and of its children together."""
+    here = psutil.Process()
+    return memory(here), sum(memory(child) for child in here.children(recursive=True))
+
+
+def main() -> None:
+    """Run each number of workers, printing memory every tenth of the way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder with COCO images and annotations")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--short", type=int, default=400)
+    parser.add_argument("--long", type=int, default=667)
+    arguments = parser.parse_args()
+    split = find_layout(arguments.data)["train"]
+    dataset = CocoDataset(split.annotations, split.images)
+    print(f"Python {platform.python_version()}, torch {version('torch')}, {len(dataset)} images")
+    for num_workers in arguments.workers:
+        loader = TrainingLoader(
+            dataset,
+            batch_size=arguments.batch_size,
+            resize=Resize(arguments.short, arguments.long),
+            scale_jitter=(0.8, 1.25),
+            seed=0,
+            num_workers=num_workers,
+        )
+        print(f"\n{num_workers} workers, batch {arguments.batch_size}, {loader.steps_per_epoch} steps an epoch")
+        print("| step | main, MiB | workers, MiB | all, MiB |\n| --- | --- | --- | --- |")
+        batches = loader.batches()
+        totals = []
+        for step, _ in enumerate(islice(batches, arguments.steps), 1):
+            # A single reading wavers with the batches in flight, by tens of MiB: average a few.
+            if step % 10 == 0:
+                totals.append((step, *tree_memory()))
+            if step % (arguments.steps // 10) == 0:
+                main_mib, workers_mib = np.mean([total[1:] for total in totals[-10:]], axis=0)
+                print(f"| {step} | {main_mib:.0f} | {workers_mib:.0f} | {main_mib + workers_mib:.0f} |", flush=True)
+        batches.close()
+        gc.collect()
+        steps, mib = np.array([[step, main + workers] for step, main, workers in totals]).T
+        later = steps > arguments.steps / 5
+        slope = np.polyfit(steps[later], mib[later], 1)[0]
+        print(f"slope after the first fifth: {slope * 1000:+.2f} MiB per 1,000 steps")
+
+
+if __name__ == "__main__":
+    main()
