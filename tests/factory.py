@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
 
-from boxwright.backbones.resnet import ResNet
+import torch
+
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.detectors.detector import Detector
+from boxwright.detectors.proposal_network import proposal_network
+from boxwright.detectors.rcnn import faster_rcnn
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.rpn_head import RPNConfig
 from boxwright.structures import Batch, Targets
+
+SMALL_RPN = RPNConfig(
+    border=None,
+    num_sampled=64,
+    pre_nms_per_level=100,
+    num_proposals=100,
+    test_pre_nms_per_level=100,
+    test_num_proposals=50,
+)
+SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
+
+DETECTORS = ("rpn", "faster_rcnn")
+
+
+def small_detector(kind: str, num_classes: int = 3) -> Detector:
+    """A detector of few parameters, one of DETECTORS, the same at every call."""
+    torch.manual_seed(0)
+    backbone = resnet_fpn(depth=18, norm="gn", channels=32, frozen_stages=0)
+    build = {
+        "rpn": partial(proposal_network, rpn=SMALL_RPN),
+        "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
+    }[kind]
+    return build(backbone=backbone, num_classes=num_classes)
 
 
 def random_targets(

@@ -174,16 +174,16 @@ class BoxHead(nn.Module):
         boxes, matched, positive, valid = self.sample_proposals(proposals, targets, batch.seeds)
         logits, deltas = self(features, boxes, valid)
         labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
-        class_loss = cross_entropy(logits, labels)
+        class_loss = cross_entropy(logits, labels, valid)
 
         objects = torch.where(positive[..., None], take_slots(targets.boxes, matched), boxes)
         wanted = box_geometry.encode(objects, boxes, self.config.stds, plus_one=self.conventions.plus_one)
         own_class = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
         given = deltas.gather(2, own_class).squeeze(2)
-        box_loss = smooth_l1(given, wanted, self.config.smooth_l1_beta).sum(-1)
+        box_loss = smooth_l1(given, wanted, self.config.smooth_l1_beta, positive[..., None]).sum(-1)
         return {
             "box_class": weighted_mean(class_loss, valid),
-            "box_regression": weighted_mean(torch.where(positive, box_loss, 0.0), valid),
+            "box_regression": weighted_mean(box_loss, valid),
         }
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> Detections:

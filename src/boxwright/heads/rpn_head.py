@@ -175,13 +175,13 @@ class RPNHead(nn.Module):
         matched = take_slots(targets.boxes, take_slots(matches.matched, sampled.indices))
         matched = torch.where(sampled.positive[..., None], matched, anchors)
         wanted = box_geometry.encode(matched, anchors, DELTA_STDS, plus_one=plus_one)
-        box_loss = smooth_l1(take_slots(output.deltas, sampled.indices), wanted, config.smooth_l1_beta).sum(-1)
-        objectness_loss = binary_cross_entropy(
-            take_slots(output.objectness, sampled.indices), sampled.positive.to(torch.float32)
-        )
+        deltas = take_slots(output.deltas, sampled.indices)
+        box_loss = smooth_l1(deltas, wanted, config.smooth_l1_beta, sampled.positive[..., None]).sum(-1)
+        objectness = take_slots(output.objectness, sampled.indices)
+        objectness_loss = binary_cross_entropy(objectness, sampled.positive, sampled.valid)
         return {
             "rpn_objectness": weighted_mean(objectness_loss, sampled.valid),
-            "rpn_box": weighted_mean(torch.where(sampled.positive, box_loss, 0.0), sampled.valid),
+            "rpn_box": weighted_mean(box_loss, sampled.valid),
         }
 
     def _inside(self, anchors: Tensor, image_sizes: Tensor) -> Tensor | None:
