@@ -1,0 +1,190 @@
+"""Experiments shown as text, and changed by text: `optimizer.lr=0.01`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from boxwright.training.experiment import Experiment, arguments_of, call_name, is_call, is_settings, nearest
+
+Tree = dict[str, Any]
+"""Settings by the parts of their names: {"optimizer": {"": "SGD", "lr": {"": "0.01"}}}; "" is the value itself."""
+
+
+def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:
+    """The experiment with fields changed.
+
+    Args:
+        experiment: what to change; it stays as it is.
+        settings: `name=value` each, where dots lead into parts: `model.backbone.depth=101`, `ema_decay=none`,
+            `model.rpn.ratios=0.5,1,2`. Where a field is of a dataclass, its name makes one with its defaults:
+            `optimizer=AdamW`. Settings apply together, the later where two name the same.
+
+    Raises:
+        ValueError: there is no such name, or the value is not of its type; the message names the nearest right one.
+    """
+    tree: Tree = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise ValueError(f"setting {setting!r}: give name=value, such as optimizer.lr=0.01")
+        node = tree
+        for part in name.strip().split("."):
+            node = node.setdefault(part, {})
+        node[""] = text.strip()
+    changed: Experiment = _changed(experiment, tree, "")
+    return changed
+
+
+def _changed(value: Any, tree: Tree, path: str) -> Any:
+    """A call or dataclass's value with the changes of a tree."""
+    arguments, names, hints = arguments_of(value), _names(value), _types(value)
+    changes = {}
+    for name, branch in tree.items():
+        full = f"{path}{name}"
+        if name not in names:
+            raise ValueError(f"{path.rstrip('.') or 'the experiment'} has no {name!r}{nearest(name, names)}")
+        change = arguments.get(name)
+        if "" in branch:
+            wanted = hints.get(name, Any if change is None else type(change))
+            change = _parse(branch[""], wanted, full)
+        inner = {key: node for key, node in branch.items() if key}
+        if inner:
+            if not (is_call(change) or is_settings(change)):
+                raise ValueError(f"{full} is {_text(change)}, which has no {next(iter(inner))!r} in it")
+            change = _changed(change, inner, f"{full}.")
+        changes[name] = change
+    if is_call(value):
+        return partial(value, **changes)
+    return dataclasses.replace(value, **changes)
+
+
+def _names(value: Any) -> list[str]:
+    """The arguments that a call takes, or a dataclass's fields."""
+    if not is_call(value):
+        return [field.name for field in dataclasses.fields(value)]
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p.name for p in inspect.signature(_function(value)).parameters.values() if p.kind in kinds]
+    return list(dict.fromkeys([*taken, *arguments_of(value)]))
+
+
+def _types(value: Any) -> dict[str, Any]:
+    """The types that are declared for them."""
+    try:
+        return get_type_hints(_function(value) if is_call(value) else type(value))
+    except NameError:  # a user's module that imports types for the type checker alone
+        return {}
+
+
+def _function(call: Any) -> Any:
+    return call.func if isinstance(call, partial) else call
+
+
+def _parse(text: str, wanted: Any, path: str) -> Any:
+    """The value of type `wanted` that a text stands for."""
+    try:
+        return _read(text, wanted)
+    except ValueError:
+        raise ValueError(f"{path}={text}: {text!r} is not {_type_text(wanted)}") from None
+
+
+def _read(text: str, wanted: Any) -> Any:
+    origin, choices = get_origin(wanted), get_args(wanted)
+    lower = text.lower()
+    if wanted is Any:
+        return _read(text, bool | int | float | None | str)
+    if origin in (Union, types.UnionType):
+        # None first, and str last because it takes any text.
+        for choice in sorted(choices, key=lambda kind: (kind is not types.NoneType, kind is str)):
+            with suppress(ValueError):
+                return _read(text, choice)
+    elif origin is Literal:
+        for choice in choices:
+            if text == str(choice):
+                return choice
+    elif wanted is types.NoneType and lower == "none":
+        return None
+    elif wanted is bool and lower in ("true", "false"):
+        return lower == "true"
+    elif wanted is int:
+        return int(text)
+    elif wanted is float and math.isfinite(float(text)):
+        return float(text)
+    elif wanted is str:
+        return text
+    elif isinstance(origin or wanted, type) and issubclass(origin or wanted, Sequence):
+        return _read_tuple(text, choices)
+    elif isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and text == wanted.__name__:
+        return _with_defaults(wanted)
+    raise ValueError(text)
+
+
+def _read_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    elements = [element.strip() for element in text.strip("()[]").split(",") if element.strip()]
+    if not kinds:
+        kinds = (Any,) * len(elements)
+    elif len(kinds) == 1 or kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(elements)
+    return tuple(_read(element, kind) for element, kind in zip(elements, kinds, strict=True))
+
+
+def _with_defaults(wanted: type) -> Any:
+    try:
+        return wanted()
+    except TypeError as error:
+        raise ValueError(error) from None
+
+
+def _type_text(wanted: Any) -> str:
+    """A type in words, as an error needs it."""
+    origin, choices = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_text(choice) for choice in choices)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in choices)
+    if wanted in (int, float, bool, str, types.NoneType):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        return words.get(wanted, "none")
+    if isinstance(origin or wanted, type) and issubclass(origin or wanted, Sequence):
+        inner = [choice for choice in choices if choice is not Ellipsis]
+        count = f"{len(inner)} values" if len(inner) > 1 else "values"
+        return f"{count} with commas between, each {_type_text(inner[0])}" if inner else "values with commas between"
+    if dataclasses.is_dataclass(wanted):
+        return f"{getattr(wanted, '__name__', wanted)} (set the fields in it)"
+    return f"something that can be set by text ({getattr(wanted, '__name__', wanted)}); set what is in it"
+
+
+def describe(experiment: Experiment) -> str:
+    """The whole experiment as text, defaults included, one name a line, what a part is made of indented below it."""
+    return "\n".join(_lines(experiment, ""))
+
+
+def _lines(value: Any, indent: str) -> list[str]:
+    arguments = arguments_of(value)
+    lines = []
+    for name in _names(value):
+        if name not in arguments:
+            lines.append(f"{indent}{name} = (given when it is built)")
+            continue
+        argument = arguments[name]
+        lines.append(f"{indent}{name} = {_text(argument)}")
+        if is_call(argument) or is_settings(argument):
+            lines += _lines(argument, indent + "  ")
+    return lines
+
+
+def _text(value: Any) -> str:
+    """A value as `with_settings` would read it; only the name of a call or of a dataclass."""
+    if is_call(value) or is_settings(value):
+        return call_name(value).rpartition(".")[2]
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(_text(element) for element in value)
+    return str(value)

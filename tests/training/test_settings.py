@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.data.augment import Photometric
+from boxwright.data.buckets import Resize
+from boxwright.detectors.rcnn import faster_rcnn
+from boxwright.training.experiment import AdamW, Experiment, arguments_of, to_json
+from boxwright.training.settings import describe, with_settings
+
+EXPERIMENT = Experiment(model=partial(faster_rcnn, backbone=partial(resnet_fpn, depth=50)))
+
+
+def value_at(experiment: Experiment, name: str) -> object:
+    value: object = experiment
+    for part in name.split("."):
+        value = arguments_of(value)[part]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("optimizer.lr=0.01", 0.01),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("optimizer.lr=1", 1.0),
+        ("epochs=24", 24),
+        ("schedule.epochs=16,22", (16, 22)),
+        ("schedule.epochs=(16, 22)", (16, 22)),
+        ("schedule.epochs=[20]", (20,)),
+        ("clip_norm=none", None),
+        ("clip_norm=1", 1.0),
+        ("ema_decay=0.99", 0.99),
+        ("compile=true", True),
+        ("compile=False", False),
+        ("precision=bfloat16", "bfloat16"),
+        ("scale_jitter=0.5,2", (0.5, 2.0)),
+        ("scale_jitter=none", None),
+        ("optimizer=AdamW", AdamW()),
+        ("photometric=Photometric", Photometric()),
+        ("model.backbone.depth=101", 101),
+        ("model.backbone.style=caffe", "caffe"),
+        ("model.backbone.fpn_norm=gn", "gn"),
+        ("model.rpn.ratios=1,2", (1.0, 2.0)),
+        ("model.rpn.border=none", None),
+        ("model.box.stds=1,1,2,2", (1.0, 1.0, 2.0, 2.0)),
+        ("model.pixel_stats.order=bgr", "bgr"),
+        ("model.conventions.plus_one=1", 1.0),
+    ],
+)
+def test_set_one_field(setting: str, value: object) -> None:
+    changed = with_settings(EXPERIMENT, [setting])
+    name = setting.partition("=")[0]
+    found = value_at(changed, name)
+    assert found == value
+    assert type(found) is type(value)
+    # Nothing else changed, and not the original.
+    before, after = _leaves(to_json(EXPERIMENT)), _leaves(to_json(changed))
+    assert all(before[leaf] == after[leaf] for leaf in before if leaf in after and not leaf.startswith(name))
+
+
+def _leaves(page: object, name: str = "") -> dict[str, object]:
+    if not isinstance(page, dict):
+        return {name: page}
+    leaves = {}
+    for key, value in page["arguments"].items():
+        leaves.update(_leaves(value, f"{name}.{key}" if name else key))
+    return leaves
+
+
+def test_settings_apply_together() -> None:
+    # One after the other would pass through a resize whose short side is longer than its long side.
+    assert with_settings(EXPERIMENT, ["resize.short=1500", "resize.long=2500"]).resize == Resize(1500, 2500)
+    changed = with_settings(EXPERIMENT, ["optimizer.lr=0.5", "optimizer=AdamW", "epochs=3", "epochs=4"])
+    assert (changed.optimizer, changed.epochs) == (AdamW(lr=0.5), 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimiser.lr=0.01", "the experiment has no 'optimiser'; did you mean 'optimizer'"),
+        ("optimizer.leaning_rate=0.01", "optimizer has no 'leaning_rate'; there are lr, momentum"),
+        ("model.backbone.dept=18", "model.backbone has no 'dept'; did you mean 'depth'"),
+        ("model.rpn.nms_iuo=0.5", "model.rpn has no 'nms_iuo'; did you mean 'nms_iou'"),
+        ("epochs=1.5", "epochs=1.5: '1.5' is not a whole number"),
+        ("optimizer.lr=fast", "'fast' is not a number"),
+        ("optimizer.lr=nan", "'nan' is not a number"),
+        ("clip_norm=", "'' is not a number or none"),
+        ("compile=yes", "'yes' is not true or false"),
+        ("precision=fp16", "'fp16' is not 'auto' or 'float32' or 'bfloat16'"),
+        ("scale_jitter=1", "is not 2 values with commas between, each a number or none"),
+        ("schedule.epochs=8,x", "each a whole number"),
+        ("optimizer=Adam", "'Adam' is not SGD .* or AdamW"),
+        ("model=faster_rcnn", "set what is in it"),
+        ("photometric.brightness=0.5", "photometric is none, which has no 'brightness' in it"),
+        ("epochs.first=2", "epochs is 12, which has no 'first' in it"),
+        ("epochs", "give name=value"),
+        ("epochs=0", "at least 1"),
+        ("resize.short=2000", "short <= long"),
+    ],
+)
+def test_wrong_settings_name_the_right_ones(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_settings(EXPERIMENT, [setting])
+
+
+def unannotated(*, num_classes, depth=3, **options):
+    raise NotImplementedError
+
+
+def test_functions_without_types_and_with_options_can_be_set() -> None:
+    experiment = Experiment(model=partial(unannotated, drop_path=0.1))
+    changed = with_settings(experiment, ["model.depth=5", "model.drop_path=0.2"])
+    assert arguments_of(changed.model) == {"depth": 5, "drop_path": 0.2}
+
+
+def test_describe_shows_everything_and_can_be_set_back() -> None:
+    text = describe(EXPERIMENT)
+    lines = text.splitlines()
+    start = lines.index("model = faster_rcnn")
+    assert lines[start + 1 : start + 3] == ["  backbone = resnet_fpn", "    depth = 50"]
+    for line in (
+        "  num_classes = (given when it is built)",
+        "  rpn = RPNConfig",
+        "    ratios = 0.5,1.0,2.0",
+        "optimizer = SGD",
+        "  lr = 0.02",
+        "ema_decay = none",
+        "compile = false",
+    ):
+        assert line in lines
+    settings, path = [], []
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, value = line.strip().partition(" = ")
+        path[depth:] = [name]
+        # Calls cannot be set, and pixel statistics have no defaults to be made with.
+        if not value.startswith("(") and name not in ("model", "backbone", "pixel_stats"):
+            settings.append(f"{'.'.join(path)}={value}")
+    assert to_json(with_settings(EXPERIMENT, settings)) == to_json(EXPERIMENT)
