@@ -50,15 +50,16 @@ def test_flip_mirrors_pixels_and_boxes() -> None:
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.6])
-def test_a_window_shows_what_the_whole_picture_shows_there(flipped: bool, scale: float) -> None:
+def test_pixels_go_where_the_matrix_says(flipped: bool, scale: float) -> None:
     image = cv2.GaussianBlur(rng().integers(0, 256, (60, 90, 3), dtype=np.uint8), (0, 0), 3)
     resized = (round(60 * scale), round(90 * scale))
-    whole = place_image(image, place((60, 90), resized, flipped=flipped))
-    top, left, height, width = window = (5, 11, 30, 40)
-    seen = place_image(image, place((60, 90), resized, flipped=flipped, window=window))
-    expected = whole[top : top + height, left : left + width]
-    # OpenCV's warp counts in 1/32 pixels; half a pixel of misplacement would show as an error of several times this.
-    assert np.abs(seen.astype(int) - expected).max() <= 2
+    placement = place((60, 90), resized, flipped=flipped, window=(5, 11, 30, 40))
+    # OpenCV's warp counts from the middle of the first pixel, half a pixel away from the origin of the matrix.
+    matrix = placement.matrix.astype(np.float64)
+    matrix[:, 2] += matrix[:, :2].sum(1) * 0.5 - 0.5
+    warped = cv2.warpAffine(image, matrix, (40, 30), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    # It rounds to 1/32 pixels; half a pixel of misplacement would show as an error of several times this.
+    assert np.abs(place_image(image, placement).astype(int) - warped).max() <= 2
 
 
 def test_the_whole_chain_keeps_an_object_inside_its_box() -> None:
