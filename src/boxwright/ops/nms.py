@@ -1,0 +1,107 @@
+"""Greedy non-maximum suppression (NMS) of many images and groups at once, in shapes that data never changes.
+
+B images, N candidates. A group is what boxes compete within: a class, or a pyramid level of proposals.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+
+
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    valid: Tensor,
+    *,
+    iou_threshold: float,
+    max_keep: int,
+    plus_one: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Keep each box that no better kept box of its group overlaps too much, and of all those the best `max_keep`.
+
+    Equals torchvision's `nms` run on each group alone. Boxes are never moved apart by group, as `batched_nms` does,
+    which costs float32 digits. Of equal scores the lower index is the better. Groups do not affect the order.
+
+    On the CPU torchvision's kernel does the work; on CUDA a Triton kernel does, without the host waiting for it.
+
+    Args:
+        boxes: [B, N, 4] xyxy; invalid slots may hold anything, NaN included.
+        scores: [B, N] of any range.
+        groups: [B, N] int64, any numbers.
+        valid: [B, N] bool, the slots that take part.
+        iou_threshold: boxes of IoU strictly above this suppress each other.
+        max_keep: K, the number of slots in the answer; it may exceed N.
+        plus_one: 1 for the 2018 geometry.
+
+    Returns:
+        indices: [B, K] int64, the kept candidates by falling score, then zeros.
+        kept: [B, K] bool, the slots of `indices` that are in use.
+    """
+    indices, kept = grouped_nms(
+        boxes.detach(), scores.detach(), groups, valid, float(iou_threshold), max_keep, float(plus_one)
+    )
+    return indices, kept
+
+
+@torch.library.custom_op("boxwright::nms", mutates_args=(), device_types="cpu")
+def grouped_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, plus_one: float
+) -> tuple[Tensor, Tensor]:
+    """`nms` as one opaque operator; this body is its CPU form, where shapes may depend on data."""
+    indices = groups.new_zeros((len(boxes), max_keep))
+    kept = valid.new_zeros((len(boxes), max_keep))
+    for image in range(len(boxes)):
+        candidates = valid[image].nonzero().squeeze(1)
+        order = scores[image, candidates].argsort(stable=True, descending=True)
+        candidates = candidates[order]
+        found = _greedy(
+            _with_last_pixel(boxes[image, candidates], plus_one),
+            scores[image, candidates],
+            groups[image, candidates],
+            iou_threshold,
+            max_keep,
+        )
+        indices[image, : len(found)] = candidates[found]
+        kept[image, : len(found)] = True
+    return indices, kept
+
+
+@grouped_nms.register_fake
+def _(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, plus_one: float
+) -> tuple[Tensor, Tensor]:
+    return groups.new_empty((boxes.shape[0], max_keep)), valid.new_empty((boxes.shape[0], max_keep))
+
+
+def _with_last_pixel(boxes: Tensor, plus_one: float) -> Tensor:
+    """Boxes whose plain IoU is the IoU of `boxes` in the geometry that adds `plus_one` to widths and heights."""
+    return boxes + boxes.new_tensor([0.0, 0.0, plus_one, plus_one]) if plus_one else boxes
+
+
+def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    """Places of the first `max_keep` survivors among candidates that are sorted by falling score.
+
+    Whether a box survives depends on better ones alone. So a head of the list decides, if enough of it survive.
+    """
+    length = max(1024, 4 * max_keep)
+    while True:
+        survivors = _survivors(boxes[:length], scores[:length], groups[:length], iou_threshold)
+        if len(survivors) >= max_keep or length >= len(boxes):
+            return survivors[:max_keep]
+        length *= 4
+
+
+def _survivors(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """Places, rising, of all boxes that survive within their group; the input is sorted by falling score."""
+    by_group = groups.argsort(stable=True)
+    sizes = groups[by_group].unique_consecutive(return_counts=True)[1].tolist()
+    if len(sizes) == 1:
+        return torchvision.ops.nms(boxes, scores, iou_threshold)
+    members = zip(by_group.split(sizes), boxes[by_group].split(sizes), scores[by_group].split(sizes), strict=True)
+    survives = torch.zeros_like(groups, dtype=torch.bool)
+    for places, group_boxes, group_scores in members:
+        survives[places[torchvision.ops.nms(group_boxes, group_scores, iou_threshold)]] = True
+    return survives.nonzero().squeeze(1)

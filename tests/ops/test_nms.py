@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import batched_nms
+
+from boxwright.geometry.boxes import iou
+from boxwright.ops.nms import grouped_nms, nms
+
+
+def random_boxes(*shape: int, size: float = 400.0) -> Tensor:
+    corner = torch.rand(*shape, 2) * size
+    return torch.cat([corner, corner + 4 + torch.rand(*shape, 2) * size / 4], -1)
+
+
+def greedy(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, plus_one: float = 0.0):
+    """The definition, one box at a time, in float64."""
+    kept: list[int] = []
+    for index in sorted(valid.nonzero().flatten().tolist(), key=lambda index: -scores[index].item()):
+        rivals = [other for other in kept if groups[other] == groups[index]]
+        overlaps = iou(boxes[[index]].double(), boxes[rivals].double(), plus_one=plus_one)
+        if not (overlaps > threshold).any():
+            kept.append(index)
+    return kept
+
+
+@pytest.mark.parametrize("plus_one", [0.0, 1.0])
+def test_is_the_definition(plus_one: float) -> None:
+    torch.manual_seed(0)
+    boxes, scores = random_boxes(3, 120, size=80).round(), torch.rand(3, 120)
+    scores[:, 60:] = scores[:, :60].flip(1)  # Ties: the lower index goes first.
+    groups, valid = torch.randint(-2, 2, (3, 120)), torch.rand(3, 120) < 0.8
+    valid[2] = False
+    boxes = torch.where(valid[..., None], boxes, torch.nan)
+    scores = torch.where(valid, scores, torch.nan)
+    indices, kept = nms(boxes, scores, groups, valid, iou_threshold=0.35, max_keep=130, plus_one=plus_one)
+    assert indices.shape == kept.shape == (3, 130)
+    for image in range(3):
+        expected = greedy(boxes[image], scores[image], groups[image], valid[image], 0.35, plus_one)
+        assert indices[image][kept[image]].tolist() == expected
+        assert kept[image].tolist() == [True] * len(expected) + [False] * (130 - len(expected))
+        assert not indices[image][~kept[image]].any()
+
+
+@pytest.mark.parametrize(("num_groups", "num_candidates"), [(5, 10000), (80, 20000)])
+@pytest.mark.parametrize("max_keep", [100, 1000, 20000])
+def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_keep: int) -> None:
+    torch.manual_seed(1)
+    boxes, groups = random_boxes(num_candidates), torch.randint(num_groups, (num_candidates,))
+    scores = torch.randperm(num_candidates) / num_candidates  # No ties: torchvision's order among them is undefined.
+    indices, kept = nms(
+        boxes[None],
+        scores[None],
+        groups[None],
+        torch.ones(1, num_candidates, dtype=torch.bool),
+        iou_threshold=0.5,
+        max_keep=max_keep,
+    )
+    expected = batched_nms(boxes, scores, groups, 0.5)[:max_keep]
+    assert torch.equal(indices[0, : len(expected)], expected)
+    assert kept.sum() == len(expected)
+
+
+def test_iou_of_exactly_the_threshold_survives() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 5.01]]])
+    ones = torch.ones(1, 3)
+    indices, kept = nms(boxes, -ones, ones.long(), ones.bool(), iou_threshold=0.5, max_keep=3)
+    assert indices[0][kept[0]].tolist() == [0, 1]
+
+
+def test_no_candidates() -> None:
+    indices, kept = nms(
+        torch.zeros(2, 0, 4),
+        torch.zeros(2, 0),
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.zeros(2, 0, dtype=torch.bool),
+        iou_threshold=0.5,
+        max_keep=4,
+    )
+    assert not indices.any()
+    assert not kept.any()
+
+
+@pytest.mark.parametrize("num_valid", [0, 20])
+def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
+    boxes, scores, groups = random_boxes(2, 20), torch.rand(2, 20), torch.randint(3, (2, 20))
+    valid = (torch.arange(20) < num_valid).expand(2, 20)
+    torch.library.opcheck(grouped_nms, (boxes, scores, groups, valid, 0.5, 10, 0.0))
+
+    def kept_scores(boxes: Tensor, scores: Tensor) -> Tensor:
+        indices, kept = nms(boxes * 2, scores, groups, valid, iou_threshold=0.5, max_keep=10)
+        return torch.where(kept, scores.gather(1, indices), 0.0)
+
+    compiled = torch.compile(kept_scores, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(boxes, scores), kept_scores(boxes, scores))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert kept_scores(mode.from_tensor(boxes), mode.from_tensor(scores)).shape == (2, 10)
