@@ -1,12 +1,63 @@
-"""`boxwright data`: look after data sets."""
+"""`boxwright data`: check a data set, or generate one."""
 
 from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 app = typer.Typer(help="Check data sets, or generate one.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    pass
+@app.command()
+def check(
+    folder: Annotated[Path | None, typer.Argument(help="A folder in one of the usual COCO layouts.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="A COCO JSON file, instead of a folder.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder that its file names start from.")] = None,
+) -> None:
+    """List everything that is wrong with a data set, and how to mend it; exit status 1 if anything is.
+
+    Every picture is decoded. An `error` is refused by training; it leaves out what is `dropped` and cuts what is
+    `clipped`.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from boxwright.data import coco_check
+    from boxwright.data.layout import Split, find_layout
+
+    if folder and not annotations and not images:
+        layout = find_layout(folder)
+    elif annotations and images and not folder:
+        layout = {"given": Split(annotations, images)}
+    else:
+        raise ValueError("give either a folder, or both --annotations and --images")
+    console = Console(stderr=True)
+    severities: Counter[str] = Counter()
+    for name, split in layout.items():
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            advance = partial(bar.update, bar.add_task(f"{name}: pictures"))
+            faults = coco_check.check(*split, progress=lambda done, total, to=advance: to(completed=done, total=total))
+        for fault in faults:
+            typer.echo(f"{fault.severity}: {fault}")
+        severities.update(fault.severity for fault in faults)
+        counted = ", ".join(f"{count} {what}" for what, count in Counter(f.severity for f in faults).items())
+        typer.echo(f"{name}: {split.annotations}, images in {split.images}: {counted or 'no faults'}")
+    if severities:
+        raise typer.Exit(1)
+
+
+@app.command()
+def shapes(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    train: Annotated[int, typer.Option(help="Pictures to learn from.", min=1)] = 400,
+    val: Annotated[int, typer.Option(help="Pictures to measure with.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="What the pictures are drawn from.", min=0)] = 0,
+) -> None:
+    """Write a generated data set: coloured circles, squares and triangles that overlap on textured ground."""
+    from boxwright.data.shapes import write_shapes
+
+    write_shapes(folder, train=train, val=val, seed=seed)
+    typer.echo(f"{folder}: {train} pictures to train with, {val} to validate with. Next: --data {folder}")

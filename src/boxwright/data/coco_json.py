@@ -113,7 +113,8 @@ def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
     Raises:
         OSError: The file cannot be read.
     """
-    columns, faults = Columns(), []
+    columns = Columns()
+    faults: list[Fault] = []
     try:
         file = _parse(path.read_bytes())
     except ValueError as error:
