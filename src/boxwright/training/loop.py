@@ -56,6 +56,7 @@ class Training:
         resume: bool = False,
         init: Path | None = None,
         num_workers: int = 2,
+        log_every: int | None = None,
         checkpoint_every: int | None = None,
         allowed_non_finite: int = 0,
         command: str = "",
@@ -71,6 +72,7 @@ class Training:
             resume: go on from the newest checkpoint in `out`, if there is one.
             init: weights to start from; tensors whose name or shape is not the model's are left out, with a line.
             num_workers: processes that read images, for each rank.
+            log_every: steps; None for 50, or fewer in a short run.
             checkpoint_every: steps; None for once an epoch.
             allowed_non_finite: how many steps may be left out because they are not finite before training stops.
             command: the command line, for the record.
@@ -89,6 +91,9 @@ class Training:
             batch_size=experiment.images_per_device,
             resize=experiment.resize,
             flip=experiment.flip,
+            scale_jitter=experiment.scale_jitter,
+            crop=experiment.crop,
+            photometric=experiment.photometric,
             seed=experiment.seed,
             num_workers=num_workers,
             rank=rank(),
@@ -97,7 +102,7 @@ class Training:
         self.steps_per_epoch = max(1, self.loader.steps_per_epoch // experiment.accumulate)
         self.total_steps = experiment.epochs * self.steps_per_epoch
         self.images_per_step = experiment.images_per_device * world_size() * experiment.accumulate
-        self.log_every = max(1, min(50, self.total_steps // 20))
+        self.log_every = log_every or max(1, min(50, self.total_steps // 20))
         self.checkpoint_every = checkpoint_every or self.steps_per_epoch
         self.learning_rate = experiment.optimizer.lr * self.images_per_step / experiment.batch_size
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -147,8 +146,6 @@ class Log:
         self.lines.append(line)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         for name, value in curves.items():
             self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()

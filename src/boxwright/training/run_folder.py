@@ -96,7 +96,7 @@ def _leaves(page: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in page.items():
             # A call's arguments are called by their own names, as --set does.
             yield from _leaves(value, name if key == "arguments" else f"{name}.{key}" if name else key)
-    elif isinstance(page, list):
+    elif isinstance(page, list) and page:
         for index, value in enumerate(page):
             yield from _leaves(value, f"{name}[{index}]")
     else:

@@ -1,0 +1,80 @@
+"""Short runs on the tiny detector, in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from boxwright.data.buckets import Resize
+from boxwright.training.experiment import SGD, Experiment, StepSchedule
+from training.fakes import MODEL
+
+TIMES = {
+    "seconds_per_step",
+    "images_per_second",
+    "data_wait",
+    "data_wait_share",
+    "memory_mib",
+    "eta_seconds",
+    "seconds",
+}
+
+
+def tiny_experiment(**changes: Any) -> Experiment:
+    """Four steps an epoch on sixteen pictures, flips and all."""
+    settings: dict[str, Any] = {
+        "model": MODEL,
+        "resize": Resize(32, 32),
+        "images_per_device": 4,
+        "batch_size": 4,
+        "epochs": 5,
+        "optimizer": SGD(lr=0.01),
+        "schedule": StepSchedule(epochs=(3,), warmup_steps=6),
+        "ema_decay": 0.9,
+        "keep_checkpoints": 100,
+    }
+    return Experiment(**{**settings, **changes})
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock gave."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    """Two safetensors files hold the same, bit for bit."""
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Two runs saw the same losses and end with the same state, bit for bit."""
+    assert curve(first) == curve(second)
+    assert_same_tensors(first / "weights.safetensors", second / "weights.safetensors")
+    last = max((first / "checkpoints").iterdir(), key=lambda path: int(path.name.split("_")[1])).name
+    for file in ("model", "optimizer", "ema", "loop"):
+        name = f"checkpoints/{last}/{file}.safetensors"
+        assert_same_tensors(first / name, second / name)
+
+
+def start_python(code: str, **environment: str) -> subprocess.Popen[str]:
+    """Run Python code that may import from the tests, with one thread."""
+    tests = Path(__file__).resolve().parents[1]
+    paths = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

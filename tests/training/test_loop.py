@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
+from boxwright.training.interrupt import TrainingInterrupted
+from boxwright.training.loop import Training, train
+from boxwright.training.non_finite import NonFiniteError, load_batches
+from training.fakes import Pictures, tiny_detector
+from training.runs import assert_same_run, assert_same_tensors, curve, start_python, tiny_experiment
+
+EXPERIMENTS = {
+    "sgd": tiny_experiment(),
+    "adamw": tiny_experiment(
+        optimizer=AdamW(lr=0.01), schedule=CosineSchedule(warmup_steps=3), accumulate=2, images_per_device=2, epochs=3
+    ),
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
+@pytest.mark.parametrize("stop", [5, 8])
+def test_resumed_run_is_the_uninterrupted_one(experiment: Experiment, stop: int, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = {"num_workers": 0, "checkpoint_every": stop, "evaluate": _count_parameters}
+    train(experiment, Pictures(), whole, **options)
+    shutil.copytree(whole / "checkpoints" / f"step_{stop}", resumed / "checkpoints" / f"step_{stop}")
+    shutil.copy(whole / "metrics.jsonl", resumed)  # with lines of the future, which must go
+    train(experiment, Pictures(), resumed, resume=True, **options)
+    assert_same_run(whole, resumed)
+
+
+def test_interval_cut_by_a_checkpoint_is_logged_whole(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out, resume in ((whole, False), (resumed, True)):
+        train(tiny_experiment(), Pictures(), out, num_workers=0, log_every=5, checkpoint_every=7, resume=resume)
+        if out == whole:
+            shutil.copytree(whole / "checkpoints" / "step_7", resumed / "checkpoints" / "step_7")
+            shutil.copy(whole / "metrics.jsonl", resumed)
+    assert [line["step"] for line in curve(whole)] == [5, 10, 15, 20]
+    assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_resumes(number: signal.Signals, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(tiny_experiment(), Pictures(), whole, num_workers=0)
+    run = Training(tiny_experiment(), Pictures(), stopped, num_workers=0)
+    one_step = run._one_step
+
+    def one_step_with_signal(batches: object) -> None:
+        if run.step == 9:
+            os.kill(os.getpid(), number)
+        one_step(batches)  # type: ignore[arg-type]
+
+    run._one_step = one_step_with_signal  # type: ignore[method-assign]
+    with pytest.raises(TrainingInterrupted, match=f"{number.name}.*step_10.*--resume") as caught:
+        run.run()
+    assert caught.value.signal_number == number
+    assert caught.value.checkpoint.is_dir()
+    train(tiny_experiment(), Pictures(), stopped, num_workers=0, resume=True)
+    assert_same_run(whole, stopped)
+
+
+def test_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
+    """SIGKILL at a random moment, often within a save, since there is one at every other step."""
+    code = """
+from pathlib import Path
+from training.fakes import Pictures
+from training.runs import tiny_experiment
+from boxwright.training.loop import train
+train(tiny_experiment(epochs=8), Pictures(), Path({out!r}), num_workers=0, checkpoint_every=2, resume=True)
+"""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny_experiment(epochs=8), Pictures(), whole, num_workers=0, checkpoint_every=2)
+    process = start_python(code.format(out=str(killed)))
+    while process.poll() is None and not (killed / "checkpoints" / "step_4").is_dir():
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    train(tiny_experiment(epochs=8), Pictures(), killed, num_workers=0, checkpoint_every=2, resume=True)
+    assert_same_run(whole, killed)
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
+    """Half of the pictures hold no object, so that some ranks have none in some steps."""
+    code = """
+from pathlib import Path
+from dataclasses import replace
+from functools import partial
+from training.fakes import Pictures, tiny_detector
+from training.runs import tiny_experiment
+from boxwright.training.distributed import process_group
+from boxwright.training.loop import train
+model = partial(tiny_detector, dropout=0.0, norm=False)
+experiment = tiny_experiment(model=model, images_per_device=1, accumulate=2)
+with process_group("cpu") as device:
+    train(experiment, Pictures(empty=frozenset(range(0, 16, 2))), Path({out!r}), device=device, num_workers=0)
+"""
+    one, two = tmp_path / "one", tmp_path / "two"
+    model = partial(tiny_detector, dropout=0.0, norm=False)
+    pictures = Pictures(empty=frozenset(range(0, 16, 2)))
+    train(tiny_experiment(model=model, accumulate=2, images_per_device=2), pictures, one, num_workers=0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [start_python(code.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
+    for process in ranks:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
+    for line, other in zip(curve(one), curve(two), strict=True):
+        assert line["step"] == other["step"]
+        assert line["total"] == pytest.approx(other["total"], abs=1e-5)
+        assert line["losses"] == pytest.approx(other["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [0, 2])
+def test_non_finite_step_is_named_kept_and_repeatable(stop_after: int, tmp_path: Path) -> None:
+    experiment = tiny_experiment(model=partial(tiny_detector, bad_image=103))
+    run = Training(experiment, Pictures(), tmp_path, num_workers=0, log_every=10, allowed_non_finite=stop_after)
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite on images \[.*103.*\]"):
+        run.run()
+    kept = sorted((tmp_path / "non_finite").glob("step_*.safetensors"))
+    assert len(kept) == stop_after + 1, "one batch for each step left out, and the one that ended the run"
+    assert all(torch.isfinite(parameter).all() for parameter in run.detector.parameters())
+    (batch,) = load_batches(kept[-1])
+    assert 103 in batch.image_ids
+    assert not torch.stack(list(run.detector.losses(batch).values())).sum().isfinite()
+
+
+def test_steps_that_may_be_left_out_are(tmp_path: Path) -> None:
+    experiment = tiny_experiment(model=partial(tiny_detector, bad_image=103))
+    weights = train(experiment, Pictures(), tmp_path, num_workers=0, allowed_non_finite=5)
+    assert [line["step"] for line in curve(tmp_path)] == list(range(1, 21))
+    assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+
+
+def test_resuming_with_another_experiment_names_the_fields(tmp_path: Path) -> None:
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.5), flip=0.0)
+    with pytest.raises(ValueError, match=r"flip was 0.5 and is 0.0; optimizer.lr was 0.01 and is 0.5"):
+        train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
+
+
+def test_resuming_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True).is_file()
+    assert "finished already" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_new_run_does_not_overwrite_another(tmp_path: Path) -> None:
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    with pytest.raises(ValueError, match="--resume"):
+        train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+
+
+def test_evaluates_every_so_many_epochs_and_once_after_a_stop(tmp_path: Path) -> None:
+    steps = []
+
+    def evaluate(detector: nn.Module) -> dict[str, float]:
+        steps.append(run.step)
+        return {"AP": run.step / 100}
+
+    experiment = tiny_experiment(evaluate_every=2)
+    run = Training(experiment, Pictures(), tmp_path, num_workers=0, evaluate=evaluate)
+    run.run()
+    assert steps == [8, 16, 20]
+    lines = [line for line in curve(tmp_path) if line["kind"] == "evaluation"]
+    assert [(line["step"], line["metrics"]["AP"]) for line in lines] == [(8, 0.08), (16, 0.16), (20, 0.2)]
+    # Killed while it evaluated for the last time: the checkpoint is there, the line is not.
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(text[:-1]) + '{"kind": "eval')
+    run = Training(experiment, Pictures(), tmp_path, num_workers=0, evaluate=evaluate, resume=True)
+    run.run()
+    assert steps == [8, 16, 20, 20]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1] == text[:-1]
+
+
+def test_evaluation_sees_averaged_weights_which_are_what_is_saved(tmp_path: Path) -> None:
+    seen = {}
+
+    def evaluate(detector: nn.Module) -> dict[str, float]:
+        seen.update({name: tensor.clone() for name, tensor in detector.state_dict().items()})
+        return {}
+
+    run = Training(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, evaluate=evaluate)
+    weights = load_file(run.run())
+    assert all(torch.equal(weights[name], seen[name]) for name in seen)
+    assert not torch.equal(run.detector.body.weight, weights["body.weight"])
+
+
+def test_metrics_line_holds_what_the_loop_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(tiny_experiment(epochs=1), images_per_device=2), Pictures(), tmp_path, num_workers=0)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["total"] == pytest.approx(sum(line["losses"].values()))
+    assert set(line) == TRAIN_KEYS
+    assert line["epoch"] == 1
+    said = capsys.readouterr().out
+    assert "learning rate 0.005: 0.01 is for 4 images a step, here are 2" in said
+    for word in ("s/iter", "img/s", "data", "MiB", "ETA"):
+        assert word in said
+
+
+def test_init_takes_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = train(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", num_workers=0)
+    other = tiny_experiment(epochs=1, model=partial(tiny_detector, norm=False))
+    run = Training(other, Pictures(), tmp_path / "second", num_workers=0, init=weights)
+    trained = Training(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", resume=True)
+    assert torch.equal(run.detector.body.weight, trained.detector.body.weight)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path / "none", num_workers=0)
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path / "two", num_workers=2)
+    assert_same_tensors(tmp_path / "none" / "weights.safetensors", tmp_path / "two" / "weights.safetensors")
+
+
+TRAIN_KEYS = {
+    "kind", "step", "epoch", "learning_rate", "losses", "total", "grad_norm", "seconds_per_step", "images_per_second",
+    "data_wait", "data_wait_share", "memory_mib", "eta_seconds",
+}  # fmt: skip
+
+
+def _count_parameters(detector: nn.Module) -> dict[str, float]:
+    """An evaluation that draws random numbers, as loaders do, and must not disturb training's."""
+    torch.rand(3)
+    return {"parameters": float(sum(parameter.detach().sum() for parameter in detector.parameters()))}
