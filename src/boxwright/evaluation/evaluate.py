@@ -16,6 +16,7 @@ from torch import distributed as dist
 from boxwright.data.dataset import Category, Dataset
 from boxwright.detectors.detector import Detector
 from boxwright.evaluation.coco import CocoMetrics, coco_metrics
+from boxwright.evaluation.proposals import proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
 from boxwright.structures import Batch, Detections, to_device
@@ -56,6 +57,24 @@ def evaluate(
     if new_labels is not None:
         results = results.relabel(new_labels)
     return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
+
+
+def evaluate_proposals(
+    detector: Detector,
+    dataset: Dataset,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "float32",
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Results, dict[str, float]]:
+    """As `evaluate`, for a detector of proposals: their average recall by name (see `proposal_recall`)."""
+    results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
+    if _is_first_rank():
+        recalls = proposal_recall(dataset, results)
+    else:
+        recalls = dict.fromkeys(recall_names(), -1.0)
+    return results, dict(zip(recalls, _from_first_rank(np.array(list(recalls.values())), device).tolist(), strict=True))
 
 
 def detect_dataset(
@@ -151,10 +170,21 @@ def shared_metrics(
     max_detections: tuple[int, int, int] = (1, 10, 100),
 ) -> CocoMetrics:
     """`coco_metrics` computed by rank 0 alone and sent to the others, so that one process reads the annotations."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return coco_metrics(dataset, results, max_detections=max_detections)
-    blank = CocoMetrics.blank(dataset.categories, max_detections)
-    metrics = coco_metrics(dataset, results, max_detections=max_detections) if dist.get_rank() == 0 else blank
-    numbers = torch.from_numpy(metrics.pack()).to(device)
-    dist.broadcast(numbers, src=0)
-    return blank.unpack(numbers.cpu().numpy())
+    if _is_first_rank():
+        metrics = coco_metrics(dataset, results, max_detections=max_detections)
+    else:
+        metrics = CocoMetrics.blank(dataset.categories, max_detections)
+    return metrics.unpack(_from_first_rank(metrics.pack(), device))
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _from_first_rank(numbers: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """Rank 0's numbers, on every rank, which all pass as many."""
+    if not dist.is_initialized():
+        return numbers
+    tensor = torch.from_numpy(numbers).to(device)
+    dist.broadcast(tensor, src=0)
+    return tensor.cpu().numpy()

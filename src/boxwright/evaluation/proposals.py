@@ -11,9 +11,16 @@ from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, GroundTruth, accumulate, mean_measured
 from boxwright.evaluation.results import Results
 
+LIMITS = (100, 300, 1000)
+
+
+def recall_names(limits: Sequence[int] = LIMITS) -> list[str]:
+    """The names of what `proposal_recall` gives, in its order."""
+    return [f"AR{suffix}@{limit}" for suffix in AREA_SUFFIXES for limit in limits]
+
 
 def proposal_recall(
-    ground_truth: GroundTruth | Dataset, results: Results, *, limits: Sequence[int] = (100, 300, 1000)
+    ground_truth: GroundTruth | Dataset, results: Results, *, limits: Sequence[int] = LIMITS
 ) -> dict[str, float]:
     """Recall averaged over IoU 0.50:0.95 (COCO's AR with `useCats = 0`), for each limit of boxes an image.
 
@@ -31,8 +38,5 @@ def proposal_recall(
     evaluator = truth.evaluator(replace(results, labels=np.zeros_like(results.labels)), max_detections=limits)
     evaluator.params.use_cats = False
     recall = accumulate(evaluator)["recall"]  # [T, 1, A, M]
-    return {
-        f"AR{suffix}@{limit}": mean_measured(recall[:, :, area, m])
-        for area, suffix in enumerate(AREA_SUFFIXES)
-        for m, limit in enumerate(limits)
-    }
+    values = [mean_measured(recall[:, :, area, m]) for area in range(len(AREA_SUFFIXES)) for m in range(len(limits))]
+    return dict(zip(recall_names(limits), values, strict=True))

@@ -1,0 +1,99 @@
+"""Boxes and labels on pictures, legible whatever the picture's size."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import supervision as sv
+
+Colour = tuple[int, int, int]
+
+MIN_LONG_SIDE = 480
+"""Smaller pictures are enlarged before they are drawn on, or their labels could not be read."""
+MAX_LABELS = 60
+"""Beyond so many boxes labels would hide the picture, and colours alone tell the classes."""
+
+
+def class_colour(label: int) -> Colour:
+    """The (red, green, blue) of a class: the same in every picture and run, dark enough for white letters on it."""
+    # Steps of the golden ratio around the colour circle keep any number of neighbouring labels apart.
+    hue = (0.6 + label * 0.618033988749895) % 1.0
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.42, 0.34, 0.48)[label % 3], 0.85)
+    # What the eye sees as bright (green above all) is darkened until white stands out.
+    brightness = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    factor = min(1.0, (0.22 / brightness) ** (1 / 2.2))
+    return round(red * factor * 255), round(green * factor * 255), round(blue * factor * 255)
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[Colour], *, scale: float | None = None
+) -> np.ndarray:
+    """A copy of a picture with labelled boxes; the first box lies on top.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        boxes: [n, 4] xyxy in pixels of `image`.
+        texts: n labels; an empty one draws the box alone.
+        colours: n (red, green, blue).
+        scale: resizes the picture by this factor; None enlarges small ones until they are legible.
+
+    Returns:
+        uint8 [H * scale, W * scale, 3] RGB.
+    """
+    if scale is None:
+        scale = max(1.0, MIN_LONG_SIDE / max(image.shape[:2]))
+    width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
+    canvas: Any = np.ascontiguousarray(cv2.resize(image, (width, height), interpolation=_interpolation(scale)))
+    if not len(boxes):
+        return canvas
+    order = np.arange(len(boxes))[::-1]
+    # supervision looks a box's colour up by its class; here each box brings its own. It writes blue first, we red.
+    palette = sv.ColorPalette([sv.Color(*colours[index][::-1]) for index in order])
+    corners = np.asarray(boxes, dtype=np.float64)[order] * np.tile([width / image.shape[1], height / image.shape[0]], 2)
+    detections = sv.Detections(xyxy=corners, class_id=np.arange(len(order)))
+    thickness = max(2, round(max(width, height) / 400))
+    canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
+    labelled = np.array([bool(texts[index]) for index in order])
+    if len(boxes) <= MAX_LABELS and labelled.any():
+        annotator = sv.LabelAnnotator(
+            color=palette,
+            text_scale=max(0.4, max(width, height) / 1600),
+            text_thickness=max(1, round(max(width, height) / 1200)),
+            text_padding=max(2, round(max(width, height) / 250)),
+            smart_position=True,
+        )
+        names = [texts[index] for index in order if texts[index]]
+        some = sv.Detections(xyxy=corners[labelled], class_id=np.flatnonzero(labelled))
+        canvas = annotator.annotate(canvas, some, labels=names)
+    return canvas
+
+
+def _interpolation(scale: float) -> int:
+    return cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+
+
+def draw_detections(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray
+) -> np.ndarray:
+    """A copy of a picture with what a detector found in it, each class in its own colour, best scores on top.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        boxes: [n, 4] xyxy in pixels of `image`, best first.
+        labels: [n] int.
+        names: n class names.
+        scores: [n] in 0..1.
+    """
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    return draw_boxes(image, boxes, texts, [class_colour(int(label)) for label in labels])
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 85) -> bytes:
+    """A picture (uint8 [H, W, 3] RGB) as the content of a JPEG file."""
+    encoded, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert encoded
+    return content.tobytes()

@@ -1,0 +1,207 @@
+"""A run's report: one page that holds everything, to be opened, mailed and kept without anything beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from boxwright.data.dataset import Dataset
+from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth
+from boxwright.evaluation.mistakes import Mistakes, find_mistakes
+from boxwright.evaluation.results import Results, write_whole
+from boxwright.report.curves import NUM_COLOURS, Curve, line_chart, matrix_chart
+from boxwright.report.worst import worst_images
+from boxwright.training.metrics import read_lines
+
+TRAINING_SIZE = (360, 220)
+OPEN_CLASSES = 24
+"""More classes than this are folded away until they are asked for."""
+
+
+def write_report(
+    folder: Path,
+    dataset: Dataset,
+    results: Results,
+    metrics: CocoMetrics | Mapping[str, float],
+    *,
+    run: Path | None = None,
+    title: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    score: float = 0.3,
+    num_pictures: int = 24,
+) -> Path:
+    """Write `report.html` into a folder, whole or not at all.
+
+    Args:
+        folder: Where it goes.
+        dataset: The ground truth and its pictures.
+        results: What was detected, labels by the data set's categories.
+        metrics: Measured from `results`: COCO's numbers, or the recall of proposals by name.
+        run: The run's folder, whose `metrics.jsonl` gives the curves; left out, `folder`.
+        title: At the top; left out, the run's name.
+        facts: What else belongs under the title (model, data, command), by name.
+        score: Detections below it count neither as right nor as wrong in the confusion matrix and the pictures.
+        num_pictures: How many of the worst images are shown.
+
+    Returns:
+        The page's path.
+    """
+    run = folder if run is None else run
+    title = title or run.resolve().name
+    history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    body = [_header(title, {**(facts or {}), "images": f"{len(results.evaluated):,}"})]
+    body.append(_numbers(metrics.summary if isinstance(metrics, CocoMetrics) else metrics))
+    body.append(_training(history))
+    if isinstance(metrics, CocoMetrics):
+        truth = GroundTruth(dataset)
+        mistakes = find_mistakes(truth, results, score=score)
+        body += [_classes(metrics), _precision_recall(metrics), _confusion(mistakes, metrics)]
+        body.append(worst_images(dataset, truth, mistakes, num_pictures))
+    style = resources.files("boxwright.report").joinpath("report.css").read_text(encoding="utf-8")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · Boxwright</title><style>{style}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+    path = folder / "report.html"
+    write_whole(path, page.encode())
+    return path
+
+
+def percent(value: float) -> str:
+    """A number in 0..1 as papers print it (37.4), a dash where there was nothing to measure."""
+    return f"{100 * value:.1f}" if value >= 0 else "-"
+
+
+def _header(title: str, facts: Mapping[str, str]) -> str:
+    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
+    return f"<header><h1>{escape(title)}</h1><dl>{listed}</dl></header>"
+
+
+def _numbers(summary: Mapping[str, float]) -> str:
+    tiles = "".join(
+        f'<div class="tile"><b>{percent(value)}</b><span>{escape(name)}</span></div>' for name, value in summary.items()
+    )
+    note = (
+        "In percent. AP is average precision and AR average recall over IoU 0.50 to 0.95; 50 and 75 fix the IoU; "
+        "s, m and l are objects under 32², under 96² and from 96² pixels on; a number behind AR limits boxes an image."
+    )
+    return f'<section><h2>Numbers</h2><div class="tiles">{tiles}</div><p class="note">{note}</p></section>'
+
+
+def _training(history: Sequence[Mapping[str, Any]]) -> str:
+    steps = [line for line in history if line.get("kind") == "train"]
+    evaluations = [line for line in history if line.get("kind") == "evaluation"]
+    charts = []
+    if steps:
+        xs = [line["step"] for line in steps]
+        curves = [Curve("total", xs, [line["total"] for line in steps])]
+        names = list(steps[-1]["losses"])[: NUM_COLOURS - 1]
+        if len(names) > 1:
+            curves += [Curve(name, xs, [line["losses"].get(name, np.nan) for line in steps]) for name in names]
+        charts.append(line_chart(curves, title="Loss", x_label="step", size=TRAINING_SIZE))
+        rates = [line["learning_rate"] for line in steps]
+        charts.append(
+            line_chart([Curve("learning rate", xs, rates)], title="Learning rate", x_label="step", size=TRAINING_SIZE)
+        )
+    if evaluations:
+        names = [name for name in ("AP", "AP50", "AP75") if name in evaluations[-1]["metrics"]]
+        names = names or list(evaluations[-1]["metrics"])[:NUM_COLOURS]
+        xs = [line["step"] for line in evaluations]
+        curves = [
+            Curve(name, xs, [_percent_or_gap(line["metrics"].get(name, -1)) for line in evaluations]) for name in names
+        ]
+        charts.insert(1, line_chart(curves, title="AP on the validation split, %", x_label="step", size=TRAINING_SIZE))
+    return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>' if charts else ""
+
+
+def _percent_or_gap(value: float) -> float:
+    return 100 * value if value >= 0 else np.nan
+
+
+def _classes(metrics: CocoMetrics) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("class", "objects", *CLASS_COLUMNS))
+    rows = []
+    for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
+        width = max(0.0, 100 * values[0])
+        cells = "".join(f"<td>{percent(value)}</td>" for value in values[1:])
+        rows.append(
+            f'<tr><th scope="row">{escape(category.name)}</th><td>{count:,}</td>'
+            f'<td class="bar" style="--width:{width:.1f}%">{percent(values[0])}</td>{cells}</tr>'
+        )
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f"<section><h2>Classes</h2>{_folded(table, len(rows))}</section>"
+
+
+def _folded(content: str, num_classes: int) -> str:
+    """The content, behind a click where there are many classes."""
+    if num_classes <= OPEN_CLASSES:
+        return content
+    return f"<details><summary>All {num_classes} classes</summary>{content}</details>"
+
+
+def _precision_recall(metrics: CocoMetrics) -> str:
+    measured = [row for row in range(len(metrics.categories)) if metrics.precision[0, 0, row] > -1]
+    if not measured:
+        return ""
+    recalls = np.linspace(0, 1, metrics.precision.shape[1])
+    labels = ("mean over IoU 0.50:0.95", "IoU 0.50", "IoU 0.75")
+
+    def chart(precision: np.ndarray, title: str, size: tuple[int, int], *, large: bool) -> str:
+        curves = [Curve(label, recalls, values) for label, values in zip(labels, precision, strict=True)]
+        axis = "recall" if large else ""
+        ends = (0.0, 1.0)
+        return line_chart(curves, title=title, x_label=axis, x_range=ends, y_range=ends, size=size, legend=large)
+
+    overall = chart(
+        metrics.precision[:, :, measured].mean(axis=2),
+        "Precision over recall, mean over the classes",
+        (520, 280),
+        large=True,
+    )
+    ordered = sorted(measured, key=lambda row: -metrics.per_class[row, 0])
+    small = "".join(
+        chart(
+            metrics.precision[:, :, row],
+            f"{metrics.categories[row].name} · {percent(metrics.per_class[row, 0])}",
+            (220, 150),
+            large=False,
+        )
+        for row in ordered
+    )
+    grid = _folded(f'<div class="small-charts">{small}</div>', len(measured))
+    return f'<section><h2>Precision and recall</h2><div class="charts">{overall}</div>{grid}</section>'
+
+
+def _confusion(mistakes: Mistakes, metrics: CocoMetrics) -> str:
+    counts = mistakes.confusion
+    names = [category.name for category in metrics.categories]
+    shown = [row for row in range(len(names)) if counts[row].any() or counts[:, row].any()]
+    if not shown:
+        return ""
+    kept = [*shown, len(names)]
+    chart = matrix_chart(
+        counts[np.ix_(kept, kept)],
+        [*(names[row] for row in shown), "nothing"],
+        row_title="annotated",
+        column_title="predicted",
+    )
+    pairs = [(int(counts[r, c]), names[r], names[c]) for r in shown for c in shown if r != c and counts[r, c]]
+    listed = "".join(
+        f"<li><b>{count}</b> {escape(true)} taken for {escape(predicted)}</li>"
+        for count, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:10]
+    )
+    most = f"<h3>Most often confused</h3><ol>{listed}</ol>" if listed else ""
+    note = (
+        f"Detections with a score of at least {mistakes.score:g}, best first, each matched with the object it overlaps "
+        f"most (IoU {mistakes.iou:g} or more), whatever its class. Shades are shares of a row; the column “nothing” "
+        "holds missed objects, the row “nothing” detections where no object is."
+    )
+    both = f'<div class="confusion">{chart}<div>{most}</div></div>'
+    return f'<section><h2>Confusion</h2><p class="note">{note}</p>{both}</section>'

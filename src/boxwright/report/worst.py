@@ -1,0 +1,93 @@
+"""The images that went worst, as part of the report: what is there beside what was found."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+import numpy as np
+
+from boxwright.data.dataset import Dataset
+from boxwright.evaluation.coco import GroundTruth
+from boxwright.evaluation.mistakes import ImageMistakes, Mistakes
+from boxwright.report.draw import Colour, draw_boxes, encode_jpeg
+
+RIGHT: Colour = (31, 111, 214)
+WRONG: Colour = (214, 78, 12)
+NEUTRAL: Colour = (105, 105, 105)
+PICTURE_SIDE = 640
+
+
+def worst_images(dataset: Dataset, truth: GroundTruth, mistakes: Mistakes, num_pictures: int) -> str:
+    """A section of the page: the worst images, what is there beside what was found."""
+    worst = mistakes.images[:num_pictures]
+    positions = _positions(dataset, {image.image_id for image in worst})
+    rows_of: dict[int, list[int]] = {image.image_id: [] for image in worst}
+    for row, image_id in enumerate(mistakes.results.image_ids.tolist()):
+        if image_id in rows_of:
+            rows_of[image_id].append(row)
+    cards = "".join(
+        _card(dataset, positions[image.image_id], truth, mistakes, image, rows_of[image.image_id]) for image in worst
+    )
+    note = (
+        f"The {len(worst)} worst of {len(mistakes.images):,} images, lowest F1 first (IoU {mistakes.iou:g}, score from "
+        f"{mistakes.score:g} on), among equals the one with more mistakes first. Left the annotated objects, right the "
+        "predictions."
+    )
+    keys = (
+        f'<span class="key"><i style="background:rgb{RIGHT}"></i>matched</span>'
+        f'<span class="key"><i style="background:rgb{WRONG}"></i>missed (left) or wrong (right)</span>'
+        f'<span class="key"><i style="background:rgb{NEUTRAL}"></i>crowd region, not counted</span>'
+    )
+    return (
+        f'<section><h2>Worst images</h2><p class="note">{note}</p><div class="legend">{keys}</div>'
+        f'<div class="cards">{cards}</div></section>'
+    )
+
+
+def _positions(dataset: Dataset, wanted: set[int]) -> dict[int, int]:
+    """Where the wanted images stand in the data set."""
+    image_ids = getattr(dataset, "image_ids", None)
+    if image_ids is None:
+        image_ids = [dataset[position].image_id for position in range(len(dataset))]
+    return {int(image_id): position for position, image_id in enumerate(image_ids) if int(image_id) in wanted}
+
+
+def _card(
+    dataset: Dataset, position: int, truth: GroundTruth, mistakes: Mistakes, image: ImageMistakes, rows: list[int]
+) -> str:
+    """One image twice: what is there, and what was found."""
+    sample = dataset[position]
+    names = {category.id: category.name for category in truth.categories}
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=[image.image_id]))
+    objects = [thing for thing in objects if thing["category_id"] in names]
+    object_colours = [
+        NEUTRAL if thing.get("iscrowd") else WRONG if thing["id"] in mistakes.missed else RIGHT for thing in objects
+    ]
+    annotated = _picture(
+        sample.image,
+        np.array([thing["bbox"] for thing in objects], dtype=np.float64).reshape(-1, 4),
+        [names[thing["category_id"]] for thing in objects],
+        object_colours,
+    )
+    rows = sorted(rows, key=lambda row: -mistakes.results.scores[row])
+    labels = [truth.categories[label].name for label in mistakes.results.labels[rows]]
+    predicted = _picture(
+        sample.image,
+        mistakes.results.boxes[rows],
+        [f"{name} {score:.2f}" for name, score in zip(labels, mistakes.results.scores[rows], strict=True)],
+        [NEUTRAL if mistakes.ignored[row] else RIGHT if mistakes.right[row] else WRONG for row in rows],
+    )
+    counts = f"{image.num_right} right · {image.num_wrong} wrong · {image.num_missed} missed"
+    caption = f"<b>{escape(sample.file_name)}</b><span>F1 {image.f1:.2f} · {counts}</span>"
+    pair = f'<div class="pair">{annotated}{predicted}</div>'
+    return f'<figure class="card">{pair}<figcaption>{caption}</figcaption></figure>'
+
+
+def _picture(image: np.ndarray, boxes: np.ndarray, texts: list[str], colours: list[Colour]) -> str:
+    """A picture with boxes (x, y, width, height) as an HTML image that holds its own pixels."""
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    drawn = draw_boxes(image, corners, texts, colours, scale=PICTURE_SIDE / max(image.shape[:2]))
+    content = base64.b64encode(encode_jpeg(drawn, quality=80)).decode()
+    height, width = drawn.shape[:2]
+    return f'<img loading="lazy" alt="" width="{width}" height="{height}" src="data:image/jpeg;base64,{content}">'

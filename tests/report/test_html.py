@@ -1,0 +1,48 @@
+"""The report holds what it promises and needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from boxwright.data.coco import CocoDataset
+from boxwright.data.layout import find_layout
+from boxwright.evaluation.coco import coco_metrics
+from boxwright.evaluation.results import read_results
+from boxwright.report.html import write_report
+
+
+def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
+    folder = data_dir / "coco_mini"
+    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
+    results = read_results(path, dataset.categories, dataset.image_ids.tolist())
+    metrics = coco_metrics(dataset, results)
+    lines = [
+        {"kind": "train", "step": 1, "total": 2.0, "losses": {"a": 1.5, "b": 0.5}, "learning_rate": 0.01},
+        {"kind": "train", "step": 2, "total": 1.0, "losses": {"a": 0.6, "b": 0.4}, "learning_rate": 0.02},
+        {"kind": "evaluation", "step": 2, "metrics": {"AP": 0.3, "AP50": 0.5}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path, dataset, results, metrics, title="run <1>", num_pictures=3).read_text()
+
+    assert "run &lt;1&gt;" in page
+    assert f"<b>{100 * metrics.summary['AP']:.1f}</b>" in page
+    for heading in ("Numbers", "Training", "Classes", "Precision and recall", "Confusion", "Worst images"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count('<th scope="row">') == 80
+    assert page.count("data:image/jpeg;base64,") == 6
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert [float(value) for value in re.findall(r"F1 (\d\.\d+)", page)] == [0, 0, 0]
+
+
+def test_report_of_proposals(data_dir: Path, tmp_path: Path) -> None:
+    folder = data_dir / "coco_mini"
+    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
+    results = read_results(path, dataset.categories)
+    page = write_report(tmp_path, dataset, results, {"AR@100": 0.4, "AR@1000": -1.0}).read_text()
+    assert "<b>40.0</b><span>AR@100</span>" in page
+    assert "<b>-</b>" in page
+    assert "<h2>Classes</h2>" not in page
