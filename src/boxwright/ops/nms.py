@@ -69,6 +69,15 @@ def grouped_nms(
     return indices, kept
 
 
+@grouped_nms.register_kernel("cuda")
+def _(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, plus_one: float
+) -> tuple[Tensor, Tensor]:
+    from boxwright.ops.nms_triton import greedy_nms  # Here, for installations without Triton.
+
+    return greedy_nms(_with_last_pixel(boxes, plus_one), scores, groups, valid, iou_threshold, max_keep)
+
+
 @grouped_nms.register_fake
 def _(
     boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, plus_one: float
@@ -78,7 +87,7 @@ def _(
 
 def _with_last_pixel(boxes: Tensor, plus_one: float) -> Tensor:
     """Boxes whose plain IoU is the IoU of `boxes` in the geometry that adds `plus_one` to widths and heights."""
-    return boxes + boxes.new_tensor([0.0, 0.0, plus_one, plus_one]) if plus_one else boxes
+    return torch.cat([boxes[..., :2], boxes[..., 2:] + plus_one], -1) if plus_one else boxes
 
 
 def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
