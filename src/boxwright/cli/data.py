@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from boxwright.data.fault import Fault
+    from boxwright.data.layout import Split
 
 app = typer.Typer(help="Check data sets, or generate one.", no_args_is_help=True)
 
@@ -22,10 +26,6 @@ def check(
     Every picture is decoded. An `error` is refused by training; it leaves out what is `dropped` and cuts what is
     `clipped`.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from boxwright.data import coco_check
     from boxwright.data.layout import Split, find_layout
 
     if folder and not annotations and not images:
@@ -34,12 +34,9 @@ def check(
         layout = {"given": Split(annotations, images)}
     else:
         raise ValueError("give either a folder, or both --annotations and --images")
-    console = Console(stderr=True)
     severities: Counter[str] = Counter()
     for name, split in layout.items():
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            advance = partial(bar.update, bar.add_task(f"{name}: pictures"))
-            faults = coco_check.check(*split, progress=lambda done, total, to=advance: to(completed=done, total=total))
+        faults = _check_split(name, split)
         for fault in faults:
             typer.echo(f"{fault.severity}: {fault}")
         severities.update(fault.severity for fault in faults)
@@ -61,3 +58,19 @@ def shapes(
 
     write_shapes(folder, train=train, val=val, seed=seed)
     typer.echo(f"{folder}: {train} pictures to train with, {val} to validate with. Next: --data {folder}")
+
+
+def _check_split(name: str, split: Split) -> list[Fault]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from boxwright.data import coco_check
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{name}: pictures")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return coco_check.check(*split, progress=show)

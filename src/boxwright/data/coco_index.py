@@ -156,6 +156,7 @@ def open_index(folder: Path) -> CocoIndex:
     Raises:
         OSError: It is not there.
         ValueError: It is damaged.
+        EOFError: It is damaged.
     """
     meta = json.loads((folder / _META).read_text("utf-8"))
     return CocoIndex(
@@ -179,7 +180,7 @@ def read_annotations(annotations: Path) -> Reading:
 def _open_if_whole(folder: Path) -> CocoIndex | None:
     try:
         return open_index(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
 
 

@@ -1,0 +1,81 @@
+"""`boxwright data`, and what all commands share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import boxwright
+from boxwright.cli.main import app
+from coco_files import document, write
+
+run = CliRunner().invoke
+
+
+def test_check_of_a_sound_folder(tmp_path: Path) -> None:
+    write(tmp_path)
+    result = run(app, ["data", "check", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "train: " in result.stdout
+    assert "no faults" in result.stdout
+
+
+def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
+    content = document()
+    content["annotations"][0]["bbox"][0] = float("nan")
+    content["annotations"][1]["bbox"] = [70, 2, 3, 4]
+    annotations, images = write(tmp_path, content)
+    (images / "a.png").unlink()
+    result = run(app, ["data", "check", "--annotations", str(annotations), "--images", str(images)])
+    assert result.exit_code == 1
+    assert f"error: {annotations}: annotation 11 (image 3): `bbox` holds NaN or infinity: correct it" in result.stdout
+    assert f"dropped: {annotations}: annotation 12 (image 7): its box [70, 2, 3, 4] lies outside" in result.stdout
+    assert f"error: {images / 'a.png'}: image 7: is missing: add the file" in result.stdout
+    assert "2 error, 1 dropped" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{}/none"], "there is no such folder"),
+        (["{}"], "no COCO data set was recognised"),
+        ([], "give either a folder, or both"),
+        (["--annotations", "{}/a.json"], "give either a folder, or both"),
+        (["--annotations", "{}/a.json", "--images", "{}"], "a.json"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(tmp_path: Path, arguments: list[str], told: str) -> None:
+    result = run(app, ["data", "check", *(argument.format(tmp_path) for argument in arguments)])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert told in result.stderr
+    assert result.stderr.startswith("boxwright: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_traceback_for_developers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOXWRIGHT_TRACEBACK", "1")
+    assert isinstance(run(app, ["data", "check", str(tmp_path)]).exception, ValueError)
+
+
+def test_shapes(tmp_path: Path) -> None:
+    result = run(app, ["data", "shapes", str(tmp_path / "new"), "--train", "2", "--val", "1", "--seed", "5"])
+    assert result.exit_code == 0
+    images = json.loads((tmp_path / "new/annotations/instances_train.json").read_text())["images"]
+    assert len(images) == 2
+    assert run(app, ["data", "check", str(tmp_path / "new")]).exit_code == 0
+    assert run(app, ["data", "shapes", str(tmp_path / "new")]).exit_code == 1
+
+
+def test_version() -> None:
+    assert run(app, ["--version"]).stdout == f"boxwright {boxwright.__version__}\n"
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; import boxwright.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,59 @@
+"""One check finds the faults of annotations, file names and pictures together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from boxwright.data.coco_check import check
+from boxwright.data.layout import find_layout
+from coco_files import document, write
+
+
+def test_sound(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    assert check(*write(tmp_path), progress=lambda done, total: calls.append((done, total))) == []
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_all_kinds_together(tmp_path: Path) -> None:
+    content = document()
+    content["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
+    content["annotations"][1]["bbox"] = [1, 2, 0, 4]
+    content["images"] += [
+        {"id": 20, "file_name": "none.png", "width": 5, "height": 5},
+        {"id": 21, "file_name": "../none.png", "width": 5, "height": 5},
+        {"id": 22, "file_name": "broken.png", "width": 60, "height": 40},
+        {"id": 23, "file_name": "sub/b.png", "width": 40, "height": 60},
+    ]
+    annotations, images = write(tmp_path, content)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:-30])
+    faults = check(annotations, images)
+    assert [(fault.object, fault.severity) for fault in faults] == [
+        ("annotation 11 (image 3)", "error"),
+        ("annotation 12 (image 7)", "dropped"),
+        ("image 20", "error"),
+        ("image 21", "error"),
+        ("image 22", "error"),
+        ("image 23", "error"),
+    ]
+    assert faults[4].file == str(images / "broken.png")
+    assert all(fault.what and fault.mend for fault in faults)
+
+
+def test_pixel_limit(tmp_path: Path) -> None:
+    faults = check(*write(tmp_path), max_pixels=2399)
+    assert [fault.object for fault in faults] == ["image 7", "image 3"]
+
+
+def test_truncated_json(tmp_path: Path) -> None:
+    annotations, images = write(tmp_path)
+    annotations.write_text(annotations.read_text()[:-5])
+    (fault,) = check(annotations, images)
+    assert "cut short" in fault.what
+
+
+@pytest.mark.parametrize("name", ["coco_mini", "bccd", "nuclei"])
+def test_real_data_is_sound(data_dir: Path, name: str) -> None:
+    assert check(*find_layout(data_dir / name)["val"]) == []

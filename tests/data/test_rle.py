@@ -1,0 +1,33 @@
+"""Run lengths in COCO's compressed form equal the COCO API's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from boxwright.data import rle
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_coco_api(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 200, 2)
+    mask = rng.random((height, width)) < rng.random() ** 3
+    columns = mask.T.ravel()
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], columns])))
+    runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    assert rle.compress(runs) == expected
+    np.testing.assert_array_equal(rle.decompress(expected), runs)
+
+
+@pytest.mark.parametrize("characters", [b"X", b"0 1", "0ä".encode(), b"ooooooooooo0"])
+def test_not_compressed(characters: bytes) -> None:
+    with pytest.raises(ValueError, match="compressed form"):
+        rle.decompress(characters)
+
+
+def test_empty() -> None:
+    assert rle.compress([]) == b""
+    assert len(rle.decompress(b"")) == 0
