@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data
+from boxwright.cli import data, predict, test, train
 
 
 class _OneLineErrors(TyperGroup):
@@ -55,6 +55,9 @@ def _root(
     pass
 
 
+app.command("train")(train.train)
+app.command("test")(test.measure)
+app.command("predict")(predict.predict)
 app.add_typer(data.app, name="data")
 
 

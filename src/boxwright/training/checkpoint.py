@@ -152,7 +152,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{kind}/{names[parameter]}": value
         for parameter, slots in state.optimizer.state.items()

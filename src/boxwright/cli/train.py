@@ -1,0 +1,186 @@
+"""`boxwright train`: train a recipe on a data set, evaluate it, and leave weights and a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from boxwright.data.coco import CocoDataset
+    from boxwright.data.layout import Split
+    from boxwright.detectors.detector import Detector
+    from boxwright.evaluation.coco import CocoMetrics
+    from boxwright.evaluation.results import Results
+    from boxwright.training.experiment import Experiment
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe, or package.module:function.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one field, as optimizer.lr=0.01.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole experiment and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    init: Annotated[Path | None, typer.Option(metavar="WEIGHTS", help="Start from these weights.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images, for each device.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+    train_annotations: Annotated[Path | None, typer.Option(help="COCO file to learn from, in place of --data.")] = None,
+    train_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="COCO file to evaluate on.")] = None,
+    val_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    log_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between log lines.", show_default="50, or fewer in a short run")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="an epoch")
+    ] = None,
+    allow_non_finite: Annotated[
+        int, typer.Option(min=0, help="Steps that may be left out for a loss or gradient that is not finite.")
+    ] = 0,
+) -> None:
+    """Train a recipe. On several devices: torchrun --nproc-per-node N -m boxwright train ..."""
+    from boxwright.data.coco import CocoDataset
+    from boxwright.recipes import find_recipe
+    from boxwright.training.distributed import process_group, rank
+    from boxwright.training.interrupt import TrainingInterrupted
+    from boxwright.training.loop import Training
+    from boxwright.training.metrics import say
+    from boxwright.training.settings import describe, with_settings
+
+    experiment = with_settings(find_recipe(recipe)(), settings or [])
+    if show:
+        typer.echo(describe(experiment))
+        return
+    splits = _splits(data, (train_annotations, train_images), (val_annotations, val_images))
+    out = out or Path("runs") / recipe.rpartition(":")[2]
+    num_workers = _spare_cores() if workers is None else workers
+    with process_group(device) as place:
+        dataset = CocoDataset(*splits["train"])
+        val = CocoDataset(*splits["val"]) if "val" in splits else None
+        for what, count in dataset.dropped.items():
+            say(f"{splits['train'].annotations}: {count} {what} left out (boxwright data check lists them)")
+        say(f"{len(dataset)} images to learn from, {len(val) if val else 'none'} to evaluate on")
+        validation = Validation(experiment, dataset, val, num_workers) if val else None
+        training = Training(
+            experiment,
+            dataset,
+            out,
+            device=place,
+            evaluate=validation,
+            resume=resume,
+            init=init,
+            num_workers=num_workers,
+            log_every=log_every,
+            checkpoint_every=checkpoint_every,
+            allowed_non_finite=allow_non_finite,
+            command=" ".join(["boxwright", *sys.argv[1:]]),
+        )
+        try:
+            weights = training.run()
+        except TrainingInterrupted as stop:
+            say(str(stop))
+            raise typer.Exit(128 + stop.signal_number) from None
+        if validation is not None and (validation.latest is not None or not (out / "report.html").exists()):
+            if validation.latest is None:  # a run that was stopped between its last evaluation and its report
+                validation.measure(training.detector, weights)
+            if rank() == 0:
+                validation.report(out, {"recipe": recipe, "command": str(training.page["command"])})
+                say(f"report: {out / 'report.html'}")
+        say(f"weights: {weights}")
+
+
+class Validation:
+    """Measures a detector on the validation split, all ranks together, and keeps the latest results for the report."""
+
+    def __init__(self, experiment: Experiment, dataset: CocoDataset, val: CocoDataset, num_workers: int) -> None:
+        """Plan this rank's share.
+
+        Raises:
+            ValueError: the two splits do not have the same categories.
+        """
+        from boxwright.data.loader import EvaluationLoader
+        from boxwright.evaluation.results import match_categories
+        from boxwright.training.distributed import rank, world_size
+
+        match_categories(dataset.categories, val.categories)  # now, rather than after the first epochs
+        self._experiment, self._dataset, self._val = experiment, dataset, val
+        self._loader = EvaluationLoader(
+            val,
+            batch_size=experiment.images_per_device,
+            resize=experiment.resize,
+            num_workers=num_workers,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self.latest: tuple[Results, CocoMetrics | dict[str, float]] | None = None
+        """What was found and measured last."""
+
+    def __call__(self, detector: nn.Module) -> dict[str, float]:
+        """AP, or recall where the detector only proposes."""
+        from boxwright.detectors.proposal_network import ProposalNetwork
+        from boxwright.evaluation.evaluate import detect_dataset, evaluate
+        from boxwright.evaluation.proposals import proposal_recall
+
+        device, precision = next(detector.parameters()).device, self._experiment.precision
+        model = cast("Detector", detector)
+        if isinstance(detector, ProposalNetwork):
+            results = detect_dataset(model, self._loader, device=device, precision=precision)
+            recall = proposal_recall(self._val, results)
+            self.latest = results, recall
+            return recall
+        categories = self._dataset.categories
+        results, metrics = evaluate(
+            model, self._val, self._loader, device=device, precision=precision, categories=categories
+        )
+        self.latest = results, metrics
+        return metrics.summary
+
+    def measure(self, detector: nn.Module, weights: Path) -> None:
+        """Measure a detector with the weights of a file."""
+        from boxwright.weights.ours import load_weights
+
+        detector.load_state_dict(load_weights(weights)[0])
+        self(detector)
+
+    def report(self, out: Path, facts: dict[str, str]) -> None:
+        """Write `results.json` and `report.html` into the run's folder."""
+        from boxwright.evaluation.results import write_results
+        from boxwright.report.html import write_report
+
+        assert self.latest is not None
+        results, metrics = self.latest
+        write_results(out / "results.json", results, self._val.categories)
+        write_report(out, self._val, results, metrics, facts=facts)
+
+
+def _splits(
+    data: Path | None, train: tuple[Path | None, Path | None], val: tuple[Path | None, Path | None]
+) -> dict[str, Split]:
+    """The data set's splits, those named one by one before those that are found."""
+    from boxwright.data.layout import Split, find_layout
+
+    splits = find_layout(data) if data is not None else {}
+    for name, given in {"train": train, "val": val}.items():
+        annotation_file, images = given
+        if (annotation_file is None) != (images is None):
+            raise ValueError(f"give --{name}-annotations and --{name}-images together")
+        if annotation_file is not None and images is not None:
+            splits[name] = Split(annotation_file, images)
+    if "train" not in splits:
+        where = f"{data} has no train split" if data is not None else "there is no data set"
+        raise ValueError(f"{where}: give --data FOLDER, or --train-annotations FILE and --train-images FOLDER")
+    return splits
+
+
+def _spare_cores() -> int:
+    """Workers a process: its share of the machine's cores, up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
