@@ -210,6 +210,10 @@ def test_broken_polygons_are_left_out(tmp_path: Path) -> None:
     index = read_index(annotations, tmp_path / "cache")
     assert index.dropped == {"polygons with fewer than three points": 1}
     assert [len(polygon) for polygon in index.polygons(1)] == [4]
+    content["annotations"][0]["segmentation"] = [[]]
+    index = read_index(write(tmp_path, content)[0], tmp_path / "cache")
+    assert index.polygons(1) == []
+    assert index.segmentation[1] == 0
 
 
 @pytest.mark.parametrize(

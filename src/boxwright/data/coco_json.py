@@ -228,13 +228,13 @@ def _add_annotation(columns: Columns, annotation: _Annotation, file: str, faults
                 Fault(file, f"annotation {annotation.id}", f"`segmentation`: {error}", "correct or remove its mask")
             )
     elif segmentation:
-        kind = POLYGONS
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:
                 what = f"a polygon of {len(polygon)} numbers"
                 mend = "a polygon is x, y of three or more points: correct it; training leaves it out"
                 faults.append(Fault(file, f"annotation {annotation.id}", what, mend, "dropped"))
                 continue
+            kind = POLYGONS
             columns.points.fromlist(polygon)
             columns.point_ends.append(len(columns.points))
     columns.segmentation.append(kind)

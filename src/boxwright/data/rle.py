@@ -26,6 +26,8 @@ def compress(runs: ArrayLike) -> bytes:
         more = pending & (values != np.where(bits & 0x10, -1, 0))
         characters[:, group] = np.where(pending, bits + 48 + np.where(more, 0x20, 0), 0)
         pending = more
+        if not pending.any():
+            break
     assert not pending.any()
     return characters[characters > 0].tobytes()
 
