@@ -59,7 +59,6 @@ def grouped_nms(
         candidates = candidates[order]
         found = _greedy(
             _with_last_pixel(boxes[image, candidates], plus_one),
-            scores[image, candidates],
             groups[image, candidates],
             iou_threshold,
             max_keep,
@@ -90,27 +89,27 @@ def _with_last_pixel(boxes: Tensor, plus_one: float) -> Tensor:
     return torch.cat([boxes[..., :2], boxes[..., 2:] + plus_one], -1) if plus_one else boxes
 
 
-def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+def _greedy(boxes: Tensor, groups: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
     """Places of the first `max_keep` survivors among candidates that are sorted by falling score.
 
-    Whether a box survives depends on better ones alone. So a head of the list decides, if enough of it survive.
+    Whether a box survives depends on better survivors alone. So the list is taken piece by piece, each together with
+    the survivors before it, until enough survive: seldom more than the first pieces of a long list.
     """
-    length = max(1024, 4 * max_keep)
-    while True:
-        survivors = _survivors(boxes[:length], scores[:length], groups[:length], iou_threshold)
-        if len(survivors) >= max_keep or length >= len(boxes):
-            return survivors[:max_keep]
-        length *= 4
+    found = torch.zeros(0, dtype=torch.int64)
+    start, length = 0, max(1024, max_keep + max_keep // 4)
+    while start < len(boxes) and len(found) < max_keep:
+        places = torch.cat([found, torch.arange(start, min(start + length, len(boxes)))])
+        found = places[_survivors(boxes[places], groups[places], iou_threshold)]
+        start, length = start + length, 2 * length
+    return found[:max_keep]
 
 
-def _survivors(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+def _survivors(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     """Places, rising, of all boxes that survive within their group; the input is sorted by falling score."""
     by_group = groups.argsort(stable=True)
     sizes = groups[by_group].unique_consecutive(return_counts=True)[1].tolist()
-    if len(sizes) == 1:
-        return torchvision.ops.nms(boxes, scores, iou_threshold)
-    members = zip(by_group.split(sizes), boxes[by_group].split(sizes), scores[by_group].split(sizes), strict=True)
+    falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype)  # Scores enough: the order is settled.
     survives = torch.zeros_like(groups, dtype=torch.bool)
-    for places, group_boxes, group_scores in members:
-        survives[places[torchvision.ops.nms(group_boxes, group_scores, iou_threshold)]] = True
+    for places, members in zip(by_group.split(sizes), boxes[by_group].split(sizes), strict=True):
+        survives[places[torchvision.ops.nms(members, falling[: len(members)], iou_threshold)]] = True
     return survives.nonzero().squeeze(1)

@@ -1,0 +1,147 @@
+"""Our NMS and multi-level RoIAlign beside torchvision's, on one machine.
+
+    python benchmarks/ops.py --out ops.json
+
+Both sides take turns within each round, so that a busy machine hurts them alike; a figure is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign, batched_nms
+
+from boxwright.ops.nms import nms
+from boxwright.ops.roi_align import multilevel_roi_align
+
+CANVAS = (800, 1344)
+STRIDES = [4, 8, 16, 32]
+Case = tuple[Callable[[], object], Callable[[], object]]
+
+
+def random_boxes(num_images: int, num_boxes: int, device: str) -> Tensor:
+    """Boxes of 16 to 512 pixels a side, anywhere on the canvas."""
+    height, width = CANVAS
+    corner = torch.rand(num_images, num_boxes, 2) * torch.tensor([width * 0.8, height * 0.8])
+    return torch.cat([corner, corner + 2 ** (4 + 5 * torch.rand(num_images, num_boxes, 2))], -1).to(device)
+
+
+def clustered_boxes(num_images: int, num_boxes: int, device: str) -> Tensor:
+    """What a trained network answers with: many boxes about each of 50 objects."""
+    centres = random_boxes(num_images, 50, "cpu").repeat(1, -(-num_boxes // 50), 1)[:, :num_boxes]
+    sides = (centres[..., 2:] - centres[..., :2]).repeat(1, 1, 2)
+    return (centres + 0.15 * sides * torch.randn_like(centres)).to(device)
+
+
+def nms_case(boxes: Tensor, num_groups: int, share_valid: float, max_keep: int, threshold: float) -> Case:
+    """One candidate list a group; torchvision gets the valid ones only, as its own models do."""
+    num_images, num_boxes, _ = boxes.shape
+    device = boxes.device
+    scores = torch.rand(num_images, num_boxes).to(device)
+    groups = (torch.arange(num_boxes) % num_groups).expand(num_images, -1).contiguous().to(device)
+    valid = (torch.rand(num_images, num_boxes) < share_valid).to(device)
+
+    def ours() -> object:
+        return nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep)
+
+    def theirs() -> object:
+        return [
+            batched_nms(boxes[image][keep], scores[image][keep], groups[image][keep], threshold)[:max_keep]
+            for image, keep in enumerate(valid)
+        ]
+
+    return ours, theirs
+
+
+def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: int, backward: bool) -> Case:
+    """Four levels of 256 channels; ours is unaligned here to do the same work."""
+    height, width = CANVAS
+    features = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
+    features = [feature.requires_grad_(backward) for feature in features]
+    boxes = random_boxes(num_images, num_boxes, device)
+    valid = torch.ones(num_images, num_boxes, dtype=torch.bool, device=device)
+    named = OrderedDict((str(index), feature) for index, feature in enumerate(features))
+    pooler = MultiScaleRoIAlign(list(named), output_size, 2)
+
+    def ours() -> Tensor:
+        return multilevel_roi_align(
+            features, boxes, valid, strides=STRIDES, output_size=output_size, sampling_ratio=2, aligned=False
+        )
+
+    def theirs() -> Tensor:
+        return pooler(named, list(boxes), [CANVAS] * num_images)
+
+    def with_backward(forward: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward().sum(), features)
+
+    return (with_backward(ours), with_backward(theirs)) if backward else (ours, theirs)
+
+
+def cases(device: str) -> dict[str, Case]:
+    """The shapes of Faster R-CNN at 800 x 1344 with two images, in training and in test."""
+    return {
+        "NMS, RPN: 2 x 5 levels x 2000, keep 2000": nms_case(random_boxes(2, 10000, device), 5, 1.0, 2000, 0.7),
+        "NMS, RPN: the same, 50 clusters": nms_case(clustered_boxes(2, 10000, device), 5, 1.0, 2000, 0.7),
+        "NMS, box head: 2 x 1000 x 80 classes, 5% valid, keep 100": nms_case(
+            clustered_boxes(2, 80000, device), 80, 0.05, 100, 0.5
+        ),
+        "RoIAlign 7 x 7: 2 x 512 boxes, forward": roi_align_case(device, 2, 512, 7, backward=False),
+        "RoIAlign 7 x 7: 2 x 512 boxes, forward + backward": roi_align_case(device, 2, 512, 7, backward=True),
+        "RoIAlign 14 x 14: 2 x 128 boxes, forward + backward": roi_align_case(device, 2, 128, 14, backward=True),
+    }
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    """Wall-clock time of one call, the device's work included."""
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1000
+
+
+def main() -> None:
+    """Time all cases, print a Markdown table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    device = arguments.device
+    torch.manual_seed(0)
+
+    rows = {}
+    print("| work | ours, ms | torchvision, ms | torchvision / ours |\n| --- | --- | --- | --- |")
+    for name, sides in cases(device).items():
+        for call in sides:
+            milliseconds(call, device)
+        rounds = [[milliseconds(call, device) for call in sides] for _ in range(arguments.rounds)]
+        ours, theirs = (list(times) for times in zip(*rounds, strict=True))
+        rows[name] = {"ours_ms": ours, "torchvision_ms": theirs}
+        cells = [f"{statistics.median(t):.1f} ({min(t):.1f}-{max(t):.1f})" for t in (ours, theirs)]
+        print(f"| {name} | {cells[0]} | {cells[1]} | {statistics.median(theirs) / statistics.median(ours):.2f} |")
+
+    hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware,
+    }
+    print(versions)
+    arguments.out.write_text(json.dumps({"versions": versions, "rounds": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
