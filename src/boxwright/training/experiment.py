@@ -135,15 +135,19 @@ def build(call: Callable[..., Any], **arguments: Any) -> Any:
 
     Args:
         call: a function or `partial`; arguments of it that are functions or `partial`s themselves are built first.
-        arguments: further arguments, such as `num_classes`.
+        arguments: further arguments, such as `num_classes`; the call may have them only at their defaults, which
+            `to_json` writes down.
 
     Raises:
         ValueError: the function does not take these arguments, or wants more.
     """
     function, given = _split(call)
+    signature = inspect.signature(function)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    given = {name: value for name, value in given.items() if name not in arguments or value != defaults.get(name)}
     parts = {name: build(value) if is_call(value) else value for name, value in given.items()}
     try:
-        inspect.signature(function).bind(**parts, **arguments)
+        signature.bind(**parts, **arguments)
     except TypeError as error:
         raise ValueError(f"{call_name(call)}: {error}") from None
     return function(**parts, **arguments)
