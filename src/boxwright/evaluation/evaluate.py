@@ -94,7 +94,7 @@ def detect_dataset(
     was_training = module.training
     module.eval()
     tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
-    with torch.inference_mode(), _autocast(device, precision):
+    with torch.inference_mode(), autocast(device, precision):
         for batch in batches:
             detections = detector.detect(to_device(batch, device))
             tables.append(_file_table(batch, detections))
@@ -115,7 +115,8 @@ def detect_dataset(
     )
 
 
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context that a detector's arithmetic runs in."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -92,8 +92,16 @@ def draw_detections(
     return draw_boxes(image, boxes, texts, [class_colour(int(label)) for label in labels])
 
 
-def encode_jpeg(image: np.ndarray, quality: int = 85) -> bytes:
-    """A picture (uint8 [H, W, 3] RGB) as the content of a JPEG file."""
-    encoded, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+def encode_image(image: np.ndarray, suffix: str = ".jpg", *, quality: int = 90) -> bytes:
+    """A picture as the content of a file.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        suffix: Of the file, which tells the format: .jpg, .png, .webp, .bmp or .tif, or another name of these.
+        quality: Of JPEG and WebP, at most 100.
+    """
+    options = {".webp": cv2.IMWRITE_WEBP_QUALITY, ".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY}
+    chosen = [options[suffix.lower()], quality] if suffix.lower() in options else []
+    encoded, content = cv2.imencode(suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), chosen)
     assert encoded
     return content.tobytes()

@@ -10,7 +10,7 @@ import numpy as np
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import GroundTruth
 from boxwright.evaluation.mistakes import ImageMistakes, Mistakes
-from boxwright.report.draw import Colour, draw_boxes, encode_jpeg
+from boxwright.report.draw import Colour, draw_boxes, encode_image
 
 RIGHT: Colour = (31, 111, 214)
 WRONG: Colour = (214, 78, 12)
@@ -88,6 +88,6 @@ def _picture(image: np.ndarray, boxes: np.ndarray, texts: list[str], colours: li
     """A picture with boxes (x, y, width, height) as an HTML image that holds its own pixels."""
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     drawn = draw_boxes(image, corners, texts, colours, scale=PICTURE_SIDE / max(image.shape[:2]))
-    content = base64.b64encode(encode_jpeg(drawn, quality=80)).decode()
+    content = base64.b64encode(encode_image(drawn, quality=80)).decode()
     height, width = drawn.shape[:2]
     return f'<img loading="lazy" alt="" width="{width}" height="{height}" src="data:image/jpeg;base64,{content}">'

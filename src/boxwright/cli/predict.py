@@ -1,0 +1,122 @@
+"""`boxwright predict`: what a model finds in pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+WRITABLE = SUFFIXES - {".gif"}
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a weights file.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="FILES|FOLDERS", help="Pictures, or folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Where the pictures with boxes and detections.json go.")],
+    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out detections below this score.")] = 0.3,
+    native: Annotated[
+        bool, typer.Option("--native", help="Keep the pictures' own sizes, padded to a multiple of 32.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+    ] = None,
+) -> None:
+    """Detect objects in pictures: pictures with boxes, and detections.json in COCO results form.
+
+    Folders are searched with all their sub-folders. A file that cannot be read is told and passed over; the exit
+    status is then 1.
+    """
+    from boxwright.data.decode import decode_image
+    from boxwright.evaluation.results import write_json, write_whole
+    from boxwright.predictor import load
+    from boxwright.report.draw import draw_detections, encode_image
+    from boxwright.training.distributed import process_group
+
+    pictures = list(find_pictures(inputs, out))
+    if not pictures:
+        raise ValueError(f"no pictures in {', '.join(map(str, inputs))}: looked for {', '.join(sorted(SUFFIXES))}")
+    targets = name_outputs([name for _, name in pictures], out)
+    num_named = Counter(name for _, name in pictures)
+    sources = {path.resolve() for path, _ in pictures}
+    clash = next((target for target in targets if target.resolve() in sources), None)
+    if clash is not None:
+        raise ValueError(f"{clash} is one of the pictures and would be overwritten: give another --out")
+
+    rows: list[dict[str, object]] = []
+    num_unreadable = 0
+    with process_group(device) as chosen:
+        predictor = load(model, device=chosen, trusted_modules=trust or ())
+        for image_id, ((path, name), target) in enumerate(zip(pictures, targets, strict=True), start=1):
+            try:
+                image = decode_image(path)
+            except (ValueError, OSError) as error:
+                num_unreadable += 1
+                typer.echo(f"boxwright: {error}", err=True)
+                continue
+            found = predictor.predict(image, score=score, native=native)
+            drawn = draw_detections(image, found.boxes, found.labels, found.names, found.scores)
+            write_whole(target, encode_image(drawn, target.suffix))
+            for box, certainty, label in zip(
+                found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+            ):
+                x1, y1, x2, y2 = box
+                category = predictor.categories[label]
+                rows.append(
+                    {
+                        # Where several pictures share a name, their paths tell them apart.
+                        "file_name": (name if num_named[name] == 1 else path).as_posix(),
+                        "image_id": image_id,
+                        "category_id": category.id,
+                        "category_name": category.name,
+                        "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
+                        "score": certainty,
+                    }
+                )
+    write_json(out / "detections.json", rows)
+    num_done = len(pictures) - num_unreadable
+    typer.echo(f"{num_done} pictures, {len(rows)} detections in {out}; {num_unreadable} could not be read")
+    if num_unreadable:
+        raise typer.Exit(1)
+
+
+def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
+    """Each picture once, with its name: its path inside the folder that was given, or the file's own name.
+
+    What lies in `out`, from an earlier call say, is passed over, and so are hidden files.
+    """
+    seen: set[Path] = set()
+    for given in inputs:
+        if not given.is_dir():
+            found = [(given, Path(given.name))]
+        else:
+            found = [
+                (path, path.relative_to(given))
+                for path in sorted(given.rglob("*"))
+                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+            ]
+            if not given.resolve().is_relative_to(out.resolve()):
+                found = [(path, name) for path, name in found if not path.resolve().is_relative_to(out.resolve())]
+        for path, name in found:
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield path, name
+
+
+def name_outputs(names: list[Path], out: Path) -> list[Path]:
+    """A file under `out` for each name; names that are equal but for case get -2, -3 and so on."""
+    taken: set[str] = set()
+    targets = []
+    for name in names:
+        suffix = name.suffix if name.suffix.lower() in WRITABLE else name.suffix + ".jpg"
+        candidate, count = name.with_suffix(suffix), 1
+        while candidate.as_posix().lower() in taken:
+            count += 1
+            candidate = name.with_name(f"{name.stem}-{count}{suffix}")
+        taken.add(candidate.as_posix().lower())
+        targets.append(out / candidate)
+    return targets

@@ -1,0 +1,165 @@
+"""`boxwright test`: measure a model on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from boxwright.detectors.detector import Detector
+    from boxwright.evaluation.coco import CocoMetrics
+
+
+def measure(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a weights file.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
+    annotations: Annotated[Path | None, typer.Option(help="A COCO file to test on, in place of --data.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results.json and report.html go; the model's own folder if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    max_detections: Annotated[
+        int, typer.Option(min=11, help="Detections an image and class that count; COCO's numbers are for 100.")
+    ] = 100,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+    ] = None,
+) -> None:
+    """Measure a model: AP of boxes (or AR of proposals), results.json and report.html.
+
+    Start it by torchrun to share the images out over several devices.
+    """
+    from boxwright.data.coco import CocoDataset
+    from boxwright.data.layout import Split, find_layout
+    from boxwright.data.loader import EvaluationLoader
+    from boxwright.detectors.proposal_network import ProposalNetwork
+    from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
+    from boxwright.evaluation.results import match_categories, write_results
+    from boxwright.predictor import load, weights_file
+    from boxwright.report.html import write_report
+    from boxwright.training.distributed import process_group, rank, world_size
+
+    if annotations is not None and images is not None and data is None:
+        chosen_split = Split(annotations, images)
+    elif data is not None and annotations is None and images is None:
+        layout = find_layout(data)
+        if split not in layout:
+            raise ValueError(f"{data} has no split {split!r}, only {', '.join(layout)}: name one with --split")
+        chosen_split = layout[split]
+    else:
+        raise ValueError("give either --data FOLDER, or --annotations FILE and --images FOLDER")
+    out = weights_file(model).parent if out is None else out
+    with process_group(device) as chosen:
+        predictor = load(model, device=chosen, trusted_modules=trust or ())
+        dataset = CocoDataset(*chosen_split)
+        detector = cast("Detector", predictor.detector)
+        is_proposals = isinstance(predictor.detector, ProposalNetwork)
+        if not is_proposals:  # before the work rather than after it
+            match_categories(predictor.categories, dataset.categories)
+        loader = EvaluationLoader(
+            dataset,
+            batch_size=batch_size,
+            resize=predictor.experiment.resize,
+            num_workers=workers,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        metrics: CocoMetrics | dict[str, float]
+        common: dict[str, Any] = {"device": chosen, "precision": predictor.experiment.precision}
+        with _Progress(len(dataset), world_size(), shown=rank() == 0) as progress:
+            if is_proposals:
+                results, metrics = evaluate_proposals(detector, dataset, loader, progress=progress.advance, **common)
+            else:
+                results, metrics = evaluate(
+                    detector,
+                    dataset,
+                    loader,
+                    categories=predictor.categories,
+                    max_detections=(1, 10, max_detections),
+                    progress=progress.advance,
+                    **common,
+                )
+        if rank() > 0:
+            return
+        write_results(out / "results.json", results, dataset.categories)
+        facts = {"model": str(model), "data": str(chosen_split.annotations)}
+        if "step" in predictor.metadata:
+            facts["step"] = f"{predictor.metadata['step']:,}"
+        run = weights_file(model).parent
+        report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts)
+        _print_metrics(metrics)
+        typer.echo(f"{out / 'results.json'}\n{report}")
+
+
+class _Progress:
+    """One line that tells how far the images are and how fast they go."""
+
+    def __init__(self, total: int, num_ranks: int, *, shown: bool) -> None:
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("testing"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TimeRemainingColumn(),
+        )
+        self._progress = progress.Progress(*columns, disable=not shown)
+        # The ranks go at about the same pace, so the first one's images stand for all.
+        self._total, self._num_ranks, self._num_done = total, num_ranks, 0
+        self._task = self._progress.add_task("testing", total=total, speed="")
+
+    def __enter__(self) -> _Progress:
+        from time import perf_counter
+
+        self._start = perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, num_images: int) -> None:
+        from time import perf_counter
+
+        self._num_done = min(self._num_done + num_images * self._num_ranks, self._total)
+        speed = self._num_done / (perf_counter() - self._start)
+        self._progress.update(self._task, completed=self._num_done, speed=f"{speed:.1f} images/s")
+
+
+def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
+    """The numbers, and a row a class."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from boxwright.evaluation.coco import CLASS_COLUMNS
+    from boxwright.report.html import percent
+
+    console = Console()
+    if isinstance(metrics, dict):
+        _print_numbers(metrics)
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("class")
+    for name in ("objects", *CLASS_COLUMNS):
+        table.add_column(name, justify="right")
+    for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
+        table.add_row(category.name, str(count), *map(percent, values))
+    console.print(table)
+    _print_numbers(metrics.summary)
+
+
+def _print_numbers(numbers: dict[str, float]) -> None:
+    """Six numbers a line."""
+    from boxwright.report.html import percent
+
+    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
+    width = max(map(len, cells)) + 2
+    for start in range(0, len(cells), 6):
+        typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())

@@ -1,0 +1,179 @@
+"""A trained model, ready for pictures: `boxwright.load("runs/mine").predict("street.jpg")`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import torch
+from torch import nn
+
+from boxwright.data.augment import place
+from boxwright.data.buckets import round_up
+from boxwright.data.collate import PlacedSample, collate
+from boxwright.data.dataset import Category, Sample
+from boxwright.data.decode import decode_image
+from boxwright.detectors.detector import Detector
+from boxwright.evaluation.evaluate import autocast, file_boxes
+from boxwright.structures import to_device
+from boxwright.training.experiment import Experiment, build, from_json
+from boxwright.weights.ours import load_weights
+
+Image = str | Path | np.ndarray
+"""A file, or uint8 [H, W, 3] RGB pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What was found in one picture, best first; n detections."""
+
+    boxes: np.ndarray
+    """[n, 4] float32, xyxy in pixels of the picture (for a file: of what it shows, EXIF orientation applied)."""
+    scores: np.ndarray
+    """[n] float32 in 0..1, falling."""
+    labels: np.ndarray
+    """[n] int64, rows of the predictor's categories."""
+    names: list[str]
+    """n class names."""
+    image_size: tuple[int, int]
+    """(height, width) of the picture."""
+
+    def __len__(self) -> int:
+        """The number of detections."""
+        return len(self.scores)
+
+
+class Predictor:
+    """A detector with what is needed to feed it pictures and to read what it says."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        *,
+        experiment: Experiment,
+        categories: Sequence[Category],
+        device: torch.device | str = "cpu",
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Put a detector to work.
+
+        Args:
+            detector: A `Detector`, with its weights.
+            experiment: Gives the size that pictures are brought to, and the precision.
+            categories: The classes by label.
+            device: Where to run.
+            metadata: What else the weights file says (versions, step).
+        """
+        self.device = torch.device(device)
+        self.detector = detector.to(self.device).eval()
+        self.experiment = experiment
+        self.categories = list(categories)
+        self.metadata = metadata or {}
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
+        self, image: Image, *, score: float = 0.0, native: bool = False
+    ) -> Prediction: ...
+    @overload
+    def predict(self, image: Sequence[Image], *, score: float = 0.0, native: bool = False) -> list[Prediction]: ...
+
+    def predict(
+        self, image: Image | Sequence[Image], *, score: float = 0.0, native: bool = False
+    ) -> Prediction | list[Prediction]:
+        """Detect objects.
+
+        Args:
+            image: One picture, or a sequence of them, which gives a list.
+            score: Detections below it are left out.
+            native: Take pictures at their own size, padded to a multiple of 32, instead of resizing them as in
+                training.
+
+        Raises:
+            ValueError: A file cannot be read or decoded, or an array is no RGB picture.
+        """
+        if isinstance(image, str | Path | np.ndarray):
+            return self._predict_one(image, score, native)
+        return [self._predict_one(item, score, native) for item in image]
+
+    def _predict_one(self, image: Image, score: float, native: bool) -> Prediction:
+        pixels = _checked(image) if isinstance(image, np.ndarray) else decode_image(image)
+        original = (pixels.shape[0], pixels.shape[1])
+        size = original if native else self.experiment.resize.size(*original)
+        sample = Sample(
+            image=pixels,
+            image_id=0,
+            file_name="",
+            boxes=np.zeros((0, 4), np.float32),
+            labels=np.zeros(0, np.int64),
+            crowd=np.zeros(0, bool),
+            object_ids=np.zeros(0, np.int64),
+        )
+        canvas = (round_up(size[0]), round_up(size[1]))
+        batch = collate([PlacedSample(sample, place(original, size), 0)], 1, canvas, None)
+        with torch.inference_mode(), autocast(self.device, self.experiment.precision):
+            detections = cast(Detector, self.detector).detect(to_device(batch, self.device))
+        scores = detections.scores[0].float().cpu()
+        kept = detections.valid[0].cpu() & (scores >= score)
+        labels = detections.labels[0].cpu()[kept].numpy()
+        return Prediction(
+            boxes=file_boxes(batch, detections)[0][kept].float().numpy(),
+            scores=scores[kept].numpy(),
+            labels=labels,
+            names=[self.categories[label].name for label in labels],
+            image_size=original,
+        )
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    """The array, if it is an RGB picture."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"an array of {image.dtype} {list(image.shape)} is no picture: give uint8 [height, width, 3] in RGB order"
+        )
+    return image
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
+    """Load a trained model.
+
+    Args:
+        path: A run's folder, or a weights file.
+        device: Where to run it, such as "cuda".
+        trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
+            imported or called, since a weights file may come from anyone.
+
+    Raises:
+        ValueError: It is no weights file of Boxwright's, it is damaged, or it names a module that is not trusted.
+        OSError: It cannot be read.
+    """
+    path = Path(path)
+    file = weights_file(path)
+    tensors, metadata = load_weights(file)
+    missing = [name for name in ("experiment", "categories") if name not in metadata]
+    if missing:
+        raise ValueError(f"{file} does not say its {' and '.join(missing)}, so the model cannot be rebuilt from it")
+    experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
+    categories = [Category(id=entry["id"], name=entry["name"]) for entry in metadata["categories"]]
+    detector = build(experiment.model, num_classes=len(categories))
+    try:
+        detector.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: the weights do not fit the model that it names: {error}") from error
+    return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
+
+
+def weights_file(path: Path) -> Path:
+    """The weights file of a run's folder, or the file itself.
+
+    Raises:
+        ValueError: The folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    file = path / "weights.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no weights.safetensors: give a run's folder or a weights file")
+    return file

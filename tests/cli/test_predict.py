@@ -1,0 +1,73 @@
+"""`boxwright predict` draws, keeps sub-folders, overwrites nothing and goes on past what it cannot read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from boxwright.cli.main import app
+from boxwright.cli.predict import name_outputs
+from boxwright.data.dataset import Category
+from boxwright.data.decode import decode_image
+from small_model import small_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("run"), [Category(id=4, name="cell"), Category(id=2, name="dust")])
+
+
+def test_a_folder_with_an_unreadable_file(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "in" / "out"
+    first, second, third = sorted((data_dir / "bccd" / "JPEGImages").iterdir())[:3]
+    for name, source in {"a/x.jpg": first, "b/x.jpg": second, "b/deep/Y.JPG": third}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / name)
+    cv2.imwrite(str(folder / "b" / "x.png"), np.zeros((40, 50, 3), dtype=np.uint8))
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    for _ in range(2):  # the second time, what the first one wrote is no input
+        arguments = ["predict", str(run), str(folder), "--out", str(out), "--score", "0", "--device", "cpu"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1, result.output
+        assert "broken.jpg" in result.stderr
+        assert "4 pictures" in result.stdout
+        assert "1 could not be read" in result.stdout
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert written == {"a/x.jpg", "b/x.jpg", "b/x.png", "b/deep/Y.JPG", "detections.json"}
+    assert decode_image(out / "a" / "x.jpg").shape == (480, 640, 3)
+    rows = json.loads((out / "detections.json").read_text())
+    assert set(rows[0]) == {"file_name", "image_id", "category_id", "category_name", "bbox", "score"}
+    assert {row["file_name"] for row in rows} >= {"a/x.jpg", "b/x.jpg", "b/deep/Y.JPG"}
+    assert len({row["image_id"] for row in rows}) == len({row["file_name"] for row in rows})
+    assert {(row["category_id"], row["category_name"]) for row in rows} <= {(4, "cell"), (2, "dust")}
+
+
+def test_originals_are_not_overwritten(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    source = min((data_dir / "bccd" / "JPEGImages").iterdir())
+    copy = Path(shutil.copy(source, tmp_path / "x.jpg"))
+    result = CliRunner().invoke(app, ["predict", str(run), str(copy), "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "would be overwritten" in result.stderr
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_native_and_a_single_file(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    source = min((data_dir / "bccd" / "JPEGImages").iterdir())
+    arguments = ["predict", str(run), str(source), "--out", str(tmp_path), "--native", "--score", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "detections.json").read_text()) == []
+    assert (tmp_path / source.name).exists()
+
+
+def test_names_that_meet_are_numbered() -> None:
+    names = [Path("x.jpg"), Path("X.jpg"), Path("x.jpg"), Path("x-2.jpg"), Path("a/x.jpg"), Path("x.gif")]
+    written = [path.as_posix() for path in name_outputs(names, Path("out"))]
+    assert written == ["out/x.jpg", "out/X-2.jpg", "out/x-3.jpg", "out/x-2-2.jpg", "out/a/x.jpg", "out/x.gif.jpg"]

@@ -1,0 +1,69 @@
+"""`boxwright test` prints numbers and writes results and a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from boxwright.cli.main import app
+from boxwright.data.coco import CocoDataset
+from boxwright.data.dataset import Category
+from boxwright.evaluation.coco import coco_metrics
+from boxwright.evaluation.results import read_results
+from small_model import small_run
+
+CELLS = [Category(id=1, name="RBC"), Category(id=2, name="WBC"), Category(id=3, name="Platelets")]
+
+
+@pytest.fixture
+def few_cells(data_dir: Path, tmp_path: Path) -> Path:
+    """A data set's folder with the first six images of the cells' validation split."""
+    source = data_dir / "bccd"
+    page = json.loads((source / "instances_val.json").read_text())
+    page["images"] = page["images"][:6]
+    kept = {image["id"] for image in page["images"]}
+    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "instances_val.json").write_text(json.dumps(page))
+    (folder / "JPEGImages").symlink_to(source / "JPEGImages")
+    return folder
+
+
+def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", CELLS[::-1])  # the same names in another order
+    arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for word in ("AP50", "ARl", "Platelets", "objects", "results.json", "report.html"):
+        assert word in result.stdout
+    dataset = CocoDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
+    results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
+    assert len(results)
+    summary = coco_metrics(dataset, results).summary
+    assert f"AR100 {100 * summary['AR100']:.1f}" in result.stdout
+    assert "<h2>Worst images</h2>" in (run / "report.html").read_text()
+
+
+def test_proposals(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", CELLS, proposals=True)
+    out = tmp_path / "out"
+    arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "AR@1000" in result.stdout
+    assert (out / "results.json").exists()
+    assert (out / "report.html").exists()
+
+
+def test_other_categories_are_an_error_that_lists_both(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", [*CELLS[:2], Category(id=3, name="dust")])
+    result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "Only in the model (3 categories): dust" in result.stderr
+    assert "Only in the data set (3 categories): Platelets" in result.stderr
+    result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--split", "test"])
+    assert "no split 'test', only val" in result.stderr

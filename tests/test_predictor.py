@@ -1,0 +1,105 @@
+"""`boxwright.load(...).predict(...)` takes files and arrays and answers in their own pixels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import boxwright
+from boxwright.data.dataset import Category
+from boxwright.data.decode import decode_image
+from boxwright.predictor import Predictor
+from boxwright.recipes.common import small
+from boxwright.structures import Batch, Detections
+from boxwright.weights.ours import load_weights, save_weights
+from small_model import small_run
+
+CATEGORIES = [Category(id=4, name="cell"), Category(id=2, name="dust")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("run"), CATEGORIES)
+
+
+@pytest.fixture(scope="module")
+def picture(data_dir: Path) -> Path:
+    return min((data_dir / "bccd" / "JPEGImages").iterdir())
+
+
+class WholePicture(nn.Module):
+    """Finds the whole picture twice, with scores 0.9 and 0.2, and remembers the canvas."""
+
+    num_classes = 2
+
+    def detect(self, batch: Batch) -> Detections:
+        self.canvas = tuple(batch.images.shape[-2:])
+        height, width = batch.image_sizes[0].tolist()
+        box = torch.tensor([0.0, 0.0, width, height])
+        return Detections(
+            boxes=torch.stack([box, box + 3, torch.full((4,), torch.nan)])[None],
+            scores=torch.tensor([[0.9, 0.2, 0.0]]),
+            labels=torch.tensor([[1, 0, 0]]),
+            valid=torch.tensor([[True, True, False]]),
+        )
+
+
+def test_boxes_are_in_pixels_of_the_picture() -> None:
+    detector = WholePicture()
+    predictor = Predictor(detector, experiment=small(WholePicture), categories=CATEGORIES)
+    image = np.zeros((90, 130, 3), dtype=np.uint8)
+    found = predictor.predict(image)
+    assert detector.canvas == (256, 352)
+    np.testing.assert_allclose(found.boxes[0], [0, 0, 130, 90], atol=1e-3)
+    assert found.boxes.max() <= 130
+    assert found.scores.tolist() == pytest.approx([0.9, 0.2])
+    assert found.names == ["dust", "cell"]
+    assert found.image_size == (90, 130)
+
+    (found,) = predictor.predict([image], score=0.5, native=True)
+    assert detector.canvas == (96, 160)
+    np.testing.assert_allclose(found.boxes, [[0, 0, 130, 90]])
+
+
+def test_load_and_predict(run: Path, picture: Path) -> None:
+    predictor = boxwright.load(run)
+    assert predictor.categories == CATEGORIES
+    assert predictor.metadata["step"] == 12
+    found = predictor.predict(picture)
+    assert len(found)
+    assert (np.diff(found.scores) <= 0).all()
+    assert found.boxes.min() >= 0
+    assert (found.boxes.max(axis=0) <= [640, 480, 640, 480]).all()
+    from_file, from_pixels = boxwright.load(run / "weights.safetensors").predict([picture, decode_image(picture)])
+    for other in (from_file, from_pixels):
+        np.testing.assert_array_equal(other.boxes, found.boxes)
+        np.testing.assert_array_equal(other.scores, found.scores)
+
+
+def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
+    predictor = boxwright.load(run)
+    with pytest.raises(ValueError, match=r"float64 \[4, 4, 3\] is no picture"):
+        predictor.predict(np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match=r"nowhere\.jpg"):
+        predictor.predict(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match=r"no weights\.safetensors"):
+        boxwright.load(tmp_path)
+    tensors, metadata = load_weights(run / "weights.safetensors")
+    del tensors[next(iter(tensors))]
+    save_weights(tmp_path / "other.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match="do not fit"):
+        boxwright.load(tmp_path / "other.safetensors")
+    save_weights(tmp_path / "other.safetensors", tensors, {})
+    with pytest.raises(ValueError, match="experiment and categories"):
+        boxwright.load(tmp_path / "other.safetensors")
+
+
+def test_boxwright_alone_does_not_import_torch() -> None:
+    code = "import sys, boxwright; assert 'torch' not in sys.modules; assert boxwright.__version__"
+    subprocess.run([sys.executable, "-c", code], check=True)
