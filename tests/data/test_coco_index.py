@@ -236,6 +236,28 @@ def test_no_coco_file(tmp_path: Path, text: str, what: str) -> None:
         read_index(path, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "place", "what"),
+    [
+        (b"a.png", "\u00e9.png".encode("latin1"), "image number 1", "can't decode byte"),
+        (b"a.png", b"\\x.png", "file", "Invalid .escape"),
+        (b"a.png", b"\\ud800.png", "image 7", "no valid Unicode"),
+        (b"150.5", b"1e400", "annotation number 1", "out of range"),
+    ],
+)
+def test_odd_text(tmp_path: Path, old: bytes, new: bytes, place: str, what: str) -> None:
+    annotations = write(tmp_path)[0]
+    annotations.write_bytes(annotations.read_bytes().replace(old, new))
+    with pytest.raises(FaultyDataError, match=rf"{place}.*: .*{what}"):
+        read_index(annotations, tmp_path / "cache")
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    annotations = write(tmp_path)[0]
+    annotations.write_bytes(b"\xef\xbb\xbf" + annotations.read_bytes())
+    assert len(read_index(annotations, tmp_path / "cache")) == 2
+
+
 def test_no_annotations_at_all(tmp_path: Path) -> None:
     content = document() | {"annotations": []}
     index = read_index(write(tmp_path, content)[0], tmp_path / "cache")

@@ -24,6 +24,8 @@ _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Run = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 NO_SEGMENTATION, POLYGONS, RLE = 0, 1, 2
 
 
@@ -120,6 +122,10 @@ def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
     except ValueError as error:
         return columns, [_file_fault(path, error)]
     for image in _entries(path, "image", file.images, _Image, faults):
+        if _LONE_SURROGATE.search(image.file_name):
+            what, mend = f"`file_name` {image.file_name!a} is no valid Unicode", "write it as the file is named"
+            faults.append(Fault(str(path), f"image {image.id}", what, mend))
+            continue
         columns.image_ids.append(image.id)
         columns.image_sizes.extend((image.height, image.width))
         columns.file_names.append(image.file_name)
@@ -169,9 +175,11 @@ def _entries(
     for position, entry in enumerate(entries):
         try:
             result = read(entry)
-        except ValueError:  # noqa: PERF203, each entry is to be judged for itself
-            plain = msgspec.json.decode(entry) if isinstance(entry, msgspec.Raw) else entry
-            faults += _entry_faults(path, noun, position, plain, kind)
+        except ValueError as error:  # noqa: PERF203, each entry is to be judged for itself
+            found = list(_entry_faults(path, noun, position, entry, kind))
+            # Such as a number too large for any type, which Python's own reader takes for infinity.
+            unexplained = Fault(str(path), f"{noun} number {position + 1} of the file", str(error), "correct it")
+            faults += found or [unexplained]
         else:
             yield result
 
@@ -179,6 +187,12 @@ def _entries(
 def _entry_faults(path: Path, noun: str, position: int, entry: Any, kind: type[Struct]) -> Iterator[Fault]:
     """Every field that does not fit the schema."""
     place = f"{noun} number {position + 1} of the file"
+    if isinstance(entry, msgspec.Raw):
+        try:
+            entry = json.loads(bytes(entry))
+        except ValueError as error:
+            yield Fault(str(path), place, f"cannot be read: {error}", "export it again as UTF-8 JSON")
+            return
     if not isinstance(entry, dict):
         yield Fault(str(path), place, f"is no object but {json.dumps(entry)[:40]}", "make it an object, or remove it")
         return
