@@ -17,9 +17,10 @@ CATEGORIES = [Category(id=3, name="square"), Category(id=7, name="circle")]
 class TinyDetector(nn.Module):
     """Guesses one box and one class a picture; has what real ones have: norm, chance, frozen parts."""
 
-    def __init__(self, num_classes: int, *, dropout: float, bad_image: int, width: int = 8) -> None:
+    def __init__(self, num_classes: int, *, dropout: float, width: int = 8) -> None:
         super().__init__()
-        self.num_classes, self.bad_image = num_classes, bad_image
+        self.num_classes = num_classes
+        self.bad_image = -1
         self.stem = nn.Conv2d(3, width, 3, stride=2)
         self.stem.requires_grad_(False)
         self.body = nn.Conv2d(width, width, 3, bias=False)
@@ -58,11 +59,18 @@ class TinyDetector(nn.Module):
         )
 
 
-def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True, bad_image: int = -1) -> TinyDetector:
-    """Make one; its loss is not a number on the picture of id `bad_image`."""
-    detector = TinyDetector(num_classes, dropout=dropout, bad_image=bad_image)
+def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True) -> TinyDetector:
+    """One with or without what depends on the batch and on chance."""
+    detector = TinyDetector(num_classes, dropout=dropout)
     if not norm:
         detector.norm = nn.Identity()  # type: ignore[assignment]
+    return detector
+
+
+def stumbling_detector(num_classes: int, *, bad_image: int) -> TinyDetector:
+    """One whose loss is not a number on the image of this id, and that is otherwise plain."""
+    detector = tiny_detector(num_classes, dropout=0.0, norm=False)
+    detector.bad_image = bad_image
     return detector
 
 

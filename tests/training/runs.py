@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from boxwright.data.buckets import Resize
+from boxwright.recipes.faster_rcnn import faster_rcnn_r18_fpn_small
+from boxwright.recipes.rpn import rpn_r18_fpn_small
 from boxwright.training.experiment import SGD, Experiment, StepSchedule
 from training.fakes import MODEL
 
@@ -78,3 +81,18 @@ def start_python(code: str, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def real_experiments(**changes: Any) -> dict[str, Experiment]:
+    """Small detectors, for four steps on eight pictures by twos."""
+    settings = {
+        "resize": Resize(64, 64),
+        "scale_jitter": None,
+        # Not AdamW, whose first steps are as large for a gradient of rounding errors as for any other.
+        "optimizer": SGD(lr=0.02),
+        "epochs": 1,
+        "batch_size": 2,
+        **changes,
+    }
+    recipes = {"rpn": rpn_r18_fpn_small, "faster_rcnn": faster_rcnn_r18_fpn_small}
+    return {name: replace(recipe(), **settings) for name, recipe in recipes.items()}

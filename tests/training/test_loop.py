@@ -20,7 +20,7 @@ from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
 from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
 from boxwright.training.non_finite import NonFiniteError, load_batches
-from training.fakes import Pictures, tiny_detector
+from training.fakes import Pictures, stumbling_detector, tiny_detector
 from training.runs import assert_same_run, assert_same_tensors, curve, start_python, tiny_experiment
 
 EXPERIMENTS = {
@@ -133,7 +133,7 @@ with process_group("cpu") as device:
 
 @pytest.mark.parametrize("stop_after", [0, 2])
 def test_non_finite_step_is_named_kept_and_repeatable(stop_after: int, tmp_path: Path) -> None:
-    experiment = tiny_experiment(model=partial(tiny_detector, bad_image=103))
+    experiment = tiny_experiment(model=partial(stumbling_detector, bad_image=103))
     run = Training(experiment, Pictures(), tmp_path, num_workers=0, log_every=10, allowed_non_finite=stop_after)
     with pytest.raises(NonFiniteError, match=r"the loss is not finite on images \[.*103.*\]"):
         run.run()
@@ -146,7 +146,7 @@ def test_non_finite_step_is_named_kept_and_repeatable(stop_after: int, tmp_path:
 
 
 def test_steps_that_may_be_left_out_are(tmp_path: Path) -> None:
-    experiment = tiny_experiment(model=partial(tiny_detector, bad_image=103))
+    experiment = tiny_experiment(model=partial(stumbling_detector, bad_image=103))
     weights = train(experiment, Pictures(), tmp_path, num_workers=0, allowed_non_finite=5)
     assert [line["step"] for line in curve(tmp_path)] == list(range(1, 21))
     assert all(tensor.isfinite().all() for tensor in load_file(weights).values())

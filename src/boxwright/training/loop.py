@@ -84,7 +84,8 @@ class Training:
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         torch.manual_seed(experiment.seed)
         self.detector = build(experiment.model, num_classes=len(dataset.categories)).to(self.device).train()
-        if init is not None and not resume:
+        newest = checkpoint.newest(self.folder.checkpoints) if resume else None
+        if init is not None and newest is None:
             _load_init(self.detector, init)
         self.loader = TrainingLoader(
             dataset,
@@ -130,7 +131,7 @@ class Training:
             "world_size": world_size(),
             "command": command,
         }
-        self._begin(resume)
+        self._begin(newest)
 
     def run(self) -> Path:
         """Train until the last step, or until a signal says stop.
@@ -292,9 +293,10 @@ class Training:
         """This rank's batches from a step on; each step takes as many as gradients are accumulated over."""
         return self.loader.batches(step * self.experiment.accumulate)
 
-    def _begin(self, resume: bool) -> None:
+    def _begin(self, newest: Path | None) -> None:
         """Take up the newest checkpoint, or write the first page of a new run."""
-        newest = checkpoint.newest(self.folder.checkpoints) if resume else None
+        if rank() == 0:
+            checkpoint.clear_leftovers(self.folder.checkpoints)
         if newest is None:
             if rank() == 0:
                 self.folder.begin()

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from boxwright.cli.main import app
+from boxwright.data.shapes import write_shapes
+from boxwright.weights.ours import load_weights
+
+TINY = "training.runs:tiny_experiment"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(folder, train=12, val=5)
+    return folder
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0")
+    assert status == 0, output
+    tensors, metadata = load_weights(out / "weights.safetensors")
+    assert "body.weight" in tensors
+    assert [category["id"] for category in metadata["categories"]] == [1, 2, 3]
+    assert metadata["experiment"]["arguments"]["epochs"] == 2
+    assert metadata["versions"]["torch"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3, 6]
+    assert "AP50" in lines[-1]["metrics"]
+    assert "Loss" in (out / "report.html").read_text()
+    assert (out / "results.json").is_file()
+    assert "--data" in json.loads((out / "experiment.json").read_text())["command"] or sys.argv
+    # Killed between the last evaluation and the report: --resume makes up for it.
+    (out / "report.html").unlink()
+    status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0", "--resume")
+    assert status == 0, output
+    assert (out / "report.html").is_file()
+
+
+def test_show_prints_the_experiment() -> None:
+    status, output = run(TINY, "--set", "optimizer.lr=0.5", "--show")
+    assert status == 0
+    assert "lr = 0.5" in output
+
+
+def test_faults_take_one_line(shapes: Path, tmp_path: Path) -> None:
+    status, output = run(TINY, "--out", tmp_path)
+    assert (status, len(output.splitlines())) == (1, 1)
+    assert "--data" in output
+    status, output = run(TINY, "--data", shapes, "--set", "optimizer.lrr=1")
+    assert (status, len(output.splitlines())) == (1, 1)
+    assert "did you mean 'lr'" in output
+    status, output = run(TINY, "--train-images", tmp_path)
+    assert (status, len(output.splitlines())) == (1, 1)
+    assert "--train-annotations" in output
+
+
+def test_sigterm_saves_and_leaves_with_its_status(shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tests = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "boxwright", "train", TINY, "--data", str(shapes), "--out", str(out)]
+        + ["--set", "epochs=5000", "--workers", "1", "--log-every", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume" in output
+    assert list((out / "checkpoints").glob("step_*"))

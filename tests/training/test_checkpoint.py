@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from boxwright.training import checkpoint
+from boxwright.training.checkpoint import TrainingState
+from boxwright.training.ema import EMA
+
+
+def make_state(width: int = 3) -> TrainingState:
+    model = nn.Sequential(nn.Linear(width, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, width)).sum().backward()
+    optimizer.step()
+    return TrainingState(model=model, optimizer=optimizer, ema=EMA(model, 0.9), device=torch.device("cpu"))
+
+
+def save(folder: Path, step: int, state: TrainingState, keep: int = 3) -> Path:
+    return checkpoint.save(folder, step, state, figures={"window": torch.ones(2, 3)}, page={"hello": 1}, keep=keep)
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    state, other = make_state(), make_state()
+    path = save(tmp_path, 7, state)
+    drawn = torch.rand(3)
+    loop = checkpoint.load(path, other)
+    assert checkpoint.read_page(path) == {"step": 7, "hello": 1}
+    assert torch.equal(loop["window"], torch.ones(2, 3))
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], tensor), name
+    for mine, others in zip(state.optimizer.state.values(), other.optimizer.state.values(), strict=True):
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(mine[key], others[key]) for key in mine)
+    assert state.ema is not None
+    assert other.ema is not None
+    assert all(torch.equal(other.ema.averages[name], tensor) for name, tensor in state.ema.averages.items())
+    checkpoint.restore_random_state(loop, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_newest_by_number_and_only_so_many_stay(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, make_state(), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.step_of(newest) == 11
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, make_state())
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_flush", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, make_state())
+    newest = checkpoint.newest(tmp_path)
+    assert newest == tmp_path / "step_1"
+    checkpoint.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_no_file_is_a_pickle(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state())
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_other_model_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state(3))
+    with pytest.raises(ValueError, match=r"(?s)step_1 does not fit the model.*0\.weight"):
+        checkpoint.load(path, make_state(4))

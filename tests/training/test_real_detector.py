@@ -1,0 +1,48 @@
+"""The loop with real detectors: what the tiny one cannot show."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from boxwright.training.loop import train
+from training.fakes import Pictures
+from training.runs import curve, real_experiments, start_python
+
+EMPTY = frozenset({0, 1, 2, 3, 5})
+RANK = """
+from pathlib import Path
+from training.fakes import Pictures
+from training.runs import real_experiments
+from training.test_real_detector import EMPTY
+from boxwright.training.distributed import process_group
+from boxwright.training.loop import train
+with process_group("cpu") as device:
+    for name, experiment in real_experiments(images_per_device=1).items():
+        train(experiment, Pictures(8, empty=EMPTY), Path({out!r}) / name, device=device, num_workers=0)
+"""
+
+
+def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
+    """In some steps one rank's picture holds no object, in others neither does."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name, experiment in real_experiments(images_per_device=2).items():
+        train(experiment, Pictures(8, empty=EMPTY), one / name, num_workers=0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [start_python(RANK.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
+    for process in ranks:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    # Rounding may swap two proposals of a fresh Faster R-CNN, whose scores are nearly equal, and then others are
+    # sampled; so only its first step is compared, to the gradient.
+    for name, num_steps in (("rpn", 4), ("faster_rcnn", 1)):
+        lines, others = curve(one / name), curve(two / name)
+        assert len(lines) == len(others) == 4
+        for line, other in list(zip(lines, others, strict=True))[:num_steps]:
+            assert line["losses"] == pytest.approx(other["losses"], abs=1e-5)
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)

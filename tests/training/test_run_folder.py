@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from boxwright.training.run_folder import require_same
+
+
+def test_changed_fields_are_named_as_set_names_them() -> None:
+    before = {
+        "call": "a.Experiment",
+        "arguments": {"model": {"call": "a.m", "arguments": {"depth": 50}}, "at": [8, 11]},
+    }
+    after = {"call": "a.Experiment", "arguments": {"model": {"call": "a.m", "arguments": {"depth": 101}}, "at": [8]}}
+    require_same(before, before, Path("run"))
+    with pytest.raises(ValueError, match=r"at\[1\] was 11 and is 'not there'; model.depth was 50 and is 101"):
+        require_same(before, after, Path("run"))
