@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
@@ -76,8 +77,11 @@ class TrainStep:
         if compile:
             losses = cast(nn.Module, torch.compile(losses, fullgraph=True, dynamic=False))
         if dist.is_initialized():
-            # Buffers are made alike only where they matter (evaluating, saving), not in every step.
-            losses = DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Buffers are made alike only where they matter (evaluating, saving), not in every step. The argument has a
+            # new name in newer torch, which warns of the old one.
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            losses = DistributedDataParallel(losses, gradient_as_bucket_view=True, **sync)
         self._losses = losses
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
