@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factory import DETECTORS, random_batch, small_detector
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from boxwright.structures import Batch, map_tensors
+from factory import DETECTORS, random_batch, small_detector
 
 NUM_SLOTS = 8
 OBJECT_COUNTS = (0, 1, NUM_SLOTS)
