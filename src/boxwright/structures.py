@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Targets:
     valid: Tensor
     """[B, G] bool, the slots that hold an object."""
     crowd: Tensor
-    """[B, G] bool, objects that are a crowd region: never learnt as an object, anchors and proposals inside are ignored."""
+    """[B, G] bool, crowd regions: never learnt as an object; anchors and proposals inside are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class Proposals:
     """[B, P] float32, objectness in 0..1, falling along P."""
     valid: Tensor
     """[B, P] bool, the slots that hold a proposal."""
+    sources: Tensor
+    """[B, P] int64 in 0..2^31 - 1, what each was made from (its anchor), by which sampling knows it in any order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ for _structure in (Targets, Batch, Proposals, Detections):
 
 def map_tensors(structure: Structure, function: Callable[[Tensor], Tensor]) -> Structure:
     """The same structure with `function` applied to every tensor in it, nested ones included."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(structure):
         value = getattr(structure, field.name)
         if value is not None:

@@ -30,7 +30,15 @@ class Sampled:
 
 
 @torch.no_grad()
-def sample(labels: Tensor, seeds: Tensor, *, num: int, positive_fraction: float, salt: int = 0) -> Sampled:
+def sample(
+    labels: Tensor,
+    seeds: Tensor,
+    *,
+    num: int,
+    positive_fraction: float,
+    salt: int = 0,
+    identities: Tensor | None = None,
+) -> Sampled:
     """Draw positives and negatives without replacement, each label's candidates being equally likely.
 
     Args:
@@ -39,12 +47,14 @@ def sample(labels: Tensor, seeds: Tensor, *, num: int, positive_fraction: float,
         num: candidates to draw an image; negatives fill what positives leave.
         positive_fraction: share of `num` that positives may take.
         salt: tells the stages of a detector apart, so that they draw independently.
+        identities: [B, N] int64 in 0..2^32 - 1, by which a candidate is drawn wherever it stands; None for its index.
+            Proposals are sorted by score, and rounding alone can make two of them change places.
 
     Returns:
         S = min(num, N) slots.
     """
     size = min(num, labels.shape[1])
-    keys = _random_keys(seeds, salt, labels.shape[1])
+    keys = _random_keys(seeds, salt, labels.shape[1], identities)
     slots = torch.arange(size, device=labels.device)
     drawn_positive = _first(keys, labels == POSITIVE, min(int(num * positive_fraction), size))
     drawn_negative = _first(keys, labels == NEGATIVE, size)
@@ -63,12 +73,12 @@ def _first(keys: Tensor, wanted: Tensor, count: int) -> Tensor:
     return torch.where(highest >= 0, highest & _INDEX_BITS, -1)
 
 
-def _random_keys(seeds: Tensor, salt: int, count: int) -> Tensor:
+def _random_keys(seeds: Tensor, salt: int, count: int, identities: Tensor | None) -> Tensor:
     """[B, count] int64 >= 0: 32 random bits above 30 bits of the index, which keep keys apart where hashes collide."""
     assert count <= _INDEX_BITS
     image = _mix(_mix((seeds & _32_BITS) ^ salt) ^ (seeds >> 32 & _32_BITS))
     index = torch.arange(count, device=seeds.device)
-    return _mix(_mix(index) ^ image[:, None]) << 30 | index
+    return _mix(_mix(index if identities is None else identities) ^ image[:, None]) << 30 | index
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -126,14 +126,12 @@ class Validation:
     def __call__(self, detector: nn.Module) -> dict[str, float]:
         """AP, or recall where the detector only proposes."""
         from boxwright.detectors.proposal_network import ProposalNetwork
-        from boxwright.evaluation.evaluate import detect_dataset, evaluate
-        from boxwright.evaluation.proposals import proposal_recall
+        from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
 
         device, precision = next(detector.parameters()).device, self._experiment.precision
         model = cast("Detector", detector)
         if isinstance(detector, ProposalNetwork):
-            results = detect_dataset(model, self._loader, device=device, precision=precision)
-            recall = proposal_recall(self._val, results)
+            results, recall = evaluate_proposals(model, self._val, self._loader, device=device, precision=precision)
             self.latest = results, recall
             return recall
         categories = self._dataset.categories

@@ -23,6 +23,8 @@ from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Batch, Detections, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 2
+FIRST_OBJECT_SOURCE = 2**31
+"""Ground truth boxes join the proposals with numbers of their own, above all of the proposals' sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ class BoxHead(nn.Module):
         boxes = torch.cat([proposals.boxes, targets.boxes], 1)
         valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
         boxes = torch.where(valid[..., None], boxes, 0.0)
+        object_sources = FIRST_OBJECT_SOURCE + torch.arange(targets.labels.shape[1], device=boxes.device)
         matches = match(
             boxes,
             targets,
@@ -153,6 +156,7 @@ class BoxHead(nn.Module):
             num=self.config.num_sampled,
             positive_fraction=self.config.positive_fraction,
             salt=SAMPLING_SALT,
+            identities=torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1),
         )
         matched = torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0)
         return take_slots(boxes, sampled.indices), matched, sampled.positive, sampled.valid

@@ -111,6 +111,7 @@ class RPNHead(nn.Module):
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RPNOutput:
@@ -230,4 +231,9 @@ class RPNHead(nn.Module):
             max_keep=min(num_proposals, candidates.shape[1]),
             plus_one=plus_one,
         )
-        return Proposals(boxes=take_slots(boxes, kept), scores=take_slots(scores, kept), valid=valid)
+        return Proposals(
+            boxes=take_slots(boxes, kept),
+            scores=take_slots(scores, kept),
+            valid=valid,
+            sources=take_slots(candidates, kept),
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from boxwright.recipes import faster_rcnn, rpn
@@ -35,6 +37,9 @@ def find_recipe(name: str) -> Recipe:
                 f"there is no recipe {name!r}{nearest(name, recipes)} (a recipe of yours is package.module:function)"
             )
         return recipes[name]
+    # As `python -m` does, and the `boxwright` script does not: a recipe in the current folder is found.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from boxwright.detectors.detector import Detector
+from boxwright.evaluation.evaluate import Precision, autocast
 from boxwright.structures import Batch
-
-Precision = Literal["float32", "bfloat16", "auto"]
 
 
 class Losses(nn.Module):
@@ -33,14 +32,6 @@ class Losses(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses by name."""
         return cast(Detector, self.detector).losses(batch)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """The context that a detector's arithmetic runs in. "auto": bfloat16 on GPUs that have it, else float32."""
-    if precision == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if has_bfloat16 else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 class TrainStep:

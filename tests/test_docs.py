@@ -1,0 +1,118 @@
+"""The pages keep to what is there: links, commands, imports and recipes on them exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from boxwright.cli.main import app
+from boxwright.recipes import built_in_recipes, find_recipe
+from boxwright.training.settings import with_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The language and text of each fenced block."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind `#`: each heading, as GitHub writes it."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of each `boxwright ...` in fenced blocks and in inline code."""
+    lines = [line for language, text in blocks(page) if language != "python" for line in _joined(text)]
+    lines += re.findall(r"`(boxwright [a-z][^`]*)`", prose(page).replace("\n", " "))
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for start in range(len(words)):
+            if Path(words[start]).name == "boxwright" and (start == 0 or words[start - 1] == "-m"):
+                found.append(words[start + 1 :])
+                break
+    return found
+
+
+def _joined(text: str) -> list[str]:
+    return text.replace("\\\n", " ").splitlines()
+
+
+def parse(words: list[str]) -> click.Context:
+    """The context of the sub-command that the words call; raises click.UsageError if they call none."""
+    command: click.Command = typer.main.get_command(app)
+    words = list(words)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in command.commands:
+            raise click.UsageError(f"there is no command {name!r}")
+        command = command.commands[name]
+    return command.make_context(command.name, words)
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), f"{page.name}: {link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}: there is no such heading"
+
+
+@every_page
+def test_commands_parse(page: Path) -> None:
+    for words in commands(page):
+        if words in ([], ["data"], ["train"], ["test"], ["predict"], ["data", "check"], ["data", "shapes"]):
+            continue  # a command's name in a sentence
+        try:
+            parameters = parse(words).params
+        except click.UsageError as error:
+            pytest.fail(f"{page.name}: boxwright {shlex.join(words)}: {error.format_message()}")
+        if words[0] == "train" and ":" not in parameters["recipe"] and parameters["recipe"].islower():
+            with_settings(find_recipe(parameters["recipe"])(), parameters["settings"] or [])
+
+
+@every_page
+def test_python_parses_and_imports_what_is_there(page: Path) -> None:
+    for language, text in blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("boxwright"):
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{page.name}: {node.module} has no {missing}"
+
+
+def test_recipes_on_their_page_are_those_that_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipes.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(built_in_recipes()), "docs/recipes.md has a row for each recipe and no other"
+
+
+def test_mistakes_on_a_page_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("`boxwright data`\n```\n$ x\npython -m boxwright train \\\n  a --no-such b  # why\n```\n", "utf-8")
+    assert commands(page) == [["train", "a", "--no-such", "b"], ["data"]]
+    for words in (["train", "a", "--no-such", "b"], ["no_such"], ["train"], ["data", "shapes", "x", "--train", "none"]):
+        with pytest.raises(click.UsageError):
+            parse(words)
