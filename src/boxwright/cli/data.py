@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from boxwright.data.fault import Fault
     from boxwright.data.layout import Split
 
-app = typer.Typer(help="Check data sets, or generate one.", no_args_is_help=True)
+app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=True)
 
 
 @app.command()
@@ -51,7 +51,7 @@ def shapes(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
     train: Annotated[int, typer.Option(help="Pictures to learn from.", min=1)] = 400,
     val: Annotated[int, typer.Option(help="Pictures to measure with.", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="What the pictures are drawn from.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.", min=0)] = 0,
 ) -> None:
     """Write a generated data set: coloured circles, squares and triangles that overlap on textured ground."""
     from boxwright.data.shapes import write_shapes

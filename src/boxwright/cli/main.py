@@ -34,7 +34,7 @@ class _OneLineErrors(TyperGroup):
 app = typer.Typer(
     cls=_OneLineErrors,
     name="boxwright",
-    help="Train, test, measure and publish object detectors. BOXWRIGHT_TRACEBACK=1 shows where an error came from.",
+    help="Train, test and use object detectors. Set BOXWRIGHT_TRACEBACK=1 to see where an error came from.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -28,7 +28,7 @@ def predict(
 ) -> None:
     """Detect objects in pictures: pictures with boxes, and detections.json in COCO results form.
 
-    Folders are searched with all their sub-folders. A file that cannot be read is told and passed over; the exit
+    Folders are searched with all their sub-folders. A file that cannot be read is reported and skipped; the exit
     status is then 1.
     """
     from boxwright.data.decode import decode_image

@@ -25,7 +25,8 @@ def measure(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
     max_detections: Annotated[
-        int, typer.Option(min=11, help="Detections an image and class that count; COCO's numbers are for 100.")
+        int,
+        typer.Option(min=11, help="Detections that count for each image and class; COCO's own numbers are for 100."),
     ] = 100,
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")

@@ -21,20 +21,40 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe, or package.module:function.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="A built-in one, such as faster_rcnn_r50_fpn_1x, or package.module:function.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a COCO-style data set: its train split is learnt from, val evaluated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run: weights, checkpoints, curves, report.", show_default="runs/RECIPE"),
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one field, as optimizer.lr=0.01.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change a field that --show prints, as optimizer.lr=0.01; may be repeated.",
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole experiment and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    init: Annotated[Path | None, typer.Option(metavar="WEIGHTS", help="Start from these weights.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images, for each device.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if there is one.")
+    ] = False,
+    init: Annotated[
+        Path | None, typer.Option(metavar="WEIGHTS", help="Start from the tensors of this weights file that fit.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that read images, for each device.", show_default="one a core, at most 8"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
     train_annotations: Annotated[Path | None, typer.Option(help="COCO file to learn from, in place of --data.")] = None,
     train_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
-    val_annotations: Annotated[Path | None, typer.Option(help="COCO file to evaluate on.")] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="COCO file to evaluate on, in place of --data.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between log lines.", show_default="50, or fewer in a short run")
@@ -43,10 +63,13 @@ def train(
         int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="an epoch")
     ] = None,
     allow_non_finite: Annotated[
-        int, typer.Option(min=0, help="Steps that may be left out for a loss or gradient that is not finite.")
+        int, typer.Option(min=0, help="Steps to skip for a loss or gradient that is not finite, before training stops.")
     ] = 0,
 ) -> None:
-    """Train a recipe. On several devices: torchrun --nproc-per-node N -m boxwright train ..."""
+    """Train a recipe on a data set.
+
+    On several devices: torchrun --nproc-per-node N -m boxwright train ...
+    """
     from boxwright.data.coco import CocoDataset
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
@@ -66,7 +89,7 @@ def train(
         dataset = CocoDataset(*splits["train"])
         val = CocoDataset(*splits["val"]) if "val" in splits else None
         for what, count in dataset.dropped.items():
-            say(f"{splits['train'].annotations}: {count} {what} left out (boxwright data check lists them)")
+            say(f"{splits['train'].annotations}: {count} {what} (boxwright data check lists them)")
         say(f"{len(dataset)} images to learn from, {len(val) if val else 'none'} to evaluate on")
         validation = Validation(experiment, dataset, val, num_workers) if val else None
         training = Training(
