@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boxwright.data.dataset import Category, Sample
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from boxwright.data.dataset import Category, Sample
 from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
 from boxwright.evaluation.proposals import proposal_recall
-from boxwright.evaluation.results import Results, read_results
+from boxwright.evaluation.results import Results, match_categories, read_results
 
 
 @dataclass
@@ -190,3 +190,38 @@ def detections(boxes: np.ndarray, evaluated: list[int] | None = None) -> Results
         labels=np.zeros(len(boxes), dtype=np.int64),
         evaluated=np.array([1] if evaluated is None else evaluated, dtype=np.int64),
     )
+
+
+def test_what_training_reads_is_measured(tmp_path: Path) -> None:
+    """A byte order mark, a licence by name, no area, COCO's fields used otherwise: no fault in the data."""
+    content = {
+        "info": [],
+        "licenses": "all mine",
+        "images": [{"id": 0, "file_name": "a.png", "width": 60, "height": 40, "license": "CC0", "coco_url": 4}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [1, 2, 30, 20], "score": "high"}],
+        "categories": [{"id": 0, "name": "cell", "supercategory": 3, "keypoints": 5}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content), "utf-8-sig")
+    results = Results(
+        image_ids=np.array([0]),
+        boxes=np.array([[1.0, 2, 30, 20]]),
+        scores=np.array([0.9]),
+        labels=np.array([0]),
+        evaluated=np.array([0]),
+    )
+
+    class Data(AnnotationFile):
+        @property
+        def categories(self) -> list[Category]:
+            return [Category(id=0, name="cell")]
+
+    assert coco_metrics(Data(path), results).summary["AP"] == pytest.approx(1)
+
+
+def test_categories_that_share_a_name_keep_their_order() -> None:
+    names = ("cell", "cell", "dust")
+    categories = [Category(id=position, name=name) for position, name in enumerate(names)]
+    assert match_categories(categories, categories) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"Only in the model \(3 categories\): cell\."):
+        match_categories(categories, categories[1:])

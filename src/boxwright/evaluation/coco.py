@@ -12,6 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
+from boxwright.data.coco_json import read_columns
 from boxwright.data.dataset import Category, Dataset
 from boxwright.evaluation.results import Results
 
@@ -87,7 +88,7 @@ class GroundTruth:
             raise ValueError("the data set has no categories, so there is nothing to measure")
         self.categories = list(dataset.categories)
         annotations = getattr(dataset, "annotations", None)
-        self.coco = hotcoco.COCO(str(annotations)) if isinstance(annotations, str | Path) else _from_samples(dataset)
+        self.coco = _from_file(Path(annotations)) if isinstance(annotations, str | Path) else _from_samples(dataset)
 
     def evaluator(self, results: Results, *, max_detections: Sequence[int]) -> hotcoco.COCOeval:
         """A hotcoco evaluator of `results` over the images that were evaluated, not yet run.
@@ -110,6 +111,32 @@ class GroundTruth:
         evaluator.params.cat_ids = category_ids.tolist()
         evaluator.params.max_dets = list(max_detections)
         return evaluator
+
+
+def _from_file(path: Path) -> hotcoco.COCO:
+    """Ground truth from an annotation file, read as training reads it.
+
+    hotcoco's own reader refuses what training takes: a byte order mark, a licence that is no number, fields of one's
+    own that COCO uses otherwise.
+    """
+    columns, _ = read_columns(path)
+    images = [
+        {"id": image_id, "file_name": name, "height": height, "width": width}
+        for image_id, name, (height, width) in zip(
+            columns.image_ids, columns.file_names, np.asarray(columns.image_sizes).reshape(-1, 2).tolist(), strict=True
+        )
+    ]
+    pairs = zip(columns.category_ids, columns.category_names, strict=True)
+    return hotcoco.COCO.from_arrays(
+        images=images,
+        categories=[{"id": category_id, "name": name} for category_id, name in pairs],
+        image_ids=np.asarray(columns.annotation_images),
+        category_ids=np.asarray(columns.annotation_categories),
+        boxes=np.asarray(columns.bboxes).reshape(-1, 4),
+        ids=np.asarray(columns.annotation_ids),
+        area=np.asarray(columns.areas),
+        iscrowd=np.asarray(columns.crowd),
+    )
 
 
 def _from_samples(dataset: Dataset) -> hotcoco.COCO:

@@ -6,6 +6,7 @@ N detections over M images; boxes here are COCO's (x, y, width, height) in pixel
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,22 +64,26 @@ class _Row(msgspec.Struct):
 def match_categories(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
     """For each category of the model, the row of the same-named one in the data set.
 
+    Where several share a name (Roboflow writes the project's name as one more category), the first is the first's.
+
     Raises:
         ValueError: The two sides do not have the same names; the message lists what each side alone has.
     """
-    rows = {category.name: row for row, category in enumerate(data)}
-    names = {category.name for category in model}
-    if names != set(rows):
+    ours, theirs = (Counter(category.name for category in side) for side in (model, data))
+    if ours != theirs:
         raise ValueError(
             "the data set's categories are not the model's. "
-            f"Only in the model ({len(model)} categories): {_listed(names - set(rows))}. "
-            f"Only in the data set ({len(data)} categories): {_listed(set(rows) - names)}. "
+            f"Only in the model ({len(model)} categories): {_listed(ours - theirs)}. "
+            f"Only in the data set ({len(data)} categories): {_listed(theirs - ours)}. "
             "Test on data with the model's categories, or train on this data set."
         )
-    return [rows[category.name] for category in model]
+    rows: dict[str, list[int]] = {}
+    for row, category in enumerate(data):
+        rows.setdefault(category.name, []).append(row)
+    return [rows[category.name].pop(0) for category in model]
 
 
-def _listed(names: set[str]) -> str:
+def _listed(names: Counter[str]) -> str:
     """Names in order, or `none`."""
     return ", ".join(sorted(names)) or "none"
 
