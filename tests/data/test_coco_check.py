@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from boxwright.data.coco import CocoDataset
 from boxwright.data.coco_check import check
+from boxwright.data.fault import FaultyDataError
 from boxwright.data.layout import find_layout
 from coco_files import document, write
 
@@ -57,3 +59,22 @@ def test_truncated_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["coco_mini", "bccd", "nuclei"])
 def test_real_data_is_sound(data_dir: Path, name: str) -> None:
     assert check(*find_layout(data_dir / name)["val"]) == []
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_missing(tmp_path: Path) -> None:
+    annotations, images = write(tmp_path)
+    (images / "a.png").unlink()
+    (images / "a.png").symlink_to("a.png")
+    (images / "sub" / "b.png").unlink()
+    (images / "sub" / "b.png").symlink_to("none.png")
+    faults = check(annotations, images)
+    assert [(fault.object, fault.what) for fault in faults] == [("image 7", "is missing"), ("image 3", "is missing")]
+    with pytest.raises(FaultyDataError, match="2 faults"):
+        CocoDataset(annotations, images)
+
+
+def test_a_name_that_no_folder_can_have_is_missing(tmp_path: Path) -> None:
+    content = document()
+    content["images"][0]["file_name"] = "a" * 300 + "/a.png"
+    (fault,) = check(*write(tmp_path, content))
+    assert (fault.object, fault.what) == ("image 7", "is missing")

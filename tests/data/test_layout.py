@@ -78,6 +78,19 @@ def test_two_candidates(tmp_path: Path) -> None:
         find_layout(tmp_path)
 
 
+def test_two_candidates_in_one_piece(tmp_path: Path) -> None:
+    for name in ("annotations.json", "instances.json"):
+        make(tmp_path, name, "images", "a.jpg")
+    with pytest.raises(ValueError, match=r"each of annotations\.json, instances\.json could be the train split"):
+        find_layout(tmp_path)
+
+
+def test_a_file_for_a_folder(tmp_path: Path) -> None:
+    make(tmp_path, "train.json", "images", "a.jpg")
+    with pytest.raises(ValueError, match="it is a file: give its folder"):
+        find_layout(tmp_path / "train.json")
+
+
 def test_nothing_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Looked for annotations/instances_SPLIT\.json"):
         find_layout(tmp_path)

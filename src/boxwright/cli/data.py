@@ -40,7 +40,8 @@ def check(
         for fault in faults:
             typer.echo(f"{fault.severity}: {fault}")
         severities.update(fault.severity for fault in faults)
-        counted = ", ".join(f"{count} {what}" for what, count in Counter(f.severity for f in faults).items())
+        counts = Counter(fault.severity for fault in faults)
+        counted = ", ".join(f"{count} {what}{'s' * (what == 'error' and count > 1)}" for what, count in counts.items())
         typer.echo(f"{name}: {split.annotations}, images in {split.images}: {counted or 'no faults'}")
     if severities:
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,12 +63,9 @@ def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int
     for row, name in enumerate(file_names):
         path = PurePath(name)
         if path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
-            faults[row] = Fault(
-                str(folder),
-                f"image {image_ids[row]}",
-                f"its file name {name!r} leaves the image folder",
-                "give it relative to the image folder, without ..",
-            )
+            what = f"its file name {name!r} leaves the image folder"
+            mend = "give it relative to the image folder, without .."
+            faults[row] = Fault(str(folder), f"image {image_ids[row]}", what, mend)
         else:
             rows_of_parent.setdefault(name.rpartition("/")[0], []).append(row)
     for parent, rows in rows_of_parent.items():
@@ -76,7 +74,8 @@ def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int
         for row in rows:
             name = file_names[row]
             base = name.rpartition("/")[2]
-            if base not in links:
+            # A link that leads nowhere is a file that is not there.
+            if base not in links or (links[base] and not os.path.exists(folder / name)):  # noqa: PTH110, never raises
                 hint = "; folders are parted by /, not by a backslash" if "\\" in name else ""
                 what, mend = "is missing", f"add the file, correct `file_name`, or remove the image{hint}"
             elif leaves or (links[base] and not _lies_within(folder / name, folder)):
@@ -102,12 +101,15 @@ def _list_folder(folder: Path) -> dict[str, bool]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name: entry.is_symlink() for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return {}
+        raise
 
 
 def _lies_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    # Path.resolve would raise for links in a circle.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _picture_fault(path: Path, image_id: int, stated: tuple[int, int], max_pixels: int) -> Fault | None:

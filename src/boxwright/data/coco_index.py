@@ -25,7 +25,7 @@ from boxwright.data.dataset import Category
 from boxwright.data.fault import Fault, FaultyDataError
 
 # Part of every cache key: raise it when the arrays or what is accepted change.
-_VERSION = 1
+_VERSION = 2
 _META = "meta.json"
 # Annotators round: a box may stick out of its image by this many pixels without a word.
 _ROUNDING = 1.0
@@ -260,9 +260,9 @@ class _Checker:
         images, image_known = _find(np.asarray(columns.annotation_images), image_ids)
         labels, category_known = _find(np.asarray(columns.annotation_categories), np.sort(category_ids))
         for row in np.flatnonzero(~image_known).tolist():
-            self._unknown(row, "image", columns.annotation_images[row])
+            self._unknown(row, "image", columns.annotation_images[row], columns.refused_images)
         for row in np.flatnonzero(~category_known).tolist():
-            self._unknown(row, "category", columns.annotation_categories[row])
+            self._unknown(row, "category", columns.annotation_categories[row], columns.refused_categories)
         finite = self._finite()
         self._mask_sizes(images, sizes, image_known)
         sound = image_known & category_known & finite
@@ -304,7 +304,9 @@ class _Checker:
         for value, count in zip(values[counts > 1], counts[counts > 1], strict=True):
             self._add(f"{noun} {value}", f"{count} of them have this id", "give each its own")
 
-    def _unknown(self, row: int, noun: str, value: int) -> None:
+    def _unknown(self, row: int, noun: str, value: int, refused: set[int]) -> None:
+        if value in refused:  # it is there, and its own fault is told
+            return
         self._add(
             self._annotation(row), f"there is no {noun} with the id {value}", f"correct `{noun}_id`, or add the {noun}"
         )
@@ -345,14 +347,15 @@ class _Checker:
         bboxes = np.where(sound[:, None], np.asarray(self.columns.bboxes).reshape(-1, 4), 0)
         limits = np.zeros((len(bboxes), 2))
         limits[sound] = sizes[images[sound], ::-1]
-        corners = np.stack([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], 1)
+        with np.errstate(over="ignore"):  # a corner at infinity is beyond the image like any other
+            corners = np.stack([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], 1)
         inside = np.clip(corners, 0, limits[:, None]).astype(np.float32)
         flat = sound & (bboxes[:, 2:] <= 0).any(1)
         outside = sound & ~flat & (inside[:, 0] >= inside[:, 1]).any(1)
         beyond = (np.abs(corners - inside) > _ROUNDING).any((1, 2))
         cut = sound & ~flat & ~outside & beyond
         kinds: list[tuple[NDArray[np.bool_], str, str, Any]] = [
-            (flat, "boxes without area", "has no area", "dropped"),
+            (flat, "boxes without area", "has no area in its image", "dropped"),
             (outside, "boxes outside their image", "lies outside its image", "dropped"),
             (cut, "boxes cut to their image", "reaches beyond its image", "clipped"),
         ]

@@ -5,6 +5,7 @@ Each image, annotation and category is checked for itself against a typed schema
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from array import array
@@ -20,7 +21,8 @@ from msgspec import Meta, Struct
 from boxwright.data import rle
 from boxwright.data.fault import Fault
 
-_Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+# What JSON readers hold exactly, and what evaluation takes.
+_Id = Annotated[int, Meta(ge=0, le=2**53)]
 _Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Run = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
@@ -107,6 +109,10 @@ class Columns:
     rle_sizes: array[int] = field(default_factory=_integers)
     """(height, width) of each annotation's run-length mask, 0 where it has none."""
     rle_characters: bytearray = field(default_factory=bytearray)
+    refused_images: set[int] = field(default_factory=set)
+    """Ids of images that are there but not well-typed: the annotations that name them are not to blame."""
+    refused_categories: set[int] = field(default_factory=set)
+    """Likewise of categories."""
 
 
 def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
@@ -121,18 +127,24 @@ def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
         file = _parse(path.read_bytes())
     except ValueError as error:
         return columns, [_file_fault(path, error)]
-    for image in _entries(path, "image", file.images, _Image, faults):
+    for image in _entries(path, "image", file.images, _Image, faults, columns.refused_images):
         if _LONE_SURROGATE.search(image.file_name):
             what, mend = f"`file_name` {image.file_name!a} is no valid Unicode", "write it as the file is named"
             faults.append(Fault(str(path), f"image {image.id}", what, mend))
+            columns.refused_images.add(image.id)
             continue
         columns.image_ids.append(image.id)
         columns.image_sizes.extend((image.height, image.width))
         columns.file_names.append(image.file_name)
-    for category in _entries(path, "category", file.categories, _Category, faults):
+    for category in _entries(path, "category", file.categories, _Category, faults, columns.refused_categories):
+        if _LONE_SURROGATE.search(category.name):
+            what = f"`name` {category.name!a} is no valid Unicode"
+            faults.append(Fault(str(path), f"category {category.id}", what, "correct it"))
+            columns.refused_categories.add(category.id)
+            continue
         columns.category_ids.append(category.id)
         columns.category_names.append(category.name)
-    for annotation in _entries(path, "annotation", file.annotations, _Annotation, faults):
+    for annotation in _entries(path, "annotation", file.annotations, _Annotation, faults, set()):
         _add_annotation(columns, annotation, str(path), faults)
     return columns, faults
 
@@ -163,9 +175,9 @@ def _file_fault(path: Path, error: ValueError) -> Fault:
 
 
 def _entries(
-    path: Path, noun: str, entries: Sequence[Any], kind: type[_Entry], faults: list[Fault]
+    path: Path, noun: str, entries: Sequence[Any], kind: type[_Entry], faults: list[Fault], refused: set[int]
 ) -> Iterator[_Entry]:
-    """The entries that fit the schema; adds the faults of those that do not."""
+    """The entries that fit the schema; adds the faults of those that do not, and their ids where they have one."""
     decode = msgspec.json.Decoder(kind).decode
 
     def convert(entry: Any) -> _Entry:
@@ -180,8 +192,17 @@ def _entries(
             # Such as a number too large for any type, which Python's own reader takes for infinity.
             unexplained = Fault(str(path), f"{noun} number {position + 1} of the file", str(error), "correct it")
             faults += found or [unexplained]
+            refused.update(_whole_ids(entry))
         else:
             yield result
+
+
+def _whole_ids(entry: Any) -> Iterator[int]:
+    """The id of an entry, if it has one that is a whole number."""
+    with contextlib.suppress(ValueError):
+        entry = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+            yield entry["id"]
 
 
 def _entry_faults(path: Path, noun: str, position: int, entry: Any, kind: type[Struct]) -> Iterator[Fault]:
@@ -216,6 +237,8 @@ def _entry_faults(path: Path, noun: str, position: int, entry: Any, kind: type[S
 def _mend(told: str) -> str:
     if "Expected `int`, got" in told:
         return "write a whole number, without quotes, point or exponent"
+    if "Expected `int` >= 0" in told or f"<= {2**53}" in told:
+        return "ids are whole numbers from 0 to 2^53: number anew, in the annotations too"
     if "Expected `float`, got" in told:
         return "write a number, without quotes"
     if "length" in told:

@@ -55,13 +55,16 @@ def find_layout(folder: Path) -> dict[str, Split]:
             files could be one split.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+        what = "it is a file: give its folder, or it and its image folder by their paths"
+        raise ValueError(f"{folder}: {what if folder.exists() else 'there is no such folder'}")
     files = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*.json"), *folder.glob("*/*.json"))}
     layout = {}
     for split, names in _SPLITS.items():
         if found := _find_split(folder, files, split, names):
             layout[split] = found
     single = [files[name] for name in _SINGLE if name in files]
+    if not layout and len(single) > 1:
+        raise _ambiguous(folder, [path.relative_to(folder).as_posix() for path in single], "train")
     if not layout and single:
         layout["train"] = Split(single[0], _find_images(folder, single[0], "train"))
     if not layout:
@@ -78,15 +81,18 @@ def _find_split(folder: Path, files: dict[str, Path], split: str, names: str) ->
         wanted = re.compile(re.escape(pattern).replace("SPLIT", rf"(?P<name>(?:{names})(?:[-_.]?\d+)*)"))
         found = [match for match in map(wanted.fullmatch, files) if match]
         if len(found) > 1:
-            listed = ", ".join(sorted(match.string for match in found))
-            raise ValueError(
-                f"{folder}: each of {listed} could be the {split} split: give the annotation file and the image folder "
-                "by their paths"
-            )
+            raise _ambiguous(folder, [match.string for match in found], split)
         if found:
             annotations = files[found[0].string]
             return Split(annotations, _find_images(folder, annotations, found[0]["name"]))
     return None
+
+
+def _ambiguous(folder: Path, names: list[str], split: str) -> ValueError:
+    return ValueError(
+        f"{folder}: each of {', '.join(sorted(names))} could be the {split} split: give the annotation file and the "
+        "image folder by their paths"
+    )
 
 
 def _find_images(folder: Path, annotations: Path, name: str) -> Path:
