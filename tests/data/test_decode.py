@@ -119,3 +119,18 @@ def test_real_pictures(data_dir: Path) -> None:
     assert len(paths) == 18
     for path in paths:
         assert np.abs(decode_image(path).astype(int) - reference(path)).max() <= (0 if path.suffix == ".png" else 2)
+
+
+def test_whatever_a_damaged_file_makes_pillow_raise_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x05IHDR" + bytes(30))  # a header that Pillow answers by ValueError
+    with pytest.raises(ValueError, match=r"a\.png: cannot be decoded"):
+        decode_image(path)
+
+
+def test_no_picture_at_all_is_told_plainly(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    for content, told in ((b"", "the file is empty"), (b"hello", "of no picture format")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a\.jpg: cannot be decoded: .*{told}[^<]*$"):
+            decode_image(path)

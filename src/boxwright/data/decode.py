@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """What a picture may hold unless told otherwise: Pillow's guard against decompression bombs, 256 MiB as RGB."""
@@ -42,7 +42,7 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
             if width * height > max_pixels:
-                raise _too_large(path, f"{width} x {height} pixels", max_pixels)
+                raise Image.DecompressionBombError(f"{width} x {height} pixels")
             # A JPEG without its end marker may be cut short, which OpenCV fills with grey and does not tell.
             if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L") and data.endswith(_JPEG_END):
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -50,17 +50,19 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
                     return pixels
             return _decode_with_pillow(header)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path, str(error), max_pixels) from error
-    except (OSError, SyntaxError, EOFError, cv2.error) as error:
+        raise ValueError(
+            f"{path}: refused as too large ({error}; the limit is {max_pixels} pixels): shrink it or raise max_pixels"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be decoded: {_not_a_picture(data)}") from error
+    except Exception as error:  # of damaged files Pillow's readers raise whatever they stumble over
         raise ValueError(
             f"{path}: cannot be decoded: the file is damaged, cut short or no picture ({error})"
         ) from error
 
 
-def _too_large(path: str | Path, what: str, max_pixels: int) -> ValueError:
-    return ValueError(
-        f"{path}: refused as too large ({what}; the limit is {max_pixels} pixels): shrink it or raise max_pixels"
-    )
+def _not_a_picture(data: bytes) -> str:
+    return "it is of no picture format that can be read" if data else "the file is empty"
 
 
 def _decode_with_pillow(image: Image.Image) -> np.ndarray:
