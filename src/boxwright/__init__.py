@@ -1,4 +1,4 @@
-"""Train, test, measure and publish object detectors on COCO-style data."""
+"""Train, test and measure object detectors on COCO-style data."""
 
 from __future__ import annotations
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
 
 from boxwright.data.augment import place
-from boxwright.data.buckets import round_up
+from boxwright.data.buckets import Resize, round_up
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
@@ -155,9 +156,14 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_module
     missing = [name for name in ("experiment", "categories") if name not in metadata]
     if missing:
         raise ValueError(f"{file} does not say its {' and '.join(missing)}, so the model cannot be rebuilt from it")
-    experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
-    categories = [Category(id=entry["id"], name=entry["name"]) for entry in metadata["categories"]]
-    detector = build(experiment.model, num_classes=len(categories))
+    try:
+        categories = msgspec.convert(metadata["categories"], list[Category])
+        experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
+        if not isinstance(experiment, Experiment) or not isinstance(experiment.resize, Resize):
+            raise TypeError("its settings are of other kinds than an experiment's")
+        detector = build(experiment.model, num_classes=len(categories))
+    except (ValueError, TypeError, AttributeError) as error:  # whatever parts raise that were not made for each other
+        raise ValueError(f"{file}: the model cannot be rebuilt from what the file says: {error}") from error
     try:
         detector.load_state_dict(tensors)
     except RuntimeError as error:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.detectors.rcnn import faster_rcnn
 from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
 from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
@@ -244,3 +246,15 @@ def _count_parameters(detector: nn.Module) -> dict[str, float]:
     """An evaluation that draws random numbers, as loaders do, and must not disturb training's."""
     torch.rand(3)
     return {"parameters": float(sum(parameter.detach().sum() for parameter in detector.parameters()))}
+
+
+def test_warns_of_a_backbone_that_cannot_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tiny_experiment(model=partial(faster_rcnn, backbone=partial(resnet_fpn, depth=18)))
+    training = Training(experiment, Pictures(), tmp_path, num_workers=0)
+    training._introduce()
+    assert "will not learn" in capsys.readouterr().out
+    for name, buffer in training.detector.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.fill_(0.5)
+    training._introduce()
+    assert "will not learn" not in capsys.readouterr().out

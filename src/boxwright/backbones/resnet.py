@@ -50,6 +50,11 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def has_untrained_statistics(model: nn.Module) -> bool:
+    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn."""
+    return any(isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() for m in model.modules())
+
+
 def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:
     """A normalisation layer.
 

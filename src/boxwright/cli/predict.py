@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,8 @@ def predict(
         raise ValueError(f"no pictures in {', '.join(map(str, inputs))}: looked for {', '.join(sorted(SUFFIXES))}")
     targets = name_outputs([name for _, name in pictures], out)
     num_named = Counter(name for _, name in pictures)
-    sources = {path.resolve() for path, _ in pictures}
-    clash = next((target for target in targets if target.resolve() in sources), None)
+    sources = {os.path.realpath(path) for path, _ in pictures}
+    clash = next((target for target in targets if os.path.realpath(target) in sources), None)
     if clash is not None:
         raise ValueError(f"{clash} is one of the pictures and would be overwritten: give another --out")
 
@@ -56,7 +57,7 @@ def predict(
                 image = decode_image(path)
             except (ValueError, OSError) as error:
                 num_unreadable += 1
-                typer.echo(f"boxwright: {error}", err=True)
+                typer.echo(_readable(f"boxwright: {error}"), err=True)
                 continue
             found = predictor.predict(image, score=score, native=native)
             drawn = draw_detections(image, found.boxes, found.labels, found.names, found.scores)
@@ -69,7 +70,7 @@ def predict(
                 rows.append(
                     {
                         # Where several pictures share a name, their paths tell them apart.
-                        "file_name": (name if num_named[name] == 1 else path).as_posix(),
+                        "file_name": _readable(name if num_named[name] == 1 else path),
                         "image_id": image_id,
                         "category_id": category.id,
                         "category_name": category.name,
@@ -89,7 +90,7 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
 
     What lies in `out`, from an earlier call say, is passed over, and so are hidden files.
     """
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for given in inputs:
         if not given.is_dir():
             found = [(given, Path(given.name))]
@@ -97,14 +98,24 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
             found = [
                 (path, path.relative_to(given))
                 for path in sorted(given.rglob("*"))
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+                # A link that leads nowhere is no file, but was meant to be one: it is reported, not passed over.
+                if path.suffix.lower() in SUFFIXES
+                and not path.name.startswith(".")
+                and (path.is_file() or not path.exists())
             ]
             if not given.resolve().is_relative_to(out.resolve()):
                 found = [(path, name) for path, name in found if not path.resolve().is_relative_to(out.resolve())]
         for path, name in found:
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
+            real = os.path.realpath(path)  # Path.resolve would raise for links in a circle
+            if real not in seen:
+                seen.add(real)
                 yield path, name
+
+
+def _readable(name: Path | str) -> str:
+    """A file's name as text that any file can hold, whatever bytes the file system allowed in it."""
+    text = name.as_posix() if isinstance(name, Path) else name
+    return os.fsencode(text).decode(errors="replace")
 
 
 def name_outputs(names: list[Path], out: Path) -> list[Path]:

@@ -89,8 +89,11 @@ def train(
         dataset = CocoDataset(*splits["train"])
         val = CocoDataset(*splits["val"]) if "val" in splits else None
         for what, count in dataset.dropped.items():
-            say(f"{splits['train'].annotations}: {count} {what} (boxwright data check lists them)")
-        say(f"{len(dataset)} images to learn from, {len(val) if val else 'none'} to evaluate on")
+            say(f"{splits['train'].annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
+        num_objects = dataset.index.object_offsets[dataset.rows + 1] - dataset.index.object_offsets[dataset.rows]
+        empty = int((num_objects == 0).sum())
+        objects = f"{num_objects.sum():,} objects on {len(dataset):,} images"
+        say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
         validation = Validation(experiment, dataset, val, num_workers) if val else None
         training = Training(
             experiment,

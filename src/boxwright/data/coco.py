@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_check import file_faults, size_fault
+from boxwright.data.coco_check import decode_fault, file_faults, size_fault
 from boxwright.data.coco_index import CocoIndex, read_index
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import MAX_PIXELS, decode_image
@@ -95,12 +95,15 @@ class CocoDataset:
         """Decode the picture at a position.
 
         Raises:
-            ValueError: The file cannot be decoded, or is of another size than the annotation file states.
+            FaultyDataError: The file cannot be decoded, or is of another size than the annotation file states.
         """
         row = int(self.rows[position])
         path = self.images / self.index.file_name(row)
         image_id = int(self.index.image_ids[row])
-        image = decode_image(path, max_pixels=self.max_pixels)
+        try:
+            image = decode_image(path, max_pixels=self.max_pixels)
+        except ValueError as error:
+            raise FaultyDataError([decode_fault(path, image_id, error)]) from error
         height, width = self.index.image_sizes[row].tolist()
         if image.shape[:2] != (height, width):
             raise FaultyDataError([size_fault(path, image_id, (height, width), image.shape[:2])])

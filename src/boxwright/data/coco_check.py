@@ -96,6 +96,12 @@ def size_fault(path: Path, image_id: int, stated: tuple[int, int], found: tuple[
     return Fault(str(path), f"image {image_id}", what, mend)
 
 
+def decode_fault(path: Path, image_id: int, error: ValueError) -> Fault:
+    """The fault of a picture that `decode_image` refuses."""
+    what = str(error).removeprefix(f"{path}: ")
+    return Fault(str(path), f"image {image_id}", what, "replace the file, or remove the image")
+
+
 def _list_folder(folder: Path) -> dict[str, bool]:
     """Whether it is a link, for each name in a folder; empty if there is no such folder."""
     try:
@@ -116,6 +122,5 @@ def _picture_fault(path: Path, image_id: int, stated: tuple[int, int], max_pixel
     try:
         found = decode_image(path, max_pixels=max_pixels).shape[:2]
     except ValueError as error:
-        what = str(error).removeprefix(f"{path}: ")
-        return Fault(str(path), f"image {image_id}", what, "replace the file, or remove the image")
+        return decode_fault(path, image_id, error)
     return size_fault(path, image_id, stated, found) if found != stated else None

@@ -40,7 +40,7 @@ class _Image(Struct):
 
 class _Category(Struct):
     id: _Id
-    name: str
+    name: Annotated[str, Meta(min_length=1)]
 
 
 class _Rle(Struct):

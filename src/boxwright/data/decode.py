@@ -7,6 +7,8 @@ JPEG goes through OpenCV, everything else and every odd JPEG through Pillow, whi
 from __future__ import annotations
 
 import io
+import os
+import stat
 from pathlib import Path
 
 import cv2
@@ -35,6 +37,8 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         ValueError: the file is missing, not a picture, cut short, or too large; the message names it.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}: cannot be read: it is a folder, pipe or device, no file")
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error

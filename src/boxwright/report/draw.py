@@ -55,15 +55,17 @@ def draw_boxes(
     palette = sv.ColorPalette([sv.Color(*colours[index][::-1]) for index in order])
     corners = np.asarray(boxes, dtype=np.float64)[order] * np.tile([width / image.shape[1], height / image.shape[0]], 2)
     detections = sv.Detections(xyxy=corners, class_id=np.arange(len(order)))
-    thickness = max(2, round(max(width, height) / 400))
+    # Of a long strip, what fits its short side: else lines and letters would cover it.
+    side = min(max(width, height), 4 * min(width, height))
+    thickness = max(2, round(side / 400))
     canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
     labelled = np.array([bool(texts[index]) for index in order])
     if len(boxes) <= MAX_LABELS and labelled.any():
         annotator = sv.LabelAnnotator(
             color=palette,
-            text_scale=max(0.4, max(width, height) / 1600),
-            text_thickness=max(1, round(max(width, height) / 1200)),
-            text_padding=max(2, round(max(width, height) / 250)),
+            text_scale=max(0.4, side / 1600),
+            text_thickness=max(1, round(side / 1200)),
+            text_padding=max(2, round(side / 250)),
             smart_position=True,
         )
         names = [texts[index] for index in order if texts[index]]

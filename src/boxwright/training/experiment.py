@@ -286,5 +286,5 @@ def _inside(module: str, packages: Collection[str]) -> bool:
 
 def nearest(name: str, names: Collection[str]) -> str:
     """The end of an error about a wrong name: the nearest right one if one is near, else all."""
-    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names) or 'none'}"

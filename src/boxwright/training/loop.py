@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from boxwright.backbones.resnet import has_untrained_statistics
 from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.structures import Batch, to_device
@@ -329,6 +330,11 @@ class Training:
             say(
                 f"learning rate {self.learning_rate:g}: {stated:g} is for {self.experiment.batch_size} images a step, "
                 f"here are {self.images_per_step}"
+            )
+        if self.step == 0 and has_untrained_statistics(self.detector):
+            say(
+                "warning: the backbone's statistics are frozen and untrained, so it will not learn. Start from weights "
+                "(--init), or train all of it: --set model.backbone.norm=gn --set model.backbone.frozen_stages=0"
             )
         if self.step == self.total_steps:
             say(f"{self.folder.path} is finished already: all {self.total_steps} steps are done")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,10 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         save_file(own, temporary, {_KEY: page})
+        # safetensors lets the owner alone read its files; these are for whoever may read what is written here.
+        usual = Path(folder) / "usual"
+        usual.touch()
+        shutil.copymode(usual, temporary)
         _flush(temporary)
         temporary.replace(path)
     _flush(path.parent)
@@ -70,7 +75,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): it may be cut short (copy or fetch it again) or of "
-            "another kind (import it first)"
+            "another kind (give one that boxwright train wrote)"
         ) from None
 
 
@@ -78,10 +83,10 @@ def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
     """The metadata in a safetensors file's own."""
     text = (strings or {}).get(_KEY)
     if text is None:
-        raise ValueError(f"{path} is a safetensors file, but not one of Boxwright's: import it first")
+        raise ValueError(f"{path} is a safetensors file, but not one of Boxwright's: give one that boxwright train wrote")
     try:
         page = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} has metadata that is no JSON ({error})") from None
     if not isinstance(page, dict) or page.get("format") != FORMAT:
         found = page.get("format") if isinstance(page, dict) else page
