@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,3 +104,21 @@ def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
 def test_boxwright_alone_does_not_import_torch() -> None:
     code = "import sys, boxwright; assert 'torch' not in sys.modules; assert boxwright.__version__"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_whose_parts_were_not_made_for_each_other_is_named(run: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_weights(run / "weights.safetensors")
+    path = tmp_path / "odd.safetensors"
+    arguments = metadata["experiment"]["arguments"]
+    changes: list[dict[str, Any]] = [
+        {"categories": [1, 2]},
+        {"categories": [{"name": "cell"}]},
+        {"experiment": {}},
+        {"experiment": arguments["model"]},
+        {"experiment": metadata["experiment"] | {"arguments": arguments | {"model": 5}}},
+        {"experiment": metadata["experiment"] | {"arguments": arguments | {"resize": 5}}},
+    ]
+    for change in changes:
+        save_weights(path, tensors, {**metadata, **change})
+        with pytest.raises(ValueError, match=r"odd\.safetensors: the model cannot be rebuilt"):
+            boxwright.load(path)

@@ -100,3 +100,9 @@ def test_other_safetensors_files(tmp_path: Path, metadata: dict[str, str] | None
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "none.safetensors")
+
+
+def test_others_may_read_the_file_as_the_system_has_it(tmp_path: Path) -> None:
+    save_weights(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

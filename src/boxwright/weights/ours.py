@@ -83,7 +83,9 @@ def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
     """The metadata in a safetensors file's own."""
     text = (strings or {}).get(_KEY)
     if text is None:
-        raise ValueError(f"{path} is a safetensors file, but not one of Boxwright's: give one that boxwright train wrote")
+        raise ValueError(
+            f"{path} is a safetensors file, but not one of Boxwright's: give one that boxwright train wrote"
+        )
     try:
         page = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
