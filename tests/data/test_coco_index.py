@@ -120,6 +120,7 @@ ERRORS = [
     ("categories", [], "file", "no categories"),
     ("categories.0.id", 2, "category 2", "2 of them have this id"),
     ("categories.0.name", "\ud800", "category 90", "no valid Unicode"),
+    ("categories.0.name", "", "category 90", "length >= 1"),
     ("categories.0.name", KeyError, "category 90", "`name` is missing"),
     ("annotations", KeyError, "file", "missing required field `annotations`"),
     ("annotations.0.id", 12, "annotation 12", "2 of them have this id"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,4 +134,12 @@ def test_no_picture_at_all_is_told_plainly(tmp_path: Path) -> None:
     for content, told in ((b"", "the file is empty"), (b"hello", "of no picture format")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"a\.jpg: cannot be decoded: .*{told}[^<]*$"):
+            decode_image(path)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match="no file"):
             decode_image(path)

@@ -7,7 +7,6 @@ JPEG goes through OpenCV, everything else and every odd JPEG through Pillow, whi
 from __future__ import annotations
 
 import io
-import os
 import stat
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         ValueError: the file is missing, not a picture, cut short, or too large; the message names it.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ValueError(f"{path}: cannot be read: it is a folder, pipe or device, no file")
         data = Path(path).read_bytes()
     except OSError as error:
