@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,3 +72,25 @@ def test_names_that_meet_are_numbered() -> None:
     names = [Path("x.jpg"), Path("X.jpg"), Path("x.jpg"), Path("x-2.jpg"), Path("a/x.jpg"), Path("x.gif")]
     written = [path.as_posix() for path in name_outputs(names, Path("out"))]
     assert written == ["out/x.jpg", "out/X-2.jpg", "out/x-3.jpg", "out/x-2-2.jpg", "out/a/x.jpg", "out/x.gif.jpg"]
+
+
+def test_links_that_lead_nowhere_and_names_that_are_no_text(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    (folder / "nowhere.jpg").symlink_to("none.jpg")
+    shutil.copy(min((data_dir / "bccd" / "JPEGImages").iterdir()), os.fsencode(folder) + b"/\xff.jpg")
+    arguments = ["predict", str(run), str(folder), str(folder / "circle.jpg"), "--out", str(out), "--score", "0"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 1, result.output
+    assert "1 pictures" in result.stdout
+    assert "2 could not be read" in result.stdout
+    assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"\ufffd.jpg"}
+
+
+def test_a_device_that_is_none(run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
+    assert result.exit_code == 1
+    (tmp_path / "a.jpg").touch()
+    result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
+    assert "boxwright: 'gpu' is no device: give cpu" in result.stderr

@@ -31,3 +31,12 @@ def test_colours_of_classes_are_stable_and_apart() -> None:
     for red, green, blue in colours:  # contrast of white letters
         brightness = 0.2126 * (red / 255) ** 2.2 + 0.7152 * (green / 255) ** 2.2 + 0.0722 * (blue / 255) ** 2.2
         assert 1.05 / (brightness + 0.05) > 3.5
+
+
+def test_labels_and_lines_do_not_cover_a_long_strip() -> None:
+    image = np.full((40, 1500, 3), 128, np.uint8)
+    drawn = draw_boxes(image, np.array([[100, 5, 700, 35]]), [""], [(255, 0, 0)])
+    assert drawn.shape == image.shape
+    assert 0 < (drawn[:, 400] != 128).any(axis=1).sum() <= 6
+    labelled = draw_boxes(image, np.array([[100, 5, 700, 35]]), ["cell 0.90"], [(255, 0, 0)])
+    assert (labelled != drawn).any(axis=2).sum() < 0.1 * 40 * 1500

@@ -103,13 +103,18 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
                 and not path.name.startswith(".")
                 and (path.is_file() or not path.exists())
             ]
-            if not given.resolve().is_relative_to(out.resolve()):
-                found = [(path, name) for path, name in found if not path.resolve().is_relative_to(out.resolve())]
+            if not _lies_within(given, out):
+                found = [(path, name) for path, name in found if not _lies_within(path, out)]
         for path, name in found:
-            real = os.path.realpath(path)  # Path.resolve would raise for links in a circle
+            real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
                 yield path, name
+
+
+def _lies_within(path: Path, folder: Path) -> bool:
+    # Path.resolve would raise for links in a circle.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _readable(name: Path | str) -> str:

@@ -54,11 +54,9 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"there is no device {name!r}: give cpu, cuda or cuda:N")
-    if device.type == "cpu":
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:N") from error
+    if device.type != "cuda":
         return device
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
