@@ -73,12 +73,16 @@ def train(
     from boxwright.data.coco import CocoDataset
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
+    from boxwright.training.experiment import Experiment
     from boxwright.training.interrupt import TrainingInterrupted
     from boxwright.training.loop import Training
     from boxwright.training.metrics import say
     from boxwright.training.settings import describe, with_settings
 
-    experiment = with_settings(find_recipe(recipe)(), settings or [])
+    experiment = find_recipe(recipe)()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{recipe} is no recipe: it gives {type(experiment).__name__}, not an Experiment")
+    experiment = with_settings(experiment, settings or [])
     if show:
         typer.echo(describe(experiment))
         return
