@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import boxwright
@@ -79,3 +80,15 @@ def test_version() -> None:
 def test_help_does_not_import_torch() -> None:
     code = "import sys; import boxwright.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pillows_warnings_are_not_the_users(tmp_path: Path) -> None:
+    content = document()
+    content["images"][0] |= {"file_name": "wide.png"}
+    annotations, images = write(tmp_path, content)
+    Image.new("1", (90_000, 1_000)).save(images / "wide.png")
+    command = ["data", "check", "--annotations", str(annotations), "--images", str(images)]
+    result = subprocess.run([sys.executable, "-m", "boxwright", *command], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert "error: " in result.stdout
+    assert "refused as too large (90000 x 1000 pixels" in result.stdout

@@ -35,6 +35,7 @@ def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pyte
     out = tmp_path / "run"
     status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0")
     assert status == 0, output
+    assert f"train: {shapes / 'annotations' / 'instances_train.json'}, images in {shapes / 'train'}" in output
     assert re.search(r"\d+ objects on \d+ images to learn from \(0 without any\), \d+ to evaluate on", output)
     tensors, metadata = load_weights(out / "weights.safetensors")
     assert "body.weight" in tensors

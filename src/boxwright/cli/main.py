@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +53,8 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # Pillow warns of what `decode_image` refuses with the file's name (size) or can do without (broken EXIF).
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 app.command("train")(train.train)

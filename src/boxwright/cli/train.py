@@ -90,6 +90,9 @@ def train(
     out = out or Path("runs") / recipe.rpartition(":")[2]
     num_workers = _spare_cores() if workers is None else workers
     with process_group(device) as place:
+        for name in ("train", "val"):
+            if name in splits:
+                say(f"{name}: {splits[name].annotations}, images in {splits[name].images}")
         dataset = CocoDataset(*splits["train"])
         val = CocoDataset(*splits["val"]) if "val" in splits else None
         for what, count in dataset.dropped.items():
