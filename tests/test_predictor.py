@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import boxwright
@@ -87,6 +88,8 @@ def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
     predictor = boxwright.load(run)
     with pytest.raises(ValueError, match=r"float64 \[4, 4, 3\] is no picture"):
         predictor.predict(np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match="Image is no picture: give a file's path, or its pixels"):
+        predictor.predict(Image.new("RGB", (8, 8)))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"nowhere\.jpg"):
         predictor.predict(tmp_path / "nowhere.jpg")
     with pytest.raises(ValueError, match=r"no weights\.safetensors"):

@@ -95,12 +95,12 @@ class Predictor:
         Raises:
             ValueError: A file cannot be read or decoded, or an array is no RGB picture.
         """
-        if isinstance(image, str | Path | np.ndarray):
-            return self._predict_one(image, score, native)
-        return [self._predict_one(item, score, native) for item in image]
+        if isinstance(image, Sequence) and not isinstance(image, str | bytes):
+            return [self._predict_one(item, score, native) for item in image]
+        return self._predict_one(image, score, native)
 
     def _predict_one(self, image: Image, score: float, native: bool) -> Prediction:
-        pixels = _checked(image) if isinstance(image, np.ndarray) else decode_image(image)
+        pixels = decode_image(image) if isinstance(image, str | Path) else _checked(image)
         original = (pixels.shape[0], pixels.shape[1])
         size = original if native else self.experiment.resize.size(*original)
         sample = Sample(
@@ -130,6 +130,10 @@ class Predictor:
 
 def _checked(image: np.ndarray) -> np.ndarray:
     """The array, if it is an RGB picture."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an object of type {type(image).__name__} is no picture: give a file's path, or its pixels as an array"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
             f"an array of {image.dtype} {list(image.shape)} is no picture: give uint8 [height, width, 3] in RGB order"
