@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from boxwright.geometry.affine import compose, invert, transform_boxes
+from boxwright.geometry.affine import invert, transform_boxes
 
 
 def matrices() -> torch.Tensor:
@@ -10,17 +10,10 @@ def matrices() -> torch.Tensor:
     return torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
 
 
-def test_compose_equals_matrix_product() -> None:
-    outer, inner = matrices(), matrices().flip(0)
-    bottom = torch.tensor([[[0.0, 0.0, 1.0]]], dtype=torch.float64).expand(3, 1, 3)
-    product = torch.cat([outer, bottom], 1) @ torch.cat([inner, bottom], 1)
-    torch.testing.assert_close(compose(outer, inner), product[:, :2])
-
-
 def test_invert_undoes() -> None:
-    identity = torch.eye(2, 3, dtype=torch.float64).expand(3, 2, 3)
-    torch.testing.assert_close(compose(invert(matrices()), matrices()), identity)
-    torch.testing.assert_close(compose(matrices(), invert(matrices())), identity)
+    bottom = torch.tensor([[[0.0, 0.0, 1.0]]], dtype=torch.float64).expand(3, 1, 3)
+    inverse = torch.linalg.inv(torch.cat([matrices(), bottom], 1))
+    torch.testing.assert_close(invert(matrices()), inverse[:, :2])
 
 
 def test_transform_boxes_is_the_hull_of_four_corners() -> None:
@@ -40,5 +33,5 @@ def test_mirroring_swaps_sides_exactly() -> None:
 def test_boxes_of_padding_stay_in_their_slot_and_autocast_keeps_float32() -> None:
     boxes = torch.tensor([[[1.25, 2.0, 777.125, 4.0], [float("nan")] * 4]])
     with torch.autocast("cpu", torch.bfloat16):
-        moved = transform_boxes(boxes, compose(torch.eye(2, 3)[None], torch.eye(2, 3)[None]))
+        moved = transform_boxes(boxes, invert(torch.eye(2, 3)[None]))
     assert torch.equal(moved[0, 0], boxes[0, 0])

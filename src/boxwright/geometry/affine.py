@@ -9,20 +9,6 @@ import torch
 from torch import Tensor
 
 
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The map that applies `inner` first and `outer` to its result.
-
-    Args:
-        outer: [..., 2, 3].
-        inner: [..., 2, 3], broadcast with `outer`.
-
-    Returns:
-        [..., 2, 3].
-    """
-    product = (outer[..., :, :2, None] * inner[..., None, :, :]).sum(-2)
-    return torch.cat([product[..., :2], product[..., 2:] + outer[..., 2:]], dim=-1)
-
-
 def invert(matrices: Tensor) -> Tensor:
     """The maps that undo `matrices`.
 
