@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from boxwright.training import checkpoint
@@ -60,12 +61,43 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint, "_flush", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"step_2 cannot be written \(No space.*--resume"):
         save(tmp_path, 2, make_state())
-    newest = checkpoint.newest(tmp_path)
-    assert newest == tmp_path / "step_1"
-    checkpoint.clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What writes tensors has an error of its own for it."""
+
+    def full_disk(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"step_1 cannot be written"):
+        save(tmp_path, 1, make_state())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["model", "optimizer", "ema", "loop"])
+def test_damaged_checkpoint_is_named_and_changes_nothing(name: str, whole: bool, tmp_path: Path) -> None:
+    path, state = save(tmp_path, 1, make_state()), make_state()
+    file = path / f"{name}.safetensors"
+    if whole:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"step_1 is damaged .* remove this folder"):
+        checkpoint.load(path, state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+
+
+def test_damaged_page_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state())
+    (path / "state.json").write_text('{"step": 1,')
+    with pytest.raises(ValueError, match=r"step_1 is damaged"):
+        checkpoint.read_page(path)
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
@@ -75,5 +107,5 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 def test_other_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state(3))
-    with pytest.raises(ValueError, match=r"(?s)step_1 does not fit the model.*0\.weight"):
+    with pytest.raises(ValueError, match=r"step_1 does not fit the model.*0\.weight"):
         checkpoint.load(path, make_state(4))

@@ -161,6 +161,25 @@ def test_resuming_with_another_experiment_names_the_fields(tmp_path: Path) -> No
         train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
 
 
+def test_resuming_on_another_data_set_is_refused(tmp_path: Path) -> None:
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    with pytest.raises(ValueError, match=r"steps_per_epoch was 4 and is 5"):
+        train(tiny_experiment(epochs=1), Pictures(20), tmp_path, num_workers=0, resume=True)
+
+
+def test_run_that_was_killed_before_its_last_weights_gets_them(tmp_path: Path) -> None:
+    weights = train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    kept = weights.rename(tmp_path / "kept.safetensors")
+    assert train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True) == weights
+    assert_same_tensors(kept, weights)
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="run is a file"):
+        train(tiny_experiment(epochs=1), Pictures(), tmp_path / "run", num_workers=0)
+
+
 def test_resuming_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
     before = (tmp_path / "metrics.jsonl").read_bytes()

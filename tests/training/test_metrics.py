@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from boxwright.training.metrics import Log, Window, read_lines
@@ -30,3 +31,17 @@ def test_window_keeps_a_row_a_step() -> None:
     assert other.read()[:, 0].tolist() == [1, 2, 3]
     other.clear()
     assert len(other.read()) == 0
+
+
+def test_an_interval_goes_on_though_lines_come_more_often_now() -> None:
+    window = Window(2, torch.device("cpu"))
+    window.restore(["loss"], torch.ones(5, 1))
+    for _ in range(2):
+        window.record({"loss": torch.tensor(2.0)})
+    assert window.read()[:, 0].tolist() == [1, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nrubbish\n{"unfinished')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no JSON.*remove that line"):
+        read_lines(tmp_path / "metrics.jsonl")

@@ -17,12 +17,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,16 +86,22 @@ def save(
         return target
     partial = folder / f".partial_step_{step}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_tensors(partial / "model.safetensors", state.model.state_dict())
-    _write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(state))
-    if state.ema is not None:
-        _write_tensors(partial / "ema.safetensors", state.ema.state())
-    _write_tensors(partial / "loop.safetensors", loop)
-    (partial / "state.json").write_text(json.dumps({"step": step, **page}, indent=1) + "\n", encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
-    partial.rename(target)
+    try:
+        partial.mkdir(parents=True)
+        _write_tensors(partial / "model.safetensors", state.model.state_dict())
+        _write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(state))
+        if state.ema is not None:
+            _write_tensors(partial / "ema.safetensors", state.ema.state())
+        _write_tensors(partial / "loop.safetensors", loop)
+        (partial / "state.json").write_text(json.dumps({"step": step, **page}, indent=1) + "\n", encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {target} cannot be written ({error}): make room or give access, then go on with --resume"
+        ) from error
     _flush(folder)
     for old in _checkpoints(folder)[:-keep]:
         # Renamed first: a removal cut short must not leave half a checkpoint under a checkpoint's name.
@@ -103,8 +111,14 @@ def save(
 
 
 def read_page(checkpoint: Path) -> dict[str, Any]:
-    """The JSON page of a checkpoint: its step and what the run said about itself."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """The JSON page of a checkpoint: its step and what the run said about itself.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _reading(checkpoint):
+        page: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return page
 
 
 def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
@@ -114,22 +128,28 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
         The loop's tensors; `restore_random_state` takes them when all else is set up.
 
     Raises:
-        ValueError: the checkpoint holds other tensors than the model.
+        ValueError: the checkpoint is damaged, or holds other tensors than the model.
     """
+    with _reading(checkpoint):
+        model = load_file(checkpoint / "model.safetensors")
+        optimizer = load_file(checkpoint / "optimizer.safetensors")
+        averages = load_file(checkpoint / "ema.safetensors") if state.ema is not None else {}
+        loop = load_file(checkpoint / "loop.safetensors")
     try:
-        state.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        state.model.load_state_dict(model)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit the model of this experiment: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint} does not fit the model of this experiment: {why}") from error
     parameters = dict(state.model.named_parameters())
-    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    for key, tensor in optimizer.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         # A momentum is laid out in memory as its parameter is; fused optimizers rely on it.
         slot = torch.empty_like(parameter) if tensor.shape == parameter.shape else tensor.to(state.device)
         state.optimizer.state[parameter][kind] = slot.detach().copy_(tensor)
     if state.ema is not None:
-        state.ema.load_state(load_file(checkpoint / "ema.safetensors"))
-    return load_file(checkpoint / "loop.safetensors")
+        state.ema.load_state(averages)
+    return loop
 
 
 def restore_random_state(loop: Mapping[str, Tensor], device: torch.device) -> None:
@@ -145,6 +165,18 @@ def clear_leftovers(folder: Path) -> None:
     for pattern in (".partial_*", ".removed_*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Say of a file that cannot be read which checkpoint it belongs to, and how to go on without that."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged ({error}): remove this folder to go on from the one before it, if "
+            "there is one, or else to start anew"
+        ) from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -20,7 +20,14 @@ from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.structures import Batch, to_device
 from boxwright.training import checkpoint
-from boxwright.training.distributed import broadcast_buffers, max_over_ranks, mean_over_ranks, rank, world_size
+from boxwright.training.distributed import (
+    broadcast_buffers,
+    gather,
+    max_over_ranks,
+    mean_over_ranks,
+    rank,
+    world_size,
+)
 from boxwright.training.ema import EMA
 from boxwright.training.experiment import Experiment, build, to_json
 from boxwright.training.interrupt import TrainingInterrupted, stop_request
@@ -79,13 +86,17 @@ class Training:
             command: the command line, for the record.
 
         Raises:
-            ValueError: the folder holds another run, or the run to resume had another experiment.
+            ValueError: the folder holds another run, the run to resume had another experiment or is damaged, or not all
+                processes see its checkpoints.
         """
         self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         torch.manual_seed(experiment.seed)
         self.detector = build(experiment.model, num_classes=len(dataset.categories)).to(self.device).train()
         newest = checkpoint.newest(self.folder.checkpoints) if resume else None
+        self._require_agreement(newest)
+        if newest is None:
+            self.folder.require_no_run()
         if init is not None and newest is None:
             _load_init(self.detector, init)
         self.loader = TrainingLoader(
@@ -129,6 +140,7 @@ class Training:
             "categories": [{"id": category.id, "name": category.name} for category in dataset.categories],
             "versions": versions(),
             "images_per_step": self.images_per_step,
+            "steps_per_epoch": self.steps_per_epoch,
             "world_size": world_size(),
             "command": command,
         }
@@ -142,6 +154,8 @@ class Training:
             TrainingInterrupted: SIGINT or SIGTERM came; all is saved.
         """
         self._introduce()
+        if self.step:
+            self._write_latest_weights()  # a run that was killed between its checkpoint and its weights
         with stop_request() as stop, closing(Log(self.folder.path, step=self.step)) as self.log:
             self._evaluate_if_due()  # a run that was stopped before or while it evaluated
             with closing(self._batches(self.step)) as batches:
@@ -251,13 +265,17 @@ class Training:
             broadcast_buffers(self.detector)
             if self.window.num_rows:
                 self._checked_rows()
-            figures = {"window": self.window.read(), "num_non_finite": self.train_step.num_non_finite}
+            windows = torch.stack(gather(self.window.read()))
+            figures = {"window": windows, "num_non_finite": self.train_step.num_non_finite}
             page = {**self.page, "window_names": self.window.names}
             keep = self.experiment.keep_checkpoints
             checkpoint.save(self.folder.checkpoints, self.step, self.state, figures=figures, page=page, keep=keep)
-            with self._averaged():
-                self._write_weights(self.folder.weights)
+            self._write_latest_weights()
         say(f"saved {target}")
+
+    def _write_latest_weights(self) -> None:
+        with self._averaged():
+            self._write_weights(self.folder.weights)
 
     def _write_weights(self, path: Path) -> None:
         if rank() == 0:
@@ -268,7 +286,7 @@ class Training:
         if self.evaluate is None or not self._due(self.experiment.evaluate_every * self.steps_per_epoch):
             return
         done = any(line["kind"] == "evaluation" and line["step"] == self.step for line in self.log.lines)
-        if max_over_ranks(done):
+        if max_over_ranks(int(done)):
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with self.clock.paused(self.device), torch.random.fork_rng(devices), self._averaged():
@@ -300,23 +318,38 @@ class Training:
             checkpoint.clear_leftovers(self.folder.checkpoints)
         if newest is None:
             if rank() == 0:
-                self.folder.begin()
+                self.folder.clear()
                 write_page(self.folder.experiment, self.page)
             # A random state of each rank's own, for layers such as dropout; the model's start was the same on all.
             torch.manual_seed(self.experiment.seed + rank())
             return
         page = checkpoint.read_page(newest)
-        for name in ("categories", "images_per_step"):
-            require_same({name: page[name]}, {name: self.page[name]}, self.folder.path)
-        require_same(page["experiment"], self.page["experiment"], self.folder.path)
+        require_same(_what_must_stay(page), _what_must_stay(self.page), self.folder.path)
         torch.manual_seed(self.experiment.seed + rank())
         kept = checkpoint.load(newest, self.state)
         self.step = page["step"]
         self.num_checked = self.step
-        self.window.restore(page["window_names"], kept["window"])
+        # With another number of processes no rank has rows of its own, but their mean is what a log line shows.
+        windows = kept["window"]
+        own = windows[rank()] if len(windows) == world_size() else windows.mean(0)
+        self.window.restore(page["window_names"], own)
         self.train_step.num_non_finite.copy_(kept["num_non_finite"])
         self.num_non_finite = int(kept["num_non_finite"])
         checkpoint.restore_random_state(kept, self.device)
+
+    def _require_agreement(self, newest: Path | None) -> None:
+        """Check that all ranks go on from the same step: each reads the checkpoint itself.
+
+        Raises:
+            ValueError: they do not.
+        """
+        step = 0 if newest is None else checkpoint.step_of(newest)
+        last = max_over_ranks(step)
+        if last != -max_over_ranks(-step):
+            raise ValueError(
+                f"not every process sees {self.folder.checkpoints / f'step_{last}'}: give --out a folder that all "
+                "machines share"
+            )
 
     def _introduce(self) -> None:
         """Say what is about to run."""
@@ -340,6 +373,16 @@ class Training:
             say(f"{self.folder.path} is finished already: all {self.total_steps} steps are done")
         elif self.step:
             say(f"going on after step {self.step}")
+
+
+def _what_must_stay(page: dict[str, Any]) -> dict[str, Any]:
+    """What a run may not change when it goes on, by name; how a step's images are shared out over devices it may."""
+    facts = {
+        "images_per_device x processes x accumulate": page.get("images_per_step"),
+        "steps_per_epoch": page.get("steps_per_epoch"),
+        "categories": page.get("categories"),
+    }
+    return {**page["experiment"]["arguments"], "images_per_device": None, **facts}
 
 
 def _load_init(detector: nn.Module, path: Path) -> None:

@@ -58,7 +58,8 @@ class Window:
         """Go on with an interval that a checkpoint cut in two."""
         if len(rows):
             self.names, self.num_rows = list(names), len(rows)
-            self.table = torch.zeros(self.length, len(names), device=self._device)
+            # More than `length`: the run may log more often now than when it was cut.
+            self.table = torch.zeros(len(rows) + self.length, len(names), device=self._device)
             self.table[: len(rows)] = rows.to(self._device)
 
     def read(self) -> Tensor:
@@ -157,9 +158,19 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
-    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(text) for text in texts if text.endswith("\n")]
+    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if text.endswith("\n"):
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is no JSON ({error}): remove that line") from None
+    return lines
 
 
 def progress_line(line: dict[str, Any], total_steps: int) -> str:

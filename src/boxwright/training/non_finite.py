@@ -23,7 +23,7 @@ def keep_batches(folder: Path, step: int, batches: Sequence[Batch], *, loss_is_f
 
     Args:
         folder: made if need be.
-        step: how many steps were done before the one that failed.
+        step: the number of the step that failed, 1 for a run's first.
         batches: this rank's, all parts of the step.
         loss_is_finite: whether this rank's own loss was finite.
 

@@ -42,14 +42,19 @@ class RunFolder:
         """Batches of steps that were not finite."""
         return self.path / "non_finite"
 
-    def begin(self) -> None:
-        """Check that no run is here, and clear what one that never saved left.
+    def require_no_run(self) -> None:
+        """Check that a new run may begin here.
 
         Raises:
-            ValueError: there is a run that could be resumed.
+            ValueError: there is a run that could be resumed, or no folder can be here.
         """
-        if self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*")):
+        if any(self.checkpoints.glob("step_*")):
             raise ValueError(f"{self.path} holds a run already: go on with it with --resume, or name another folder")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: name another folder for the run")
+
+    def clear(self) -> None:
+        """Remove what a run that never saved left."""
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 

@@ -39,7 +39,7 @@ class TrainStep:
 
     A step whose loss or gradient norm is not finite on any rank leaves parameters and momenta as they were. After more
     than `allowed_non_finite` such steps every later one is left out too, so that the weights stay those that the last
-    one met; all of it is decided on the device, and `record` tells the host when it cares to look.
+    one met; all of it is decided on the device, and `finite` tells the host when it cares to look.
     """
 
     def __init__(
