@@ -118,7 +118,9 @@ def detect_dataset(
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context that a detector's arithmetic runs in. "auto": bfloat16 on GPUs that have it, else float32."""
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        # Not where it is emulated, as before Ampere: that is slower than float32.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if native else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 

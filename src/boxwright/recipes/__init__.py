@@ -37,6 +37,8 @@ def find_recipe(name: str) -> Recipe:
                 f"there is no recipe {name!r}{nearest(name, recipes)} (a recipe of yours is package.module:function)"
             )
         return recipes[name]
+    if not module_name or not function_name:
+        raise ValueError(f"there is no recipe {name!r}: give a built-in one, or package.module:function")
     # As `python -m` does, and the `boxwright` script does not: a recipe in the current folder is found.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -49,7 +51,12 @@ def find_recipe(name: str) -> Recipe:
     functions = _functions(module)
     if function_name not in functions:
         raise ValueError(f"{module_name} has no function {function_name!r}{nearest(function_name, functions)}")
-    return functions[function_name]
+    recipe = functions[function_name]
+    try:
+        inspect.signature(recipe).bind()
+    except TypeError as error:
+        raise ValueError(f"{name} is no recipe, which takes no arguments: {error}") from None
+    return recipe
 
 
 def _functions(module: ModuleType) -> dict[str, Recipe]:
