@@ -30,7 +30,13 @@ from benchmarks.torchvision_peer import torchvision_faster_rcnn, torchvision_rpn
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import faster_rcnn
-from boxwright.structures import Batch, Targets, to_device
+from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.structures import Batch, Targets, pin_memory, to_device
+from boxwright.training.ema import EMA
+from boxwright.training.experiment import SGD, AdamW
+from boxwright.training.metrics import Window
+from boxwright.training.optimizer import build_optimizer
+from boxwright.training.step import TrainStep
 
 NUM_CLASSES = 80
 NUM_SLOTS = 32
@@ -149,25 +155,27 @@ def check_equals_cpu(build: Callable[[], nn.Module], batch: Batch, device: torch
 
 
 def check_no_host_sync(build: Callable[[], nn.Module], batch: Batch, device: torch.device, scale: Scale) -> str:
-    """A training step and a detection never make the host wait for the GPU."""
-    detector, moved = built(build, device), to_device(batch, device)
-    parameters = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, foreach=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        total(detector.losses(moved)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 35.0, foreach=True)
-        optimizer.step()
-        with torch.no_grad():
-            detector.detect(moved)
-
-    step()
-    synchronize(device)
-    with no_host_sync(device):
-        step()
-    synchronize(device)
-    return "a step and a detection ran without a host sync" if device.type == "cuda" else "not applicable on the CPU"
+    """What the training loop does in a step, and a detection, never make the host wait for the GPU."""
+    pinned = pin_memory(batch) if device.type == "cuda" else batch
+    cases: list[tuple[SGD | AdamW, Precision]] = [(SGD(lr=1e-4), "float32")]
+    if device.type == "cuda":
+        cases += [(SGD(lr=1e-4), "bfloat16"), (AdamW(lr=1e-4), "float32"), (AdamW(lr=1e-4), "bfloat16")]
+    for config, precision in cases:
+        detector = built(build, device).train()
+        optimizer = build_optimizer(config, detector)
+        step = TrainStep(detector, optimizer, device=device, precision=precision, clip_norm=35.0)
+        ema, window = EMA(detector, 0.99), Window(2, device)
+        for number in (1, 2):
+            # The first time kernels are compiled and memory is taken.
+            with no_host_sync(device) if number == 2 else nullcontext():
+                moved = to_device(pinned, device)
+                window.record(step([moved], 1e-4 / number))
+                ema.update(number)
+                with torch.inference_mode(), autocast(device, precision):
+                    detector.detect(moved)
+            synchronize(device)
+        assert window.read().isfinite().all(), f"{config}, {precision}: not finite"
+    return "no step or detection made the host wait" if device.type == "cuda" else "not applicable on the CPU"
 
 
 def check_compiled_equals_eager(
@@ -307,6 +315,13 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def write(out: Path, device: torch.device, checks: list[dict[str, Any]], rows: list[Timing]) -> None:
+    """Leave all that is known so far in the folder."""
+    results = {"environment": environment(device), "checks": checks, "timings": [asdict(row) for row in rows]}
+    (out / "gpu.json").write_text(json.dumps(results, indent=1))
+    (out / "gpu.md").write_text(table(rows) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all; 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -335,6 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("ok    " if passed else "FAILED", kind, check.__name__, detail, flush=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rows = rows_for(scale, device)
+    write(options.out, device, checks, rows)
     for row in rows:
         torch._dynamo.reset()
         if time.perf_counter() - started > options.seconds:
@@ -344,9 +360,8 @@ def main(arguments: list[str] | None = None) -> int:
                 measure(row, detectors(scale)[row.detector][row.system], scale, device)
             except Exception:  # as above
                 row.error = traceback.format_exc()
-        results = {"environment": environment(device), "checks": checks, "timings": [asdict(r) for r in rows]}
-        (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
-        (options.out / "gpu.md").write_text(table(rows) + "\n")
+        # After each, so that a run that is cut off leaves what it had.
+        write(options.out, device, checks, rows)
     print(table(rows))
     return 0 if all(check["passed"] for check in checks) else 1
 

@@ -79,6 +79,31 @@ def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
         assert parameter.grad.isfinite().all(), f"{name} got a gradient that is not finite"
 
 
+@pytest.mark.parametrize("count", [0, NUM_SLOTS])
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_bfloat16_is_close_to_float32(kind: str, count: int) -> None:
+    """Weights, losses and boxes stay float32, and the whole gradient points where float32's does."""
+    detector = small_detector(kind)
+    batch = random_batch(canvas=(64, 96), num_slots=NUM_SLOTS, num_objects=count)
+    wanted = detector.losses(batch)
+    sum(wanted.values()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in detector.parameters()])
+    detector.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        given = detector.losses(batch)
+        with torch.no_grad():
+            detections = detector.detect(batch)
+    sum(given.values()).backward()
+    for name, loss in given.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, wanted[name], rtol=0.05, atol=0.01, msg=name)
+    rounded = torch.cat([p.grad.flatten() for p in detector.parameters()])
+    assert rounded.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(rounded, gradient, dim=0) > 0.98
+    assert detections.boxes.dtype == detections.scores.dtype == torch.float32
+    assert detections.boxes[detections.valid].isfinite().all()
+
+
 def outside_the_picture(batch: Batch) -> torch.Tensor:
     rows = torch.arange(batch.images.shape[2])[None, :, None] >= batch.image_sizes[:, 0, None, None]
     columns = torch.arange(batch.images.shape[3])[None, None, :] >= batch.image_sizes[:, 1, None, None]

@@ -143,6 +143,8 @@ def test_find_recipe_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("one_x", "there are"),
         ("no_such_package.recipes:mine", "no module 'no_such_package'"),
         ("boxwright.recipes.rpn:one_x", "has no function 'one_x'"),
+        (":mine", "give a built-in one, or package.module:function"),
+        ("boxwright.recipes.common:one_x", "no recipe, which takes no arguments: missing .* 'model'"),
     ],
 )
 def test_unknown_names_give_the_nearest(name: str, message: str) -> None:

@@ -125,12 +125,21 @@ with process_group("cpu") as device:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [start_python(code.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
     for process in ranks:
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     for line, other in zip(curve(one), curve(two), strict=True):
         assert line["step"] == other["step"]
         assert line["total"] == pytest.approx(other["total"], abs=1e-5)
         assert line["losses"] == pytest.approx(other["losses"], abs=1e-5)
+    # What two processes began one goes on with, since a step has as many images.
+    moved = tmp_path / "moved"
+    shutil.copytree(two / "checkpoints" / "step_4", moved / "checkpoints" / "step_4")
+    experiment = tiny_experiment(model=model, accumulate=2, images_per_device=2)
+    train(experiment, pictures, moved, num_workers=0, resume=True)
+    for line, other in zip(curve(moved), curve(two)[-len(curve(moved)) :], strict=True):
+        assert line["losses"] == pytest.approx(other["losses"], abs=1e-5)
+    with pytest.raises(ValueError, match="processes x accumulate was 4 and is 2"):
+        train(replace(experiment, images_per_device=1), pictures, moved, num_workers=0, resume=True)
 
 
 @pytest.mark.parametrize("stop_after", [0, 2])

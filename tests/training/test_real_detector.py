@@ -37,7 +37,7 @@ def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [start_python(RANK.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
     for process in ranks:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     for name in experiments:
         lines, others = curve(one / name), curve(two / name)

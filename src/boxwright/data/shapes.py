@@ -19,6 +19,9 @@ Polygon = NDArray[np.float64]
 
 NAMES = ("circle", "square", "triangle")
 _CORNERS = {"circle": 32, "square": 4, "triangle": 3}
+# The direction of a first corner where the shape stands upright, and how far shapes lean from that.
+_UPRIGHT = {"circle": 0.0, "square": np.pi / 4, "triangle": -np.pi / 2}
+_LARGEST_LEAN = np.pi / 12
 _SPLITS = ("train", "val")
 _RADII = (12.0, 80.0)
 _MAX_OBJECTS = 8
@@ -115,11 +118,13 @@ def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
 
 
 def _outline(rng: np.random.Generator, category: int, height: int, width: int) -> Polygon:
-    """[points, 2] x, y of a turned shape around a centre in the picture, in rising angle."""
-    corners = _CORNERS[NAMES[category]]
+    """[points, 2] x, y of a leaning shape around a centre in the picture, in rising angle."""
+    name = NAMES[category]
+    corners = _CORNERS[name]
     centre = rng.random(2) * (width, height)
     radius = _RADII[0] * (_RADII[1] / _RADII[0]) ** rng.random()
-    angles = 2 * np.pi * (rng.random() + np.arange(corners) / corners)
+    lean = _LARGEST_LEAN * (2 * rng.random() - 1)
+    angles = _UPRIGHT[name] + lean + 2 * np.pi * np.arange(corners) / corners
     return centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
