@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # Sized for a few minutes on two cores; the recipe itself is for real pictures.
-QUICKSTART := --set resize.short=160 --set resize.long=224 --set scale_jitter=none --set epochs=6
+QUICKSTART := --set resize.short=160 --set resize.long=224 --set scale_jitter=none --set epochs=3 \
+	--set images_per_device=2 --set optimizer.lr=0.008 --set model.box.num_sampled=64
 
 .PHONY: quickstart test lint format clean
 
