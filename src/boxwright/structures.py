@@ -33,6 +33,20 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Proposals:
+    """Class-agnostic boxes worth a second look, best first."""
+
+    boxes: Tensor
+    """[B, P, 4] float32, xyxy in pixels of the canvas."""
+    scores: Tensor
+    """[B, P] float32, objectness in 0..1, falling along P."""
+    valid: Tensor
+    """[B, P] bool, the slots that hold a proposal."""
+    sources: Tensor
+    """[B, P] int64 in 0..2^31 - 1, what each was made from (its anchor), by which sampling knows it in any order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Images on one canvas, with what is needed to learn from them and to bring boxes back to the files' own pixels."""
 
@@ -50,20 +64,8 @@ class Batch:
     """[B] int64, what random sampling for this image draws from: a function of run seed, epoch and image alone."""
     targets: Targets | None = None
     """Ground truth; None where only detections are wanted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposals:
-    """Class-agnostic boxes worth a second look, best first."""
-
-    boxes: Tensor
-    """[B, P, 4] float32, xyxy in pixels of the canvas."""
-    scores: Tensor
-    """[B, P] float32, objectness in 0..1, falling along P."""
-    valid: Tensor
-    """[B, P] bool, the slots that hold a proposal."""
-    sources: Tensor
-    """[B, P] int64 in 0..2^31 - 1, what each was made from (its anchor), by which sampling knows it in any order."""
+    proposals: Proposals | None = None
+    """Boxes that were computed before, for detectors without a network of their own for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class Detections:
     """[B, D] int64, 0 <= label < num_classes (always 0 where the detector is class-agnostic)."""
     valid: Tensor
     """[B, D] bool, the slots that hold a detection."""
+    masks: Tensor | None = None
+    """[B, D, S, S] float32 in 0..1, the probability that the object covers a cell of an S x S grid on its box."""
 
 
 for _structure in (Targets, Batch, Proposals, Detections):

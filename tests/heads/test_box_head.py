@@ -31,7 +31,7 @@ def random_proposals(num_images: int = 2, num_proposals: int = 100) -> Proposals
 def test_the_order_of_proposals_does_not_change_which_are_sampled(head: BoxHead) -> None:
     proposals, targets, seeds = random_proposals(), random_targets(2, 8, 3, CANVAS, 3), torch.tensor([5, 6])
     shuffled = map_tensors(proposals, lambda t: t[:, torch.randperm(100, generator=torch.Generator().manual_seed(1))])
-    given, wanted = (head.sample_proposals(p, targets, seeds) for p in (shuffled, proposals))
+    given, wanted = (head.sample(p, targets, seeds) for p in (shuffled, proposals))
     for ours, theirs in zip(given, wanted, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -39,7 +39,7 @@ def test_the_order_of_proposals_does_not_change_which_are_sampled(head: BoxHead)
 def test_ground_truth_is_among_the_samples_and_positives_come_first(head: BoxHead) -> None:
     targets = random_targets(2, 8, 3, CANVAS, 3)
     far = replace(random_proposals(), boxes=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 100, 4))
-    boxes, matched, positive, valid = head.sample_proposals(far, targets, torch.tensor([5, 6]))
+    boxes, matched, positive, valid = head.sample(far, targets, torch.tensor([5, 6]))
     assert positive.sum(1).tolist() == [3, 3]
     assert positive[:, :3].all()
     assert sorted(matched[0, :3].tolist()) == [0, 1, 2]
@@ -51,7 +51,7 @@ def test_crowds_are_neither_learnt_nor_negative(head: BoxHead) -> None:
     targets = random_targets(1, 1, 1, CANVAS, 3)
     crowd = replace(targets, crowd=torch.ones(1, 1, dtype=torch.bool))
     inside = replace(random_proposals(1), boxes=targets.boxes.expand(1, 100, 4))
-    _, _, positive, valid = head.sample_proposals(inside, crowd, torch.tensor([1]))
+    _, _, positive, valid = head.sample(inside, crowd, torch.tensor([1]))
     assert not positive.any()
     assert not valid.any()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
@@ -9,13 +11,13 @@ from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
-from boxwright.structures import Batch, Detections
+from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
 class RCNN(nn.Module):
-    """A backbone, a region proposal network and a box head."""
+    """A backbone, a region proposal network (or proposals that come with the batch) and a box head."""
 
-    def __init__(self, *, backbone: Backbone, rpn: RPNHead, box_head: BoxHead, pixel_stats: PixelStats) -> None:
+    def __init__(self, *, backbone: Backbone, rpn: RPNHead | None, box_head: BoxHead, pixel_stats: PixelStats) -> None:
         super().__init__()
         self.num_classes = box_head.num_classes
         self.normalize = PixelNormalizer(pixel_stats)
@@ -27,19 +29,26 @@ class RCNN(nn.Module):
         """The losses of both stages; see `RPNHead.losses` and `BoxHead.losses`."""
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        output = self.rpn(features, batch.images.shape[-2:])
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=True)
-        return {
-            **self.rpn.losses(output, batch, batch.targets),
-            **self.box_head.losses(features, proposals, batch, batch.targets),
-        }
+        proposals, losses = self._proposals(features, batch, batch.targets)
+        sampled = self.box_head.sample(proposals, batch.targets, batch.seeds)
+        return {**losses, **self.box_head.losses(features, sampled, batch.targets)}
 
     def detect(self, batch: Batch) -> Detections:
         """The box head's detections on the proposals of testing."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        output = self.rpn(features, batch.images.shape[-2:])
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
+        proposals, _ = self._proposals(features, batch, None)
         return self.box_head.detect(features, proposals, batch.image_sizes)
+
+    def _proposals(
+        self, features: Sequence[Tensor], batch: Batch, targets: Targets | None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """The first stage: proposals and, where there are targets to learn from, its losses."""
+        if self.rpn is None:
+            assert batch.proposals is not None, "a detector without an RPN needs proposals in its batch"
+            return batch.proposals, {}
+        output = self.rpn(features, batch.images.shape[-2:])
+        proposals = self.rpn.proposals(output, batch.image_sizes, training=targets is not None)
+        return proposals, {} if targets is None else self.rpn.losses(output, batch, targets)
 
 
 def faster_rcnn(

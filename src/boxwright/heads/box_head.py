@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.losses import cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.nms import nms
 from boxwright.ops.roi_align import multilevel_roi_align
-from boxwright.structures import Batch, Detections, Proposals, Targets, take_slots
+from boxwright.structures import Detections, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 2
 FIRST_OBJECT_SOURCE = 2**31
@@ -57,6 +58,19 @@ class BoxConfig:
     """Detections an image."""
     min_size: float = 1e-2
     """Detections with a shorter side, in pixels of the canvas, are dropped."""
+
+
+class SampledBoxes(NamedTuple):
+    """What the losses of the second stage look at."""
+
+    boxes: Tensor
+    """[B, S, 4] float32, xyxy in pixels of the canvas; positives come first."""
+    matched: Tensor
+    """[B, S] int64, the object slot of each positive, else 0."""
+    positive: Tensor
+    """[B, S] bool, the slots that hold a box of an object, the first ones."""
+    valid: Tensor
+    """[B, S] bool, the slots that hold a box."""
 
 
 class BoxHead(nn.Module):
@@ -121,21 +135,13 @@ class BoxHead(nn.Module):
         hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()
         return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_classes, 4))
 
-    def sample_proposals(
-        self, proposals: Proposals, targets: Targets, seeds: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sample(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> SampledBoxes:
         """Choose what the losses look at, among the proposals and the ground truth itself.
 
         Args:
             proposals: P slots an image.
             targets: ground truth.
             seeds: [B] int64 of the batch.
-
-        Returns:
-            boxes: [B, S, 4] xyxy; positives come first.
-            matched: [B, S] int64, the object slot of each positive, else 0.
-            positive: [B, S] bool.
-            valid: [B, S] bool, the slots that hold a sampled box.
         """
         boxes = torch.cat([proposals.boxes, targets.boxes], 1)
         valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
@@ -158,24 +164,25 @@ class BoxHead(nn.Module):
             salt=SAMPLING_SALT,
             identities=torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1),
         )
-        matched = torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0)
-        return take_slots(boxes, sampled.indices), matched, sampled.positive, sampled.valid
+        return SampledBoxes(
+            boxes=take_slots(boxes, sampled.indices),
+            matched=torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0),
+            positive=sampled.positive,
+            valid=sampled.valid,
+        )
 
-    def losses(
-        self, features: Sequence[Tensor], proposals: Proposals, batch: Batch, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
         """Cross-entropy of classes and smooth L1 of boxes, both over the number of sampled boxes.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
-            proposals: P slots an image; no gradient flows into them.
-            batch: for the seeds.
+            sampled: from `sample`; no gradient flows into the boxes.
             targets: the batch's ground truth.
 
         Returns:
             `box_class` and `box_regression`, scalars. Without objects the first learns background and the second is 0.
         """
-        boxes, matched, positive, valid = self.sample_proposals(proposals, targets, batch.seeds)
+        boxes, matched, positive, valid = sampled
         logits, deltas = self(features, boxes, valid)
         labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
         class_loss = cross_entropy(logits, labels, valid)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from boxwright.structures import Batch, Targets
+from boxwright.structures import Batch, Proposals, Targets
 from boxwright.training.distributed import gather, rank
 
 
@@ -50,15 +51,30 @@ def load_batches(path: Path) -> list[Batch]:
     for key, tensor in load_file(path).items():
         part, name = key.split("/", 1)
         parts.setdefault(int(part), {})[name] = tensor
-    batches = []
-    for _, tensors in sorted(parts.items()):
-        targets = Targets(**{field.name: tensors.pop(f"targets.{field.name}") for field in fields(Targets)})
-        batches.append(Batch(targets=targets, **tensors))
-    return batches
+    return [_rebuilt(Batch, tensors) for _, tensors in sorted(parts.items())]
 
 
-def _named_tensors(batch: Batch) -> dict[str, Tensor]:
-    assert batch.targets is not None
-    own = {field.name: getattr(batch, field.name) for field in fields(Batch) if field.name != "targets"}
-    targets = {f"targets.{field.name}": getattr(batch.targets, field.name) for field in fields(Targets)}
-    return {**own, **targets}
+_NESTED: dict[str, Any] = {"targets": Targets, "proposals": Proposals}
+
+
+def _rebuilt(kind: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A structure from its tensors, the names of nested ones behind a dot."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        field, dot, rest = name.partition(".")
+        if dot:
+            arguments.setdefault(field, {})[rest] = tensor
+        else:
+            arguments[field] = tensor
+    return kind(**{name: _rebuilt(_NESTED[name], v) if isinstance(v, dict) else v for name, v in arguments.items()})
+
+
+def _named_tensors(structure: Batch | Targets | Proposals, prefix: str = "") -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for field in fields(structure):
+        value = getattr(structure, field.name)
+        if isinstance(value, Tensor):
+            named[prefix + field.name] = value
+        elif value is not None:
+            named |= _named_tensors(value, f"{prefix}{field.name}.")
+    return named
