@@ -56,7 +56,7 @@ def test_detections_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: Re
 
 
 def test_losses_and_gradients_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: RetinaNet) -> None:
-    """torchvision divides by each picture's positives, we by the batch's: its loss is the mean of ours of one each."""
+    """Theirs is the mean of ours of one picture each: we divide by the batch's positives, they by each picture's."""
     peer.train().backbone.eval()
     wanted = peer(*peer_inputs(batch, first_label=0))
     pictures = [map_tensors(batch, lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(batch.images))]

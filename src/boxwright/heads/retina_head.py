@@ -68,8 +68,7 @@ class RetinaOutput(NamedTuple):
     """The head's answer at every anchor."""
 
     logits: tuple[Tensor, ...]
-    """L x [B, N_l, C], finest level first. Not joined, since they are by far the largest tensors of the detector, and in
-    the precision they were computed in."""
+    """L x [B, N_l, C] as computed, finest level first. They stay apart because they are large."""
     deltas: Tensor
     """[B, N, 4] float32, the box relative to its anchor, levels one after another."""
     anchors: Tensor
@@ -157,10 +156,11 @@ class RetinaHead(nn.Module):
         )
         positive, counts = matches.labels == POSITIVE, matches.labels != IGNORED
         labels = torch.where(positive, take_slots(targets.labels, matches.matched), self.num_classes)
-        levels = zip(output.logits, labels.split(output.level_lengths, 1), counts.split(output.level_lengths, 1))
         class_loss = [
             sigmoid_focal_loss(logits, own, valid, alpha=config.focal_alpha, gamma=config.focal_gamma)
-            for logits, own, valid in levels
+            for logits, own, valid in zip(
+                output.logits, *(rows.split(output.level_lengths, 1) for rows in (labels, counts)), strict=True
+            )
         ]
         objects = torch.where(positive[..., None], take_slots(targets.boxes, matches.matched), output.anchors)
         wanted = box_geometry.encode(objects, output.anchors, DELTA_STDS, plus_one=plus_one)
