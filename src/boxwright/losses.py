@@ -96,33 +96,45 @@ def sigmoid_focal_loss(
 
 
 class _FocalLoss(torch.autograd.Function):
-    """`sigmoid_focal_loss`, rows of negative labels left out."""
+    """`sigmoid_focal_loss`, rows of negative labels left out.
+
+    All but one class of a row, or all of them, are "no". So every class is computed as "no", in place since these tensors
+    are a detector's largest, and that one is put right.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
         ctx.save_for_backward(logits, labels)
         ctx.alpha, ctx.gamma = alpha, gamma
-        yes, wrong = _FocalLoss.wrong_logits(logits, labels)
-        loss = F.softplus(wrong).mul_(wrong.sigmoid_().pow_(gamma))
-        return loss.mul_(torch.where(yes, alpha, 1 - alpha)).sum(-1)
+        x = _at_least_float32(logits)
+        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
+        no = F.softplus(x).mul_(x.sigmoid().pow_(gamma))
+        no.scatter_(-1, place, torch.where(is_yes, 0.0, no.gather(-1, place)))
+        wrong = -x.gather(-1, place)
+        yes = torch.where(is_yes, F.softplus(wrong) * wrong.sigmoid().pow(gamma), 0.0)
+        return torch.where(labels < 0, 0.0, (1 - alpha) * no.sum(-1) + alpha * yes.squeeze(-1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels = ctx.saved_tensors
-        yes, wrong = _FocalLoss.wrong_logits(logits, labels)
-        # d/dwrong of q^gamma * softplus(wrong), where dq = q * (1 - q) and dsoftplus = q. In place: tensors are large.
-        slope = F.softplus(wrong)
-        q = wrong.sigmoid_()
-        slope.mul_(1 - q).mul_(ctx.gamma).add_(q).mul_(q.pow_(ctx.gamma))
-        slope.mul_(torch.where(yes, -ctx.alpha, 1 - ctx.alpha)).mul_(gradients[0][..., None])
-        return slope.to(logits.dtype), None, None, None
+        x, gradient = _at_least_float32(logits), gradients[0][..., None]
+        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
+        slope = _FocalLoss.slope(x, ctx.gamma).mul_((1 - ctx.alpha) * gradient)
+        yes = -ctx.alpha * gradient * _FocalLoss.slope(-x.gather(-1, place), ctx.gamma)
+        slope.scatter_(-1, place, torch.where(is_yes, yes, slope.gather(-1, place)))
+        return slope.masked_fill_(labels[..., None] < 0, 0.0).to(logits.dtype), None, None, None
 
     @staticmethod
-    def wrong_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., C] bool, where "yes" is right, and [..., C] the wrong answers' logits; -inf in rows left out."""
-        logits, labels = _at_least_float32(logits), labels[..., None]
-        yes = labels == torch.arange(logits.shape[-1], device=labels.device)
-        return yes, torch.where(yes, -logits, logits).masked_fill_(labels < 0, -torch.inf)
+    def yes(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """[..., 1] the class of "yes", or any; and [..., 1] bool, whether there is one."""
+        labels = labels[..., None]
+        return labels.clamp(0, num_classes - 1), (labels >= 0) & (labels < num_classes)
+
+    @staticmethod
+    def slope(wrong: Tensor, gamma: float) -> Tensor:
+        """The derivative of q^gamma * softplus(wrong), of which dq = q * (1 - q) and dsoftplus = q."""
+        q = wrong.sigmoid()
+        return F.softplus(wrong).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 
 
 def smooth_l1(predictions: Tensor, targets: Tensor, beta: float, valid: Tensor | None = None) -> Tensor:
