@@ -98,8 +98,8 @@ def sigmoid_focal_loss(
 class _FocalLoss(torch.autograd.Function):
     """`sigmoid_focal_loss`, rows of negative labels left out.
 
-    All but one class of a row, or all of them, are "no". So every class is computed as "no", in place since these tensors
-    are a detector's largest, and that one is put right.
+    All classes of a row but one, or all of them, are "no". So each is computed as "no" and that one is put right; in
+    place, since these tensors are a detector's largest.
     """
 
     @staticmethod
