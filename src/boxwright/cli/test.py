@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 def measure(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a weights file.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
-    annotations: Annotated[Path | None, typer.Option(help="A COCO file to test on, in place of --data.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where results.json and report.html go; the model's own folder if left out.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
-from boxwright.data.coco_json import read_columns
+from boxwright.data.coco_index import read_columns
 from boxwright.data.dataset import Category, Dataset
 from boxwright.evaluation.results import Results
 
