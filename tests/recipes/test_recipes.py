@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from boxwright.backbones.backbone import CAFFE, PYTORCH
@@ -39,11 +39,11 @@ def theirs(depth: int) -> FasterRCNN:
         return FasterRCNN(backbone, num_classes=91)
 
 
-def test_names_are_the_2018_toolbox_s_and_two_small_ones() -> None:
+def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
     assert sorted(RECIPES) == sorted(
         [
             f"{family}_{rest}"
-            for family in ("rpn", "faster_rcnn")
+            for family in ("rpn", "faster_rcnn", "mask_rcnn")
             for rest in (
                 "r50_fpn_1x",
                 "r50_fpn_2x",
@@ -54,6 +54,7 @@ def test_names_are_the_2018_toolbox_s_and_two_small_ones() -> None:
                 "r18_fpn_small",
             )
         ]
+        + ["mask_rcnn_r18_fpn_dense"]
     )
 
 
@@ -86,7 +87,7 @@ def test_is_what_its_name_says(name: str) -> None:
     caffe = "_caffe_" in name
     assert f"_r{model['backbone'].keywords['depth']}_" in name
     assert model["pixel_stats"] == (CAFFE if caffe else PYTORCH)
-    if name.endswith("_small"):
+    if "_r18_" in name:
         return
     block = built(name, 80).get_submodule("backbone.body.layer2.0")
     assert isinstance(block, Bottleneck)
@@ -109,6 +110,17 @@ def test_faster_rcnn_has_torchvision_s_parameters(depth: int) -> None:
     assert num_parameters(ours) == num_parameters(other) + scales - background_deltas
 
 
+def test_mask_rcnn_has_torchvision_s_parameters() -> None:
+    ours = built("mask_rcnn_r50_fpn_1x", 90)
+    with torch.device("meta"):
+        other = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    # torchvision's mask head also has logits for background, which we have not.
+    background_logits = 256 + 1
+    theirs_in_all = num_parameters(other.roi_heads.mask_head) + num_parameters(other.roi_heads.mask_predictor)
+    assert num_parameters(ours.mask_head) == theirs_in_all - background_logits
+    assert num_parameters(ours) - num_parameters(ours.mask_head) == num_parameters(built("faster_rcnn_r50_fpn_1x", 90))
+
+
 @pytest.mark.parametrize("depth", [50, 101])
 def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
     ours, other = built(f"rpn_r{depth}_fpn_1x", 1), theirs(depth)
@@ -117,7 +129,7 @@ def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
 
 
 def test_small_ones_train_everything() -> None:
-    for name in ("rpn_r18_fpn_small", "faster_rcnn_r18_fpn_small"):
+    for name in (name for name in RECIPES if "_r18_" in name):
         assert all(parameter.requires_grad for parameter in built(name, 3).parameters())
 
 
