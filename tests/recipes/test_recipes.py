@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models.detection import (
     FasterRCNN,
     fasterrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
@@ -49,17 +50,18 @@ BODIES = {"r50": (50, 1, 64), "r101": (101, 1, 64), "x101_32x4d": (101, 32, 4), 
 """Depth, groups and width of a group, by the part of a recipe's name."""
 
 
-def test_names_are_the_2018_toolbox_s_and_three_small_ones() -> None:
-    assert sorted(RECIPES) == sorted(
-        f"{family}_{rest}"
-        for family in ("rpn", "faster_rcnn", "retinanet")
-        for rest in (
-            *(f"{body}_fpn_{times}" for body in BODIES for times in ("1x", "2x")),
-            "r50_caffe_fpn_1x",
-            "r101_caffe_fpn_1x",
-            "r18_fpn_small",
-        )
+FAMILIES = ("rpn", "faster_rcnn", "mask_rcnn", "retinanet")
+
+
+def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
+    rests = (
+        *(f"{body}_fpn_{times}" for body in BODIES for times in ("1x", "2x")),
+        "r50_caffe_fpn_1x",
+        "r101_caffe_fpn_1x",
+        "r18_fpn_small",
     )
+    wanted = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
+    assert sorted(RECIPES) == sorted([*wanted, "mask_rcnn_r18_fpn_dense"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -91,7 +93,7 @@ def test_is_what_its_name_says(name: str) -> None:
     caffe = "_caffe_" in name
     backbone = arguments_of(model["backbone"])
     assert model["pixel_stats"] == (CAFFE if caffe else PYTORCH)
-    if name.endswith("_small"):
+    if "_r18_" in name:
         assert backbone["depth"] == 18
         return
     body = re.findall(r"_([rx]\d+(?:_\d+x\d+d)?)_", name)
@@ -132,6 +134,17 @@ def test_retinanet_has_torchvision_s_parameters() -> None:
     assert num_parameters(ours.backbone) == num_parameters(trained_statistics.backbone)
 
 
+def test_mask_rcnn_has_torchvision_s_parameters() -> None:
+    ours = built("mask_rcnn_r50_fpn_1x", 90)
+    with torch.device("meta"):
+        other = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    # torchvision's mask head also has logits for background, which we have not.
+    background_logits = 256 + 1
+    theirs_in_all = num_parameters(other.roi_heads.mask_head) + num_parameters(other.roi_heads.mask_predictor)
+    assert num_parameters(ours.mask_head) == theirs_in_all - background_logits
+    assert num_parameters(ours) - num_parameters(ours.mask_head) == num_parameters(built("faster_rcnn_r50_fpn_1x", 90))
+
+
 @pytest.mark.parametrize("depth", [50, 101])
 def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
     ours, other = built(f"rpn_r{depth}_fpn_1x", 1), theirs(depth)
@@ -140,7 +153,7 @@ def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
 
 
 def test_small_ones_train_everything() -> None:
-    for name in ("rpn_r18_fpn_small", "faster_rcnn_r18_fpn_small", "retinanet_r18_fpn_small"):
+    for name in (name for name in RECIPES if "_r18_" in name):
         assert all(parameter.requires_grad for parameter in built(name, 3).parameters())
 
 
