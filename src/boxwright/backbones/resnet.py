@@ -217,7 +217,7 @@ class ResNet(nn.Module):
             groups: of the 3x3 convolution of a bottleneck; above 1 it is a ResNeXt.
             width_per_group: channels of a group in the first stage; 32 groups of 4 are ResNeXt 32x4d.
             recompute: blocks that learn keep their input alone and compute the rest again in the backward pass: less
-                memory, about a third more time. Results, gradients and statistics stay the same.
+                memory, more time. Results, gradients and statistics stay the same.
         """
         super().__init__()
         if depth not in BLOCKS_PER_STAGE:
