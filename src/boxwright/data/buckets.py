@@ -21,9 +21,6 @@ Canvases = tuple[Canvas, ...]
 
 ScaleMode = Literal["list", "range"]
 
-# Where a range of short sides is cut into scales with canvases of their own.
-_CUT = 2 * STRIDE
-
 # Cameras make 4:3 and 3:2 pictures; what is longer shares the longest canvas.
 _ASPECTS = (4 / 3, 3 / 2)
 
@@ -80,15 +77,14 @@ class Scale:
         return Resize(short, round(self.low.long + way * (self.high.long - self.low.long)))
 
 
-def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode) -> list[Scale]:
+def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode, *, cut: int = 2 * STRIDE) -> list[Scale]:
     """What a step draws from, so that each has canvases of its own.
 
     Args:
         sizes: (short, long) each.
         mode: "list" takes each of the sizes for itself. "range" takes all sizes between two, cut where the short side
-            passes a multiple of 64. One canvas for the whole range would waste more: of the area that COCO's pictures
-            are padded to at short sides of 640 to 800, 1.27 times their own, against 1.14 with these cuts, 1.09 with
-            cuts at 32 (and 30 canvases rather than 18) and 1.04 at 800 alone.
+            passes a multiple of 64: few canvases with little padding, as `docs/benchmarks/padding.md` has it.
+        cut: of what the short sides are multiples between the pieces of a range.
 
     Raises:
         ValueError: a size is not 1 <= short <= long, or a range has not two ends that rise.
@@ -103,9 +99,9 @@ def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode) -> list[Scale
             f"scales={tuple(sizes)} are no range: give two, the smaller first, such as ((640, 1333), (800, 1333))"
         )
     whole = Scale(*ends)
-    cuts = [*range(whole.low.short // _CUT * _CUT + _CUT, whole.high.short, _CUT), whole.high.short]
-    starts = [whole.low.short, *(cut + 1 for cut in cuts[:-1])]
-    return [Scale(whole.at(start), whole.at(cut)) for start, cut in zip(starts, cuts, strict=True)]
+    ends_of_pieces = [*range(whole.low.short // cut * cut + cut, whole.high.short, cut), whole.high.short]
+    starts = [whole.low.short, *(end + 1 for end in ends_of_pieces[:-1])]
+    return [Scale(whole.at(start), whole.at(end)) for start, end in zip(starts, ends_of_pieces, strict=True)]
 
 
 def round_up(side: int) -> int:
