@@ -7,6 +7,8 @@ Source: `rleToString` and `rleFrString` of the COCO API (common/maskApi.c).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -15,8 +17,21 @@ _MAX_GROUPS = 8  # 40 bits: more than any picture has pixels
 
 def compress(runs: ArrayLike) -> bytes:
     """Runs of pixels as COCO's characters."""
+    return compress_all(runs, [np.size(runs)])[0]
+
+
+def compress_all(runs: ArrayLike, lengths: ArrayLike) -> list[bytes]:
+    """Many masks at once as COCO's characters.
+
+    Args:
+        runs: [R] the runs of one mask after the other.
+        lengths: [n] how many of them each mask has.
+    """
     values = np.array(runs, np.int64)
-    values[3:] -= np.asarray(runs, np.int64)[1:-2]
+    counts = np.asarray(lengths, np.int64)
+    ends = np.cumsum(counts)
+    later = np.flatnonzero(np.arange(len(values)) - np.repeat(ends - counts, counts) >= 3)
+    values[later] -= values[later - 2]  # the right side is read before any of it changes
     characters = np.zeros((len(values), _MAX_GROUPS), np.uint8)
     pending = np.ones(len(values), bool)
     for group in range(_MAX_GROUPS):
@@ -29,7 +44,10 @@ def compress(runs: ArrayLike) -> bytes:
         if not pending.any():
             break
     assert not pending.any()
-    return characters[characters > 0].tobytes()
+    written = characters > 0
+    text = characters[written].tobytes()
+    cuts = np.concatenate([[0], np.cumsum(written.sum(axis=1))])[np.concatenate([[0], ends])].tolist()
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def decompress(characters: bytes) -> NDArray[np.int64]:
