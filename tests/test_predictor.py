@@ -39,6 +39,7 @@ class WholePicture(nn.Module):
     """Finds the whole picture twice, with scores 0.9 and 0.2, and remembers the canvas."""
 
     num_classes = 2
+    max_detections = 3
 
     def detect(self, batch: Batch) -> Detections:
         self.canvas = tuple(batch.images.shape[-2:])

@@ -25,14 +25,18 @@ def measure(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
     max_detections: Annotated[
-        int,
-        typer.Option(min=11, help="Detections that count for each image and class; COCO's own numbers are for 100."),
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=11,
+            help="Detections that count for each image and class; COCO's own numbers are for 100.",
+            show_default="100, or what the model gives an image if that is more",
+        ),
+    ] = None,
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
 ) -> None:
-    """Measure a model: AP of boxes (or AR of proposals), results.json and report.html.
+    """Measure a model: AP of boxes and masks (or AR of proposals), results.json and report.html.
 
     Start it by torchrun to share the images out over several devices.
     """
@@ -82,7 +86,7 @@ def measure(
                     dataset,
                     loader,
                     categories=predictor.categories,
-                    max_detections=(1, 10, max_detections),
+                    max_detections=None if max_detections is None else (1, 10, max_detections),
                     progress=progress.advance,
                     **common,
                 )
@@ -146,14 +150,16 @@ def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     if isinstance(metrics, dict):
         _print_numbers(metrics)
         return
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("class")
-    for name in ("objects", *CLASS_COLUMNS):
-        table.add_column(name, justify="right")
-    for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
-        table.add_row(category.name, str(count), *map(percent, values))
-    console.print(table)
-    _print_numbers(metrics.summary)
+    parts = [("class", metrics)] if metrics.masks is None else [("boxes of", metrics), ("masks of", metrics.masks)]
+    for title, part in parts:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        table.add_column(title)
+        for name in ("objects", *CLASS_COLUMNS):
+            table.add_column(name, justify="right")
+        for category, count, values in zip(part.categories, part.num_objects, part.per_class, strict=True):
+            table.add_row(category.name, str(count), *map(percent, values))
+        console.print(table)
+        _print_numbers(part.summary)
 
 
 def _print_numbers(numbers: dict[str, float]) -> None:

@@ -16,6 +16,8 @@ class Detector(Protocol):
     """An `nn.Module` that learns from a batch and detects in a batch; no mode changes what a call returns."""
 
     num_classes: int
+    max_detections: int
+    """The most detections that it gives for an image."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar float32 losses by name; their sum is what training minimises. Raises if the batch has no targets."""

@@ -20,6 +20,7 @@ class RCNN(nn.Module):
     def __init__(self, *, backbone: Backbone, rpn: RPNHead | None, box_head: BoxHead, pixel_stats: PixelStats) -> None:
         super().__init__()
         self.num_classes = box_head.num_classes
+        self.max_detections = box_head.config.max_detections
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.rpn = rpn
