@@ -20,6 +20,9 @@ from boxwright.data import rle
 from boxwright.data.dataset import Category
 from boxwright.data.masks import Masks
 
+_MASKS_AT_ONCE = 500
+"""Masks of a file are checked in pieces, whose runs fit a processor's cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -182,11 +185,14 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
         )
     sizes = np.array([mask.size for mask in given], dtype=np.int64)
     written = [mask.counts.encode() if isinstance(mask.counts, str) else rle.compress(mask.counts) for mask in given]
-    try:
-        runs, lengths = rle.decompress_all(written)
-    except ValueError as error:
-        raise ValueError(f"{path}: a segmentation is {error}: correct it, or write it anew") from error
-    totals = np.diff(np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)], prepend=0)
+    totals = np.zeros(len(written), np.int64)
+    for start in range(0, len(written), _MASKS_AT_ONCE):
+        try:
+            runs, lengths = rle.decompress_all(written[start : start + _MASKS_AT_ONCE])
+        except ValueError as error:
+            raise ValueError(f"{path}: a segmentation is {error}: correct it, or write it anew") from error
+        sums = np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)]
+        totals[start : start + _MASKS_AT_ONCE] = np.diff(sums, prepend=0)
     wrong = np.flatnonzero(totals != sizes.prod(axis=1))
     if len(wrong):
         number, (height, width) = wrong[0], sizes[wrong[0]]
