@@ -13,21 +13,34 @@ from boxwright.backbones.fpn import resnet_fpn
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.detectors.proposal_network import proposal_network
-from boxwright.detectors.rcnn import faster_rcnn
+from boxwright.detectors.rcnn import RCNN, faster_rcnn
 from boxwright.heads.box_head import BoxConfig
 from boxwright.recipes.common import SMALL_RPN, small
+from boxwright.structures import Batch, Detections
 from boxwright.training.experiment import build, to_json
 from boxwright.weights.ours import save_weights
 
 BACKBONE = partial(resnet_fpn, depth=18, norm="gn", frozen_stages=0, channels=16, fpn_norm="gn")
+DETECT = RCNN.detect
 
 
-def small_run(folder: Path, categories: Sequence[Category], *, proposals: bool = False) -> Path:
+def detect_with_masks(self: RCNN, batch: Batch) -> Detections:
+    """In the place of `RCNN.detect`: what it gives, with an ellipse on each box for its mask."""
+    detections = DETECT(self, batch)
+    places = torch.linspace(-1, 1, 28)
+    ellipse = (1.5 - (places[:, None] ** 2 + places**2)).clamp(0, 1)
+    return replace(detections, masks=ellipse.expand(*detections.valid.shape, 28, 28))
+
+
+def small_run(
+    folder: Path, categories: Sequence[Category], *, proposals: bool = False, max_detections: int = 100
+) -> Path:
     """Write `weights.safetensors` into a run's folder and return the folder."""
+    box = BoxConfig(width=32, score_threshold=0.0, max_detections=max_detections)
     model = (
         partial(proposal_network, backbone=BACKBONE, rpn=SMALL_RPN)
         if proposals
-        else partial(faster_rcnn, backbone=BACKBONE, rpn=SMALL_RPN, box=BoxConfig(width=32, score_threshold=0.0))
+        else partial(faster_rcnn, backbone=BACKBONE, rpn=SMALL_RPN, box=box)
     )
     experiment = replace(small(model), resize=Resize(short=96, long=160))
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class WholePicture(nn.Module):
     """Finds the whole picture twice, with scores 0.9 and 0.2, and remembers the canvas."""
 
     num_classes = 2
+    max_detections = 3
 
     def detect(self, batch: Batch) -> Detections:
         self.canvas = tuple(batch.images.shape[-2:])
@@ -67,6 +69,30 @@ def test_boxes_are_in_pixels_of_the_picture() -> None:
     (found,) = predictor.predict([image], score=0.5, native=True)
     assert detector.canvas == (96, 160)
     np.testing.assert_allclose(found.boxes, [[0, 0, 130, 90]])
+
+
+class WithMasks(WholePicture):
+    """Says that its objects fill the upper halves of their boxes."""
+
+    def detect(self, batch: Batch) -> Detections:
+        half = (torch.arange(28) < 14).float()[:, None].expand(1, 3, 28, 28)
+        return replace(super().detect(batch), masks=half)
+
+
+def test_masks_are_in_pixels_of_the_picture() -> None:
+    predictor = Predictor(WithMasks(), experiment=small(WithMasks), categories=CATEGORIES)
+    image = np.zeros((90, 130, 3), dtype=np.uint8)
+    assert Predictor(WholePicture(), experiment=small(WholePicture), categories=CATEGORIES).predict(image).masks is None
+    found = predictor.predict(image)
+    assert found.masks is not None
+    assert len(found.masks) == len(found) == 2
+    expected = np.zeros((90, 130), bool)
+    expected[:45] = True
+    expected[[0, 0, 44, 44], [0, 129, 0, 129]] = False  # bilinear sampling rounds corners off
+    np.testing.assert_array_equal(found.masks[0], expected)
+    found = predictor.predict(image, score=0.5)
+    assert found.masks is not None
+    assert [mask.shape for mask in found.masks] == [(90, 130)]
 
 
 def test_load_and_predict(run: Path, picture: Path) -> None:

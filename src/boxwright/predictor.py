@@ -17,8 +17,9 @@ from boxwright.data.buckets import Resize, round_up
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
+from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.evaluate import autocast, file_boxes
+from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
 from boxwright.weights.ours import load_weights
@@ -41,6 +42,9 @@ class Prediction:
     """n class names."""
     image_size: tuple[int, int]
     """(height, width) of the picture."""
+    masks: Masks | None = None
+    """n masks, None of a detector of boxes alone. `masks[i]` is bool [height, width], made when asked for: a hundred
+    masks of a large picture would fill a gigabyte."""
 
     def __len__(self) -> int:
         """The number of detections."""
@@ -117,7 +121,8 @@ class Predictor:
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
             detections = cast(Detector, self.detector).detect(to_device(batch, self.device))
         scores = detections.scores[0].float().cpu()
-        kept = detections.valid[0].cpu() & (scores >= score)
+        valid = detections.valid[0].cpu()
+        kept = valid & (scores >= score)
         labels = detections.labels[0].cpu()[kept].numpy()
         return Prediction(
             boxes=file_boxes(batch, detections)[0][kept].float().numpy(),
@@ -125,6 +130,7 @@ class Predictor:
             labels=labels,
             names=[self.categories[label].name for label in labels],
             image_size=original,
+            masks=None if detections.masks is None else file_masks(batch, detections).select(kept[valid].numpy()),
         )
 
 

@@ -16,7 +16,9 @@ from boxwright.cli.main import app
 from boxwright.cli.predict import name_outputs
 from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
-from small_model import small_run
+from boxwright.data.masks import Masks
+from boxwright.detectors.rcnn import RCNN
+from small_model import detect_with_masks, small_run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,26 @@ def test_a_folder_with_an_unreadable_file(run: Path, data_dir: Path, tmp_path: P
     assert {row["file_name"] for row in rows} >= {"a/x.jpg", "b/x.jpg", "b/deep/Y.JPG"}
     assert len({row["image_id"] for row in rows}) == len({row["file_name"] for row in rows})
     assert {(row["category_id"], row["category_name"]) for row in rows} <= {(4, "cell"), (2, "dust")}
+
+
+def test_masks_are_drawn_and_written(
+    run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = min((data_dir / "bccd" / "JPEGImages").iterdir())
+    arguments = ["predict", str(run), str(source), "--score", "0", "--device", "cpu", "--out"]
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "boxes")]).exit_code == 0
+    monkeypatch.setattr(RCNN, "detect", detect_with_masks)
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "masks")]).exit_code == 0
+    boxes, rows = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("boxes", "masks"))
+    assert [row["bbox"] for row in rows] == [row["bbox"] for row in boxes]
+    masks = Masks.of([row["segmentation"]["counts"].encode() for row in rows], rows[0]["segmentation"]["size"])
+    assert rows
+    for row, mask in zip(rows, masks, strict=True):
+        assert mask.shape == (480, 640)
+        x, y, width, height = row["bbox"]
+        assert mask.sum() == mask[int(y) : int(y + height) + 1, int(x) : int(x + width) + 1].sum()
+    without, drawn = (decode_image(tmp_path / name / source.name) for name in ("boxes", "masks"))
+    assert (without != drawn).any()
 
 
 def test_originals_are_not_overwritten(run: Path, data_dir: Path, tmp_path: Path) -> None:

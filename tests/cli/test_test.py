@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from boxwright.cli.main import app
 from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category
+from boxwright.detectors.rcnn import RCNN
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import read_results
 from boxwright.evaluation.voc import Interpolation, voc_metrics
-from small_model import small_run
+from small_model import detect_with_masks, small_run
 
 CELLS = [Category(id=1, name="RBC"), Category(id=2, name="WBC"), Category(id=3, name="Platelets")]
 
@@ -71,6 +72,35 @@ def test_proposals_have_no_voc_numbers(few_cells: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--metric", "voc07"])
     assert result.exit_code == 1
     assert "only proposes boxes, which are measured by their recall" in result.stderr
+
+
+def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RCNN, "detect", detect_with_masks)
+    file = few_cells / "instances_val.json"
+    page = json.loads(file.read_text())
+    for thing in page["annotations"]:
+        x, y, width, height = thing["bbox"]
+        thing["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    file.write_text(json.dumps(page))
+    run = small_run(tmp_path / "run", CELLS)
+    arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "boxes of" in result.stdout
+    _, shown = result.stdout.split("masks of")
+    dataset = CocoDataset(file, few_cells / "JPEGImages")
+    metrics = coco_metrics(dataset, read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist()))
+    assert metrics.masks is not None
+    assert metrics.masks.summary["AR100"] > 0
+    assert f"AR100 {100 * metrics.masks.summary['AR100']:.1f}" in shown
+    assert "<h3>Masks</h3>" in (run / "report.html").read_text()
+
+
+def test_what_the_model_gives_is_what_is_measured(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", CELLS, max_detections=150)
+    arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
+    assert "AR150" in CliRunner().invoke(app, arguments).stdout
+    assert "AR120" in CliRunner().invoke(app, [*arguments, "--max-detections", "120"]).stdout
 
 
 def test_proposals(few_cells: Path, tmp_path: Path) -> None:

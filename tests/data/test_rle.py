@@ -22,6 +22,22 @@ def test_equals_coco_api(seed: int) -> None:
     np.testing.assert_array_equal(rle.decompress(expected), runs)
 
 
+def test_many_at_once_are_each_alone() -> None:
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 10 ** rng.integers(1, 7), rng.integers(0, 9)) for _ in range(40)]
+    lengths = [len(runs) for runs in masks]
+    assert 0 in lengths
+    written = rle.compress_all(np.concatenate(masks), lengths)
+    assert written == [rle.compress(runs) for runs in masks]
+    runs, again = rle.decompress_all(written)
+    assert again.tolist() == lengths
+    np.testing.assert_array_equal(runs, np.concatenate(masks))
+    assert rle.compress_all([], []) == []
+    assert [len(part) for part in rle.decompress_all([])] == [0, 0]
+    with pytest.raises(ValueError, match="compressed form"):
+        rle.decompress_all([b"1", b"X", b"1"])
+
+
 @pytest.mark.parametrize("characters", [b"X", b"0 1", "0ä".encode(), b"ooooooooooo0"])
 def test_not_compressed(characters: bytes) -> None:
     with pytest.raises(ValueError, match="compressed form"):

@@ -1,19 +1,21 @@
-"""The evaluator gives the known answers, and what pycocotools gives."""
+"""The evaluator gives the known answers, and what pycocotools gives, for boxes and for masks."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from boxwright.data.dataset import Category, Sample
+from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
 from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, match_categories, read_results
@@ -34,10 +36,12 @@ class AnnotationFile:
         return [image["id"] for image in json.loads(self.annotations.read_bytes())["images"]]
 
 
-def oracle(annotations: Path, results: Path, *, use_cats: bool = True, **params: object) -> COCOeval:
+def oracle(
+    annotations: Path, results: Path, *, kind: str = "bbox", use_cats: bool = True, **params: object
+) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-        evaluator = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+        evaluator = COCOeval(truth, truth.loadRes(str(results)), kind)
         evaluator.params.useCats = int(use_cats)
         for name, value in params.items():
             setattr(evaluator.params, name, value)
@@ -61,6 +65,104 @@ def test_known_answers(data_dir: Path) -> None:
     metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
     known = [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
     assert [round(value, 3) for value in metrics.summary.values()] == known
+
+
+def test_known_answers_of_masks(data_dir: Path) -> None:
+    dataset = AnnotationFile(data_dir / "coco_eval" / "instances_val2014_100.json")
+    path = data_dir / "coco_eval" / "instances_val2014_fakesegm100_results.json"
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
+    known = [0.320, 0.562, 0.299, 0.387, 0.310, 0.327, 0.268, 0.415, 0.417, 0.469, 0.377, 0.381]
+    assert metrics.masks is not None
+    assert [round(value, 3) for value in metrics.masks.summary.values()] == known
+    evaluator = oracle(dataset.annotations, path, kind="segm")
+    np.testing.assert_allclose(list(metrics.masks.summary.values()), evaluator.stats, atol=1e-9)
+    assert metrics.numbers == {
+        **metrics.summary,
+        **{f"mask_{name}": value for name, value in metrics.masks.summary.items()},
+    }
+
+
+def test_masks_beside_crowd_regions_equal_pycocotools(data_dir: Path, tmp_path: Path) -> None:
+    """Real objects, shifted, as detections: polygons and runs of crowds on the other side."""
+    dataset = AnnotationFile(data_dir / "coco_mini" / "annotations" / "instances_val2017.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(dataset.annotations))
+    rng = np.random.default_rng(0)
+    rows = []
+    for annotation in truth.anns.values():
+        runs = truth.annToRLE(annotation)
+        pixels = np.roll(Masks.of([runs["counts"]], runs["size"])[0], rng.integers(0, 12, 2), axis=(0, 1))
+        runs = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+        row = {"image_id": annotation["image_id"], "category_id": annotation["category_id"], "score": rng.random()}
+        rows.append(row | {"segmentation": {"size": runs["size"], "counts": runs["counts"].decode()}})
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(rows))
+    assert sum(annotation["iscrowd"] for annotation in truth.anns.values()) > 10
+    metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
+    assert metrics.masks is not None
+    evaluator = oracle(dataset.annotations, path, kind="segm")
+    np.testing.assert_allclose(list(metrics.masks.summary.values()), evaluator.stats, atol=1e-9)
+    assert 0.1 < metrics.masks.summary["AP"] < 0.9
+
+
+def test_sizes_of_masks_go_by_their_own_area(tmp_path: Path) -> None:
+    """A thin ring has few pixels in a large box: among the small objects, as a thing and as a detection."""
+    ring = np.zeros((200, 200), np.uint8)
+    ring[20:180, 20:180] = 1
+    ring[21:179, 21:179] = 0
+    runs = coco_mask.encode(np.asfortranarray(ring))
+    segmentation = {"size": [200, 200], "counts": runs["counts"].decode()}
+    one = {"image_id": 1, "category_id": 1, "bbox": [20, 20, 160, 160], "segmentation": segmentation}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}],
+        "categories": [{"id": 1, "name": "ring"}],
+        "annotations": [{**one, "id": 1, "area": int(ring.sum())}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    dot = coco_mask.encode(np.asfortranarray(np.pad(np.ones((9, 9), np.uint8), ((90, 101), (90, 101)))))
+    wrong = {**one, "segmentation": {"size": [200, 200], "counts": dot["counts"].decode()}, "score": 0.9}
+    (tmp_path / "results.json").write_text(json.dumps([{**one, "score": 0.5}, wrong]))
+    dataset = AnnotationFile(tmp_path / "truth.json")
+    masks = coco_metrics(dataset, read_results(tmp_path / "results.json", dataset.categories)).masks
+    assert masks is not None
+    # Box areas would make the wrong one a large detection, which measuring the small ones passes over.
+    assert masks.summary["APs"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
+    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    objects = [{"bbox": [10, 10, 20, 20], "segmentation": polygon}, {"bbox": [50, 50, 20, 20]}]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{**o, "id": i, "image_id": 1, "category_id": 1} for i, o in enumerate(objects, start=1)],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    dataset = AnnotationFile(tmp_path / "truth.json")
+    pixels = np.zeros((2, 100, 100), np.uint8)
+    pixels[0, 50:70, 50:70] = pixels[1, 10:30, 10:30] = 1
+    results = Results(
+        image_ids=np.array([1, 1]),
+        boxes=np.array([[50.0, 50, 20, 20], [10, 10, 20, 20]]),
+        scores=np.array([0.9, 0.8]),
+        labels=np.array([0, 0]),
+        evaluated=np.array([1]),
+        masks=Masks.of([coco_mask.encode(np.asfortranarray(one))["counts"] for one in pixels], (100, 100)),
+    )
+    metrics = coco_metrics(dataset, results)
+    assert metrics.masks is not None
+    assert metrics.num_objects.tolist() == [2]
+    assert metrics.masks.num_objects.tolist() == [1]
+    assert metrics.masks.summary["AP"] == pytest.approx(1)
+    truth = GroundTruth(dataset)
+    masks = truth.masks(truth.coco.load_anns([1, 2]))
+    assert [mask.sum() for mask in masks] == [400, 400]
+
+    content["annotations"] = content["annotations"][1:]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    metrics = coco_metrics(dataset, results)
+    assert metrics.masks is not None
+    assert metrics.masks.summary["AP"] == -1
 
 
 def test_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
@@ -141,6 +243,11 @@ def test_packed_metrics_come_back_the_same(yolox: tuple[AnnotationFile, Path]) -
     np.testing.assert_array_equal(again.num_objects, metrics.num_objects)
     np.testing.assert_array_equal(again.per_class, metrics.per_class)
     np.testing.assert_array_equal(again.precision, metrics.precision)
+    both = replace(metrics, masks=replace(metrics, num_objects=metrics.num_objects + 1))
+    again = CocoMetrics.blank(dataset.categories, with_masks=True).unpack(both.pack())
+    assert again.numbers == both.numbers
+    assert again.masks is not None
+    np.testing.assert_array_equal(again.masks.num_objects, metrics.num_objects + 1)
 
 
 def test_proposal_recall_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:

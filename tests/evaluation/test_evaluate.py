@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
+from boxwright.data import rle
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.loader import EvaluationLoader
@@ -26,6 +28,7 @@ class Oracle(nn.Module):
     """Knows the objects of `PICTURES`, and puts them where they lie on the canvas."""
 
     num_classes = 2
+    max_detections = 4
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         return {}
@@ -45,6 +48,17 @@ class Oracle(nn.Module):
             valid[b, :count] = True
         scores = torch.linspace(0.9, 0.6, 4).expand(num_images, 4)
         return Detections(boxes=boxes, scores=scores, labels=labels, valid=valid)
+
+
+class MaskOracle(Oracle):
+    """Knows that the objects are ellipses, too."""
+
+    def detect(self, batch: Batch) -> Detections:
+        places = torch.linspace(-1, 1, 28)
+        ellipse = (1.3 - (places[:, None] ** 2 + places**2) / 1.3).clamp(0, 1)
+        detections = super().detect(batch)
+        masks = ellipse.expand(*detections.valid.shape, 28, 28)
+        return replace(detections, masks=torch.where(detections.valid[..., None, None], masks, torch.nan))
 
 
 def loader(rank: int = 0, world_size: int = 1) -> EvaluationLoader:
@@ -69,6 +83,33 @@ def test_boxes_come_back_to_the_files() -> None:
         assert results.labels[rows].tolist() == sample.labels.tolist()
 
 
+def test_masks_come_back_to_the_files() -> None:
+    results = detect_dataset(MaskOracle(), loader(), device="cpu")
+    masks = results.masks
+    assert masks is not None
+    assert len(masks) == len(results) > 10
+    sizes = {sample.image_id: sample.image.shape[:2] for sample in (PICTURES[i] for i in range(len(PICTURES)))}
+    for image_id, (x, y, width, height), mask in zip(results.image_ids.tolist(), results.boxes, masks, strict=True):
+        assert mask.shape == sizes[image_id]
+        inside = mask[max(0, round(y - 1)) : round(y + height + 1), max(0, round(x - 1)) : round(x + width + 1)]
+        assert inside.sum() == mask.sum()
+        assert mask.sum() == pytest.approx(0.73 * width * height, rel=0.15)
+    some = results.select(results.scores > 0.75).relabel([1, 0])
+    assert some.masks is not None
+    assert some.masks.to_coco() == masks.select(results.scores > 0.75).to_coco()
+
+
+def test_the_detectors_own_limit_counts() -> None:
+    _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
+    assert "AR100" in metrics.summary
+    crowded = Oracle()
+    crowded.max_detections = 400
+    _, metrics = evaluate(crowded, PICTURES, loader(), device="cpu")
+    assert list(metrics.summary)[6:9] == ["AR1", "AR10", "AR400"]
+    _, metrics = evaluate(crowded, PICTURES, loader(), device="cpu", max_detections=(1, 10, 100))
+    assert "AR100" in metrics.summary
+
+
 def test_evaluate_maps_categories_by_name() -> None:
     _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
     assert metrics.summary["AP"] == pytest.approx(1)
@@ -82,22 +123,66 @@ def test_evaluate_maps_categories_by_name() -> None:
 
 def _on_rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    results, metrics = evaluate(Oracle(), PICTURES, loader(rank, world_size), device="cpu")
+    results, metrics = evaluate(MaskOracle(), PICTURES, loader(rank, world_size), device="cpu")
     write_results(Path(folder) / f"results_{rank}.json", results, PICTURES.categories)
-    (Path(folder) / f"metrics_{rank}.json").write_text(json.dumps([metrics.summary, metrics.per_class.tolist()]))
+    (Path(folder) / f"metrics_{rank}.json").write_text(json.dumps([metrics.numbers, metrics.per_class.tolist()]))
     dist.destroy_process_group()
 
 
 def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
-    results, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
+    results, metrics = evaluate(MaskOracle(), PICTURES, loader(), device="cpu")
+    assert results.masks is not None
     for rank in range(2):
         theirs = read_results(tmp_path / f"results_{rank}.json", PICTURES.categories, results.evaluated)
         for name in ("image_ids", "boxes", "scores", "labels"):
             np.testing.assert_array_equal(getattr(theirs, name), getattr(results, name))
+        assert theirs.masks is not None
+        assert theirs.masks.to_coco() == results.masks.to_coco()
         summary, per_class = json.loads((tmp_path / f"metrics_{rank}.json").read_text())
-        assert summary == metrics.summary
+        assert summary == metrics.numbers
+        assert metrics.masks is not None
         assert per_class == metrics.per_class.tolist()
+
+
+def test_results_files_of_masks(tmp_path: Path) -> None:
+    results = detect_dataset(MaskOracle(), loader(), device="cpu")
+    assert results.masks is not None
+    path = tmp_path / "results.json"
+    write_results(path, results, PICTURES.categories)
+    again = read_results(path, PICTURES.categories, results.evaluated)
+    assert again.masks is not None
+    assert again.masks.to_coco() == results.masks.to_coco()
+
+    rows = json.loads(path.read_text())
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+    for row, mask in zip(rows, results.masks, strict=True):  # masks alone, their runs as plain numbers
+        del row["bbox"]
+        runs = rle.decompress(row["segmentation"]["counts"].encode())
+        row["segmentation"]["counts"] = runs.tolist()
+        y, x = mask.nonzero()
+        row["expected"] = [x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1]
+    path.write_text(json.dumps(rows, default=int))
+    alone = read_results(path, PICTURES.categories)
+    assert alone.masks is not None
+    assert alone.masks.to_coco() == results.masks.to_coco()
+    np.testing.assert_array_equal(alone.boxes, [row["expected"] for row in rows])
+
+    rows[1]["segmentation"]["counts"][0] += 1
+    path.write_text(json.dumps(rows, default=int))
+    with pytest.raises(ValueError, match="the mask of entry 2 has runs of"):
+        read_results(path, PICTURES.categories)
+    rows[1]["segmentation"]["counts"] = "X"
+    path.write_text(json.dumps(rows, default=int))
+    with pytest.raises(ValueError, match="not COCO's compressed form"):
+        read_results(path, PICTURES.categories)
+    rows[1] |= {"segmentation": None, "bbox": [1, 1, 2, 2]}
+    path.write_text(json.dumps(rows, default=int))
+    with pytest.raises(ValueError, match=f"{len(rows) - 1} of {len(rows)} entries have a segmentation"):
+        read_results(path, PICTURES.categories)
+    path.write_text('[{"image_id": 100, "category_id": 1, "score": 1}]')
+    with pytest.raises(ValueError, match="entry 1 has neither"):
+        read_results(path, PICTURES.categories)
 
 
 def test_results_files(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""Boxes are drawn where they belong, in their colour, at any size."""
+"""Boxes and masks are drawn where they belong, in their colour, at any size."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
+from boxwright.data import rle
+from boxwright.data.masks import Masks
 from boxwright.report.draw import class_colour, draw_boxes, draw_detections
 
 
@@ -40,3 +43,68 @@ def test_labels_and_lines_do_not_cover_a_long_strip() -> None:
     assert 0 < (drawn[:, 400] != 128).any(axis=1).sum() <= 6
     labelled = draw_boxes(image, np.array([[100, 5, 700, 35]]), ["cell 0.90"], [(255, 0, 0)])
     assert (labelled != drawn).any(axis=2).sum() < 0.1 * 40 * 1500
+
+
+def as_masks(pixels: np.ndarray) -> Masks:
+    """[n, H, W] bool as masks."""
+    counts = []
+    for mask in pixels:
+        columns = mask.T.ravel()
+        changes = np.flatnonzero(np.diff(columns, prepend=False))
+        counts.append(rle.compress(np.diff(np.concatenate([[0], changes, [columns.size]]))))
+    return Masks.of(counts, pixels.shape[1:])
+
+
+def test_a_mask_lets_the_picture_show_through_and_leaves_the_rest() -> None:
+    image = np.full((600, 800, 3), 200, dtype=np.uint8)
+    image[:, 400:] = 100
+    mask = np.zeros((1, 600, 800), bool)
+    mask[0, 200:400, 300:500] = True
+    mask[0, 280:320, 380:420] = False  # a hole
+    boxes = np.array([[300, 200, 500, 400]])
+    drawn = draw_boxes(image, boxes, [""], [(250, 20, 30)], masks=as_masks(mask))
+    assert drawn[250, 350].tolist() == [220, 128, 132]
+    assert drawn[250, 450].tolist() == [160, 68, 72]
+    np.testing.assert_array_equal(drawn[300, [395, 405]], image[300, [395, 405]])
+    outside = np.ones((600, 800), bool)
+    outside[196:404, 296:504] = False
+    np.testing.assert_array_equal(drawn[outside], image[outside])
+    assert (drawn[300, 299:302] != 200).any()
+    assert (image[300, 300] == 200).all()
+
+
+def test_masks_lie_right_on_resized_pictures() -> None:
+    rng = np.random.default_rng(0)
+    image = np.zeros((90, 120, 3), np.uint8)
+    masks = np.zeros((12, 90, 120), bool)
+    for mask, (x, y) in zip(masks, rng.integers(0, 80, (12, 2)), strict=True):
+        mask[y : y + 15, x : x + 30] = True
+    masks[0] = False
+    boxes = np.tile(np.array([[0.0, 0, 120, 90]]), (12, 1))
+    for scale in (0.37, 1.0, 3.3):
+        for index in range(12):
+            one = slice(index, index + 1)
+            drawn = draw_boxes(
+                image, boxes[one] + 500, [""], [(200, 200, 200)], masks=as_masks(masks[one]), scale=scale
+            )
+            seen = (drawn > 0).any(axis=2)
+            true = cv2.resize(masks[index].astype(np.uint8), seen.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            reach = np.ones((5, 5))
+            assert not (seen & (cv2.dilate(true.astype(np.uint8), reach) == 0)).any()
+            assert not (~seen & (cv2.erode(true.astype(np.uint8), reach) > 0)).any()
+
+
+def test_of_very_many_objects_the_masks_are_drawn_alone() -> None:
+    image = np.zeros((500, 500, 3), np.uint8)
+    corners = np.stack(np.meshgrid(np.arange(10) * 50, np.arange(10) * 50), axis=-1).reshape(-1, 2)
+    boxes = np.concatenate([corners + 5, corners + 45], axis=1)
+    masks = np.zeros((100, 500, 500), bool)
+    for mask, (x, y) in zip(masks, corners, strict=True):
+        mask[y + 15 : y + 35, x + 15 : x + 35] = True
+    labels, names, scores = np.zeros(100, int), ["cell"] * 100, np.ones(100)
+    drawn = draw_detections(image, boxes, labels, names, scores, masks=as_masks(masks))
+    seen, true = (drawn > 0).any(axis=2), masks.any(axis=0)
+    assert seen[true].all()
+    assert not seen[cv2.dilate(true.astype(np.uint8), np.ones((5, 5))) == 0].any()
+    few = draw_detections(image, boxes[:20], labels[:20], names[:20], scores[:20], masks=as_masks(masks[:20]))
+    assert (few[25, 5] > 0).any()

@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from boxwright.data.coco import CocoDataset
 from boxwright.data.layout import find_layout
-from boxwright.evaluation.coco import coco_metrics
-from boxwright.evaluation.results import read_results
+from boxwright.evaluation.coco import GroundTruth, coco_metrics
+from boxwright.evaluation.results import Results, read_results
 from boxwright.report.html import write_report
 
 
@@ -35,6 +38,35 @@ def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 6
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert [float(value) for value in re.findall(r"F1 (\d\.\d+)", page)] == [0, 0, 0]
+
+
+def test_report_of_masks(data_dir: Path, tmp_path: Path) -> None:
+    """On COCO's pictures: the annotated objects of half of the images as results."""
+    folder = data_dir / "coco_mini"
+    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    truth = GroundTruth(dataset)
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids[::2].tolist(), iscrowd=False))
+    labels = {category.id: label for label, category in enumerate(dataset.categories)}
+    results = Results(
+        image_ids=np.array([thing["image_id"] for thing in objects]),
+        boxes=np.array([thing["bbox"] for thing in objects]),
+        scores=np.linspace(1, 0.4, len(objects)),
+        labels=np.array([labels[thing["category_id"]] for thing in objects]),
+        evaluated=dataset.image_ids,
+        masks=truth.masks(objects),
+    )
+    metrics = coco_metrics(truth, results)
+    assert metrics.masks is not None
+    assert metrics.masks.summary["AP"] == pytest.approx(metrics.summary["AP"], abs=0.02)
+    line = {"kind": "evaluation", "step": 2, "metrics": metrics.numbers}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_report(tmp_path, dataset, results, metrics, num_pictures=2).read_text()
+    assert "<h3>Masks</h3>" in page
+    assert page.count(f"<b>{100 * metrics.masks.summary['AR1']:.1f}</b>") >= 1
+    assert "<th>mask AP50</th>" in page
+    assert "mean over the classes: masks" in page
+    assert "mask_AP" in page
+    assert page.count("data:image/jpeg;base64,") == 4
 
 
 def test_report_of_proposals(data_dir: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ class TinyDetector(nn.Module):
     def __init__(self, num_classes: int, *, dropout: float, width: int = 8) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.max_detections = 1
         self.bad_image = -1
         self.stem = nn.Conv2d(3, width, 3, stride=2)
         self.stem.requires_grad_(False)

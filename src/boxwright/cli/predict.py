@@ -27,7 +27,7 @@ def predict(
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
 ) -> None:
-    """Detect objects in pictures: pictures with boxes, and detections.json in COCO results form.
+    """Detect objects in pictures: pictures with boxes and masks, and detections.json in COCO results form.
 
     Folders are searched with all their sub-folders. A file that cannot be read is reported and skipped; the exit
     status is then 1.
@@ -60,10 +60,11 @@ def predict(
                 typer.echo(_readable(f"boxwright: {error}"), err=True)
                 continue
             found = predictor.predict(image, score=score, native=native)
-            drawn = draw_detections(image, found.boxes, found.labels, found.names, found.scores)
+            drawn = draw_detections(image, found.boxes, found.labels, found.names, found.scores, masks=found.masks)
             write_whole(target, encode_image(drawn, target.suffix))
-            for box, certainty, label in zip(
-                found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+            masks = [None] * len(found) if found.masks is None else found.masks.to_coco()
+            for box, certainty, label, mask in zip(
+                found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True
             ):
                 x1, y1, x2, y2 = box
                 category = predictor.categories[label]
@@ -76,6 +77,7 @@ def predict(
                         "category_name": category.name,
                         "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
                         "score": certainty,
+                        **({} if mask is None else {"segmentation": mask}),
                     }
                 )
     write_json(out / "detections.json", rows)

@@ -31,9 +31,13 @@ def measure(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
     max_detections: Annotated[
-        int,
-        typer.Option(min=11, help="Detections that count for each image and class; COCO's own numbers are for 100."),
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=11,
+            help="Detections that count for each image and class; COCO's own numbers are for 100.",
+            show_default="100, or what the model gives an image if that is more",
+        ),
+    ] = None,
     metric: Annotated[
         Literal["coco", "voc07", "voc12"],
         typer.Option(
@@ -44,7 +48,7 @@ def measure(
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
 ) -> None:
-    """Measure a model: AP of boxes (or AR of proposals), results.json and report.html.
+    """Measure a model: AP of boxes and masks (or AR of proposals), results.json and report.html.
 
     Start it by torchrun to share the images out over several devices.
     """
@@ -97,7 +101,7 @@ def measure(
                     dataset,
                     loader,
                     categories=predictor.categories,
-                    max_detections=(1, 10, max_detections),
+                    max_detections=None if max_detections is None else (1, 10, max_detections),
                     progress=progress.advance,
                     **common,
                 )
@@ -111,7 +115,7 @@ def measure(
         voc = voc_metrics(dataset, results, interpolation=metric) if metric != "coco" else None
         report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts, voc=voc)
         if voc is not None:
-            _print_classes(voc.categories, voc.num_objects, ("AP",), voc.per_class[:, None])
+            _print_classes("class", voc.categories, voc.num_objects, ("AP",), voc.per_class[:, None])
             _print_numbers({f"mAP of {metric}": voc.mean})
         else:
             _print_metrics(metrics)
@@ -161,12 +165,14 @@ def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     if isinstance(metrics, dict):
         _print_numbers(metrics)
         return
-    _print_classes(metrics.categories, metrics.num_objects, CLASS_COLUMNS, metrics.per_class)
-    _print_numbers(metrics.summary)
+    parts = [("class", metrics)] if metrics.masks is None else [("boxes of", metrics), ("masks of", metrics.masks)]
+    for title, part in parts:
+        _print_classes(title, part.categories, part.num_objects, CLASS_COLUMNS, part.per_class)
+        _print_numbers(part.summary)
 
 
 def _print_classes(
-    categories: Sequence[Category], num_objects: np.ndarray, columns: Sequence[str], per_class: np.ndarray
+    title: str, categories: Sequence[Category], num_objects: np.ndarray, columns: Sequence[str], per_class: np.ndarray
 ) -> None:
     """A row a class: its name, its number of objects and its numbers [C, columns]."""
     from rich.console import Console
@@ -175,7 +181,7 @@ def _print_classes(
     from boxwright.report.html import percent
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("class")
+    table.add_column(title)
     for name in ("objects", *columns):
         table.add_column(name, justify="right")
     for category, count, values in zip(categories, num_objects, per_class, strict=True):

@@ -168,7 +168,7 @@ class Validation:
         """What was found and measured last."""
 
     def __call__(self, detector: nn.Module) -> dict[str, float]:
-        """AP, or recall where the detector only proposes."""
+        """AP of boxes and, where the detector has them, of masks; or recall where the detector only proposes."""
         from boxwright.detectors.proposal_network import ProposalNetwork
         from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
 
@@ -183,7 +183,7 @@ class Validation:
             model, self._val, self._loader, device=device, precision=precision, categories=categories
         )
         self.latest = results, metrics
-        return metrics.summary
+        return metrics.numbers
 
     def measure(self, detector: nn.Module, weights: Path) -> None:
         """Measure a detector with the weights of a file."""

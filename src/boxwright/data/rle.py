@@ -7,6 +7,9 @@ Source: `rleToString` and `rleFrString` of the COCO API (common/maskApi.c).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -15,8 +18,21 @@ _MAX_GROUPS = 8  # 40 bits: more than any picture has pixels
 
 def compress(runs: ArrayLike) -> bytes:
     """Runs of pixels as COCO's characters."""
+    return compress_all(runs, [np.size(runs)])[0]
+
+
+def compress_all(runs: ArrayLike, lengths: ArrayLike) -> list[bytes]:
+    """Many masks at once as COCO's characters.
+
+    Args:
+        runs: [R] the runs of one mask after the other.
+        lengths: [n] how many of them each mask has.
+    """
     values = np.array(runs, np.int64)
-    values[3:] -= np.asarray(runs, np.int64)[1:-2]
+    counts = np.asarray(lengths, np.int64)
+    ends = np.cumsum(counts)
+    later = np.flatnonzero(np.arange(len(values)) - np.repeat(ends - counts, counts) >= 3)
+    values[later] -= values[later - 2]  # the right side is read before any of it changes
     characters = np.zeros((len(values), _MAX_GROUPS), np.uint8)
     pending = np.ones(len(values), bool)
     for group in range(_MAX_GROUPS):
@@ -29,7 +45,10 @@ def compress(runs: ArrayLike) -> bytes:
         if not pending.any():
             break
     assert not pending.any()
-    return characters[characters > 0].tobytes()
+    written = characters > 0
+    text = characters[written].tobytes()
+    cuts = np.concatenate([[0], np.cumsum(written.sum(axis=1))])[np.concatenate([[0], ends])].tolist()
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def decompress(characters: bytes) -> NDArray[np.int64]:
@@ -38,21 +57,40 @@ def decompress(characters: bytes) -> NDArray[np.int64]:
     Raises:
         ValueError: The characters are not a compressed mask.
     """
-    codes = np.frombuffer(characters, np.uint8).astype(np.int64) - 48
+    return decompress_all([characters])[0]
+
+
+def decompress_all(masks: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Many masks at once from COCO's characters.
+
+    Returns:
+        runs: [R] the runs of one mask after the other.
+        lengths: [n] how many of them each mask has.
+
+    Raises:
+        ValueError: One of them is not a compressed mask.
+    """
+    codes = np.frombuffer(b"".join(masks), np.uint8).astype(np.int64) - 48
+    ends = np.cumsum([len(mask) for mask in masks], dtype=np.int64)
     if not len(codes):
-        return codes
+        return codes, ends
     last = (codes & 0x20) == 0
-    if codes.min() < 0 or codes.max() > 0x3F or not last[-1]:
+    if codes.min() < 0 or codes.max() > 0x3F or not last[ends[ends > 0] - 1].all():
         raise ValueError("not COCO's compressed form")
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    lengths = np.diff(starts, append=len(codes))
-    if lengths.max() > _MAX_GROUPS:
+    groups = np.diff(starts, append=len(codes))
+    if groups.max() > _MAX_GROUPS:
         raise ValueError("not COCO's compressed form: a run is too long")
-    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, groups))
     values = np.add.reduceat((codes & 0x1F) << shifts, starts)
-    negative = (codes[starts + lengths - 1] & 0x10) != 0
-    values -= np.where(negative, np.int64(1) << (5 * lengths), 0)
+    negative = (codes[starts + groups - 1] & 0x10) != 0
+    values -= np.where(negative, np.int64(1) << (5 * groups), 0)
+    lengths = np.diff(np.searchsorted(starts, ends), prepend=0)
+    places = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     # From the fourth on, a run is the difference to the run two before: sums over every second run undo that.
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    for first in (1, 2):
+        chosen = np.flatnonzero((places >= first) & (places % 2 == first % 2))
+        begins = np.flatnonzero(places[chosen] == first)
+        sums = np.cumsum(values[chosen])
+        values[chosen] = sums - np.repeat(np.concatenate([[0], sums])[begins], np.diff(begins, append=len(chosen)))
+    return values, lengths

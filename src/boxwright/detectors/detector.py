@@ -19,6 +19,8 @@ class Detector(Protocol):
     """
 
     num_classes: int
+    max_detections: int
+    """The most detections that it gives for an image."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar float32 losses by name; their sum is what training minimises. Raises if the batch has no targets."""

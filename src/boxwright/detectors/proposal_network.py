@@ -18,6 +18,7 @@ class ProposalNetwork(nn.Module):
     def __init__(self, *, backbone: Backbone, rpn: RPNHead, pixel_stats: PixelStats) -> None:
         super().__init__()
         self.num_classes = 1
+        self.max_detections = rpn.config.test_num_proposals
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.rpn = rpn

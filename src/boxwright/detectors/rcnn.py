@@ -29,6 +29,7 @@ class RCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = box_head.num_classes
+        self.max_detections = box_head.config.max_detections
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.rpn = rpn

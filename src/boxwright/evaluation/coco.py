@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes, measured by hotcoco, whose numbers are pycocotools' numbers.
+"""COCO's average precision of boxes and masks, measured by hotcoco, whose numbers are pycocotools' numbers.
 
 T IoU thresholds, R recall points (0, 0.01, ... 1), C categories, A areas (all, small, medium, large), M limits.
 """
@@ -6,20 +6,27 @@ T IoU thresholds, R recall points (0, 0.01, ... 1), C categories, A areas (all, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import hotcoco
 import numpy as np
 
 from boxwright.data.coco_index import read_columns
+from boxwright.data.coco_json import POLYGONS, RLE, Columns
 from boxwright.data.dataset import Category, Dataset
+from boxwright.data.masks import Masks
 from boxwright.evaluation.results import Results
 
 CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
 CURVES = ("mean", "0.50", "0.75")
 AREA_SUFFIXES = ("", "s", "m", "l")
 NUM_RECALLS = 101
+COORDINATE_DECIMALS = 3
+"""Of the corners of annotated polygons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +43,23 @@ class CocoMetrics:
     """[C, 7] float64, the numbers of each category in the order of `CLASS_COLUMNS`."""
     precision: np.ndarray
     """[3, R, C] float64, precision over recall for each of `CURVES`: the mean over IoU 0.50:0.95, IoU 0.5, IoU 0.75."""
+    masks: CocoMetrics | None = None
+    """The same of the detections' masks, where they have any; all else here is of their boxes."""
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The summary of the boxes, and that of the masks under `mask_AP`, `mask_AP50` and so on."""
+        masks = {} if self.masks is None else self.masks.summary
+        return {**self.summary, **{f"mask_{name}": value for name, value in masks.items()}}
 
     @classmethod
-    def blank(cls, categories: Sequence[Category], max_detections: tuple[int, int, int] = (1, 10, 100)) -> CocoMetrics:
+    def blank(
+        cls,
+        categories: Sequence[Category],
+        max_detections: tuple[int, int, int] = (1, 10, 100),
+        *,
+        with_masks: bool = False,
+    ) -> CocoMetrics:
         """Metrics of the right shapes in which nothing is measured."""
         return cls(
             summary=dict.fromkeys(summary_names(max_detections), -1.0),
@@ -46,30 +67,38 @@ class CocoMetrics:
             num_objects=np.zeros(len(categories), dtype=np.int64),
             per_class=np.full((len(categories), len(CLASS_COLUMNS)), -1.0),
             precision=np.full((len(CURVES), NUM_RECALLS, len(categories)), -1.0),
+            masks=cls.blank(categories, max_detections) if with_masks else None,
         )
 
     def pack(self) -> np.ndarray:
         """All numbers as one float64 vector, to send to other ranks."""
-        parts = (np.array(list(self.summary.values())), self.num_objects, self.per_class, self.precision)
+        parts = [np.array(list(self.summary.values())), self.num_objects, self.per_class, self.precision]
+        parts += [] if self.masks is None else [self.masks.pack()]
         return np.concatenate([part.astype(np.float64).ravel() for part in parts])
 
     def unpack(self, numbers: np.ndarray) -> CocoMetrics:
         """Metrics shaped as these that hold `numbers` (from `pack`)."""
         parts = (np.array(list(self.summary.values())), self.num_objects, self.per_class, self.precision)
         ends = np.cumsum([part.size for part in parts])
-        summary, num_objects, per_class, precision = np.split(numbers, ends[:-1])
+        summary, num_objects, per_class, precision, masks = np.split(numbers, ends)
         return CocoMetrics(
             summary=dict(zip(self.summary, summary.tolist(), strict=True)),
             categories=self.categories,
             num_objects=num_objects.astype(np.int64),
             per_class=per_class.reshape(self.per_class.shape),
             precision=precision.reshape(self.precision.shape),
+            masks=None if self.masks is None else self.masks.unpack(masks),
         )
 
 
 def summary_names(max_detections: Sequence[int] = (1, 10, 100)) -> list[str]:
     """The names of the twelve numbers, in COCO's order."""
     return ["AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AR{limit}" for limit in max_detections), "ARs", "ARm", "ARl"]
+
+
+def coco_limits(max_detections: int) -> tuple[int, int, int]:
+    """COCO's 1, 10 and 100 detections an image and category, the last raised to what a detector gives an image."""
+    return (1, 10, max(100, max_detections))
 
 
 class GroundTruth:
@@ -88,7 +117,24 @@ class GroundTruth:
             raise ValueError("the data set has no categories, so there is nothing to measure")
         self.categories = list(dataset.categories)
         annotations = getattr(dataset, "annotations", None)
-        self.coco = _from_file(Path(annotations)) if isinstance(annotations, str | Path) else _from_samples(dataset)
+        self._objects = _from_file(Path(annotations)) if isinstance(annotations, str | Path) else _from_samples(dataset)
+        self.coco: hotcoco.COCO = self._objects.index()
+
+    @cached_property
+    def coco_of_masks(self) -> hotcoco.COCO:
+        """The objects with their masks, the same otherwise.
+
+        The box of an object without a mask is a crowd region here: what is found in it counts neither as right nor as
+        wrong.
+        """
+        return self._objects.index(with_masks=True)
+
+    def masks(self, objects: Sequence[dict[str, Any]]) -> Masks:
+        """The masks of objects (from `coco`), the box for those without."""
+        runs = [
+            self.coco_of_masks.ann_to_rle(thing) for thing in self.coco_of_masks.load_anns([o["id"] for o in objects])
+        ]
+        return Masks.of([run["counts"] for run in runs], [run["size"] for run in runs])
 
     def require_images(self, results: Results) -> None:
         """Check that the evaluated images are the ground truth's.
@@ -105,8 +151,15 @@ class GroundTruth:
                 "the results belong to another data set or split"
             )
 
-    def evaluator(self, results: Results, *, max_detections: Sequence[int]) -> hotcoco.COCOeval:
+    def evaluator(
+        self, results: Results, *, max_detections: Sequence[int], with_masks: bool = False
+    ) -> hotcoco.COCOeval:
         """A hotcoco evaluator of `results` over the images that were evaluated, not yet run.
+
+        Args:
+            results: Labels are rows of the categories.
+            max_detections: Rising limits of detections an image and category.
+            with_masks: Whether masks are compared, in place of boxes.
 
         Raises:
             ValueError: No image was evaluated, or one that the ground truth does not have.
@@ -114,14 +167,55 @@ class GroundTruth:
         self.require_images(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
         rows = np.column_stack([results.image_ids, results.boxes, results.scores, category_ids[results.labels]])
-        evaluator = hotcoco.COCOeval(self.coco, self.coco.load_res(rows.reshape(-1, 7)), "bbox")
+        rows = rows.reshape(-1, 7)
+        if with_masks:
+            assert results.masks is not None
+            runs: list[Any] = results.masks.to_coco()
+            found = self.coco_of_masks.load_res(rows, segmentation=runs)
+            # Small, medium and large go by a mask's own area, as they do for objects, not by its box's.
+            found.update_anns(ids=np.arange(1, len(runs) + 1), area=hotcoco.mask.area(runs))
+            evaluator = hotcoco.COCOeval(self.coco_of_masks, found, "segm")
+        else:
+            evaluator = hotcoco.COCOeval(self.coco, self.coco.load_res(rows), "bbox")
         evaluator.params.img_ids = results.evaluated.tolist()
         evaluator.params.cat_ids = category_ids.tolist()
         evaluator.params.max_dets = list(max_detections)
         return evaluator
 
 
-def _from_file(path: Path) -> hotcoco.COCO:
+@dataclass(frozen=True, kw_only=True)
+class _Objects:
+    """The objects of a data set, K of them."""
+
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    columns: dict[str, np.ndarray]
+    """What hotcoco takes for each object: image_ids, category_ids, boxes (x, y, width, height), area, iscrowd; ids."""
+    masks: list[Any]
+    """K masks as polygons or runs, None where there is none; empty where no object has one."""
+
+    def index(self, *, with_masks: bool = False) -> hotcoco.COCO:
+        """Hotcoco's form of them; with masks, objects without one are crowd regions of their boxes' shape."""
+        columns: dict[str, Any] = self.columns
+        if not with_masks:
+            return hotcoco.COCO.from_arrays(images=self.images, categories=self.categories, **columns)
+        masks = self.masks or [None] * len(self.columns["boxes"])
+        without = np.array([mask is None for mask in masks], dtype=bool)
+        masks = [
+            _outline(box) if mask is None else mask
+            for mask, box in zip(masks, self.columns["boxes"].tolist(), strict=True)
+        ]
+        columns = {**columns, "iscrowd": columns["iscrowd"].astype(bool) | without}
+        return hotcoco.COCO.from_arrays(images=self.images, categories=self.categories, segmentation=masks, **columns)
+
+
+def _outline(box: Sequence[float]) -> list[list[float]]:
+    """A box (x, y, width, height) as a polygon."""
+    x, y, width, height = box
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _from_file(path: Path) -> _Objects:
     """Ground truth from an annotation file, read as training reads it.
 
     hotcoco's own reader refuses what training takes: a byte order mark, a licence that is no number, fields of one's
@@ -135,19 +229,44 @@ def _from_file(path: Path) -> hotcoco.COCO:
         )
     ]
     pairs = zip(columns.category_ids, columns.category_names, strict=True)
-    return hotcoco.COCO.from_arrays(
+    return _Objects(
         images=images,
         categories=[{"id": category_id, "name": name} for category_id, name in pairs],
-        image_ids=np.asarray(columns.annotation_images),
-        category_ids=np.asarray(columns.annotation_categories),
-        boxes=np.asarray(columns.bboxes).reshape(-1, 4),
-        ids=np.asarray(columns.annotation_ids),
-        area=np.asarray(columns.areas),
-        iscrowd=np.asarray(columns.crowd),
+        columns={
+            "image_ids": np.asarray(columns.annotation_images),
+            "category_ids": np.asarray(columns.annotation_categories),
+            "boxes": np.asarray(columns.bboxes).reshape(-1, 4),
+            "ids": np.asarray(columns.annotation_ids),
+            "area": np.asarray(columns.areas),
+            "iscrowd": np.asarray(columns.crowd),
+        },
+        masks=_masks_of(columns),
     )
 
 
-def _from_samples(dataset: Dataset) -> hotcoco.COCO:
+def _masks_of(columns: Columns) -> list[Any]:
+    """Each annotation's polygons or runs, None where it has none; empty where no annotation has any."""
+    kinds = np.asarray(columns.segmentation)
+    if not kinds.any():
+        return []
+    # The columns are float32; files have two decimals or so, which come back to the last digit.
+    points = np.asarray(columns.points).astype(np.float64).round(COORDINATE_DECIMALS).tolist()
+    point_ends, polygon_ends = [0, *columns.point_ends], [0, *columns.polygon_ends]
+    rle_ends, sizes = [0, *columns.rle_ends], np.asarray(columns.rle_sizes).reshape(-1, 2).tolist()
+    masks: list[Any] = []
+    for row, kind in enumerate(kinds.tolist()):
+        if kind == POLYGONS:
+            ends = point_ends[polygon_ends[row] : polygon_ends[row + 1] + 1]
+            masks.append([points[start:end] for start, end in pairwise(ends)])
+        elif kind == RLE:
+            characters = columns.rle_characters[rle_ends[row] : rle_ends[row + 1]]
+            masks.append({"size": sizes[row], "counts": characters.decode()})
+        else:
+            masks.append(None)
+    return masks
+
+
+def _from_samples(dataset: Dataset) -> _Objects:
     """Ground truth from one pass over the samples, for data sets that are not COCO files; an area is its box's."""
     images, image_ids, boxes, labels, crowd = [], [], [], [], []
     for index in range(len(dataset)):
@@ -158,16 +277,20 @@ def _from_samples(dataset: Dataset) -> hotcoco.COCO:
         boxes.append(sample.boxes)
         labels.append(sample.labels)
         crowd.append(sample.crowd)
-    categories = [{"id": category.id, "name": category.name} for category in dataset.categories]
     corners = np.concatenate([np.zeros((0, 4)), *boxes]).astype(np.float64)
+    sides = corners[:, 2:] - corners[:, :2]
     category_ids = np.array([category.id for category in dataset.categories], dtype=np.int64)
-    return hotcoco.COCO.from_arrays(
+    return _Objects(
         images=images,
-        categories=categories,
-        image_ids=np.concatenate([np.zeros(0, np.int64), *image_ids]),
-        category_ids=category_ids[np.concatenate([np.zeros(0, np.int64), *labels])],
-        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
-        iscrowd=np.concatenate([np.zeros(0, bool), *crowd]),
+        categories=[{"id": category.id, "name": category.name} for category in dataset.categories],
+        columns={
+            "image_ids": np.concatenate([np.zeros(0, np.int64), *image_ids]),
+            "category_ids": category_ids[np.concatenate([np.zeros(0, np.int64), *labels])],
+            "boxes": np.concatenate([corners[:, :2], sides], axis=1),
+            "area": sides.prod(axis=1),
+            "iscrowd": np.concatenate([np.zeros(0, bool), *crowd]),
+        },
+        masks=[],
     )
 
 
@@ -175,6 +298,8 @@ def coco_metrics(
     ground_truth: GroundTruth | Dataset, results: Results, *, max_detections: tuple[int, int, int] = (1, 10, 100)
 ) -> CocoMetrics:
     """Measure `results` against the ground truth, over the images in `results.evaluated` alone.
+
+    Where results have masks, these are measured too (`CocoMetrics.masks`).
 
     Args:
         ground_truth: A data set, or its `GroundTruth` where it is measured more than once.
@@ -184,7 +309,17 @@ def coco_metrics(
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
     assert list(max_detections) == sorted(max_detections)
-    evaluator = truth.evaluator(results, max_detections=max_detections)
+    metrics = _measure(truth, results, max_detections, with_masks=False)
+    if results.masks is None:
+        return metrics
+    return replace(metrics, masks=_measure(truth, results, max_detections, with_masks=True))
+
+
+def _measure(
+    truth: GroundTruth, results: Results, max_detections: tuple[int, int, int], *, with_masks: bool
+) -> CocoMetrics:
+    """The numbers of the boxes, or of the masks."""
+    evaluator = truth.evaluator(results, max_detections=max_detections, with_masks=with_masks)
     tables = accumulate(evaluator)
     order = _file_order(evaluator, truth.categories)
     precision = tables["precision"][:, :, order]  # [T, R, C, A, M], -1 where a category has no object
@@ -212,7 +347,7 @@ def coco_metrics(
     return CocoMetrics(
         summary=dict(zip(summary_names(max_detections), map(mean_measured, summary), strict=True)),
         categories=truth.categories,
-        num_objects=_count_objects(truth, results.evaluated),
+        num_objects=_count_objects(evaluator.coco_gt, truth.categories, results.evaluated),
         per_class=per_class,
         precision=np.stack(curves),
     )
@@ -239,13 +374,13 @@ def mean_measured(values: np.ndarray) -> float:
     return float(measured.mean()) if len(measured) else -1.0
 
 
-def _count_objects(truth: GroundTruth, evaluated: np.ndarray) -> np.ndarray:
+def _count_objects(coco: hotcoco.COCO, categories: Sequence[Category], evaluated: np.ndarray) -> np.ndarray:
     """Objects of each category in the evaluated images."""
     images = evaluated.tolist()
     return np.array(
         [
-            len(truth.coco.get_ann_ids(img_ids=images, cat_ids=[category.id], iscrowd=False)) if images else 0
-            for category in truth.categories
+            len(coco.get_ann_ids(img_ids=images, cat_ids=[category.id], iscrowd=False)) if images else 0
+            for category in categories
         ],
         dtype=np.int64,
     )

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from boxwright.data.dataset import Category, Dataset
+from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.coco import CocoMetrics, coco_metrics
+from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
 from boxwright.evaluation.proposals import proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
+from boxwright.ops.paste import paste_masks
 from boxwright.structures import Batch, Detections, to_device
 
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -34,7 +36,7 @@ def evaluate(
     device: torch.device | str,
     precision: Precision = "float32",
     categories: Sequence[Category] | None = None,
-    max_detections: tuple[int, int, int] = (1, 10, 100),
+    max_detections: tuple[int, int, int] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Results, CocoMetrics]:
     """Detect over `batches` and measure against `dataset`; every rank returns the results and metrics of all ranks.
@@ -46,7 +48,7 @@ def evaluate(
         device: Where the detector is.
         precision: What the detector computes in; `auto` is bfloat16 on GPUs that have it, else float32.
         categories: The model's, whose order its labels follow; left out, they are the data set's.
-        max_detections: See `coco_metrics`.
+        max_detections: See `coco_metrics`; left out, `coco_limits` of what the detector gives at most.
         progress: Called with the number of images of each finished batch of this rank.
 
     Raises:
@@ -56,6 +58,7 @@ def evaluate(
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
     if new_labels is not None:
         results = results.relabel(new_labels)
+    max_detections = max_detections or coco_limits(detector.max_detections)
     return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
 
 
@@ -94,24 +97,30 @@ def detect_dataset(
     was_training = module.training
     module.eval()
     tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
+    masks: list[Masks] = []
     with torch.inference_mode(), autocast(device, precision):
         for batch in batches:
             detections = detector.detect(to_device(batch, device))
             tables.append(_file_table(batch, detections))
+            if detections.masks is not None:
+                masks.append(file_masks(batch, detections))
             evaluated.append(batch.image_ids.numpy())
             if progress is not None:
                 progress(len(batch.image_ids))
     module.train(was_training)
     table = _gather_rows(np.concatenate(tables), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
+    gathered = _gather_masks(masks, device)
     # By image, and stable within one: the order, and with it how equal scores rank, is that of a single process.
-    table = table[np.argsort(table[:, 0], kind="stable")]
+    order = np.argsort(table[:, 0], kind="stable")
+    table = table[order]
     return Results(
         image_ids=table[:, 0].astype(np.int64),
         labels=table[:, 1].astype(np.int64),
         scores=table[:, 2].copy(),
         boxes=table[:, 3:].round(COORDINATE_DECIMALS),
         evaluated=np.sort(image_ids.astype(np.int64)),
+        masks=None if gathered is None else gathered.select(order),
     )
 
 
@@ -131,6 +140,18 @@ def file_boxes(batch: Batch, detections: Detections) -> Tensor:
     height, width = batch.original_sizes.cpu().double().unbind(dim=1)
     limits = torch.stack([width, height, width, height], dim=1)[:, None]
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def file_masks(batch: Batch, detections: Detections) -> Masks:
+    """The masks of the valid detections, image after image, in pixels of the files."""
+    assert detections.masks is not None
+    valid = detections.valid.cpu()
+    sizes = batch.original_sizes.cpu()[:, None].expand(*valid.shape, 2)
+    return paste_masks(
+        detections.masks.cpu().float()[valid].numpy(),
+        file_boxes(batch, detections)[valid].numpy(),
+        sizes[valid].numpy(),
+    )
 
 
 def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
@@ -158,11 +179,27 @@ def _gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     lengths = [int(count.item()) for count in counts]
-    padded = torch.zeros(max(lengths), rows.shape[1], dtype=torch.float64, device=device)
-    padded[: len(rows)] = torch.from_numpy(rows).to(device)
+    own = torch.from_numpy(rows).to(device)
+    padded = own.new_zeros((max(lengths), *own.shape[1:]))
+    padded[: len(rows)] = own
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return np.concatenate([part[:length].cpu().numpy() for part, length in zip(parts, lengths, strict=True)])
+
+
+def _gather_masks(masks: Sequence[Masks], device: torch.device) -> Masks | None:
+    """The masks of all ranks, rank after rank; None where no rank has any."""
+    counts = [characters for part in masks for characters in part.counts]
+    sizes = np.concatenate([np.zeros((0, 2), np.int64), *(part.sizes for part in masks)])
+    # A rank without images does not know whether the detector gives masks.
+    if not _gather_rows(np.array([bool(masks)]), device).any():
+        return None
+    lengths = _gather_rows(np.array([len(characters) for characters in counts], np.int64), device)
+    text = _gather_rows(np.frombuffer(b"".join(counts), np.uint8).copy(), device).tobytes()
+    ends = np.cumsum(lengths).tolist()
+    return Masks.of(
+        [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)], _gather_rows(sizes, device)
+    )
 
 
 def shared_metrics(
@@ -176,7 +213,7 @@ def shared_metrics(
     if _is_first_rank():
         metrics = coco_metrics(dataset, results, max_detections=max_detections)
     else:
-        metrics = CocoMetrics.blank(dataset.categories, max_detections)
+        metrics = CocoMetrics.blank(dataset.categories, max_detections, with_masks=results.masks is not None)
     return metrics.unpack(_from_first_rank(metrics.pack(), device))
 
 

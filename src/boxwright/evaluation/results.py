@@ -11,11 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hotcoco
 import msgspec
 import numpy as np
 
+from boxwright.data import rle
 from boxwright.data.categories import match_by_name
 from boxwright.data.dataset import Category
+from boxwright.data.masks import Masks
+
+_MASKS_AT_ONCE = 500
+"""Masks of a file are checked in pieces, whose runs fit a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,8 @@ class Results:
     """[N] int64, rows of the categories that belong to these results."""
     evaluated: np.ndarray
     """[M] int64, every image the detector has seen, those without a detection included."""
+    masks: Masks | None = None
+    """N masks in pixels of the files; None of a detector of boxes alone."""
 
     def __len__(self) -> int:
         """The number of detections."""
@@ -45,6 +53,7 @@ class Results:
             scores=self.scores[rows],
             labels=self.labels[rows],
             evaluated=self.evaluated,
+            masks=None if self.masks is None else self.masks.select(rows),
         )
 
     def relabel(self, new_labels: Sequence[int]) -> Results:
@@ -52,13 +61,22 @@ class Results:
         return replace(self, labels=np.asarray(new_labels, dtype=np.int64)[self.labels])
 
 
+class _Mask(msgspec.Struct):
+    size: tuple[int, int]
+    counts: str | list[int]
+
+
 class _Row(msgspec.Struct):
-    """One entry of a COCO results file; whatever else an entry holds (a mask, say) is passed over."""
+    """One entry of a COCO results file; whatever else an entry holds is passed over.
+
+    So are polygons: the COCO API puts the outline of each box there when it has read a file of boxes.
+    """
 
     image_id: int
     category_id: int
-    bbox: tuple[float, float, float, float]
     score: float
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: _Mask | list[Any] | None = None
 
 
 def match_categories(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
@@ -79,8 +97,9 @@ def match_categories(model: Sequence[Category], data: Sequence[Category]) -> lis
 def write_results(path: Path, results: Results, categories: Sequence[Category]) -> None:
     """Write a COCO results file: `[{image_id, category_id, bbox: [x, y, width, height], score}, ...]`.
 
-    The file appears whole or not at all, and holds the numbers to the last digit: measuring the file gives what
-    measuring `results` gives.
+    Results with masks have `segmentation: {size: [height, width], counts}` as well, in COCO's compressed form. The file
+    appears whole or not at all, and holds the numbers to the last digit: measuring the file gives what measuring
+    `results` gives.
     """
     category_ids = np.array([category.id for category in categories], dtype=np.int64)[results.labels]
     rows = zip(
@@ -90,11 +109,17 @@ def write_results(path: Path, results: Results, categories: Sequence[Category]) 
         results.scores.tolist(),
         strict=True,
     )
-    write_json(path, [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in rows])
+    entries: list[dict[str, Any]] = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in rows]
+    if results.masks is not None:
+        for entry, mask in zip(entries, results.masks.to_coco(), strict=True):
+            entry["segmentation"] = mask
+    write_json(path, entries)
 
 
 def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence[int] | None = None) -> Results:
-    """Read a COCO results file of boxes, from whatever program.
+    """Read a COCO results file of boxes, masks or both, from whatever program.
+
+    Where there are masks alone, a box is the least one around its mask.
 
     Args:
         path: The file.
@@ -107,7 +132,7 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     try:
         rows = msgspec.json.decode(path.read_bytes(), type=list[_Row])
     except msgspec.MsgspecError as error:
-        raise ValueError(f"{path} is not a COCO results file of boxes: {error}") from error
+        raise ValueError(f"{path} is not a COCO results file of boxes or masks: {error}") from error
     labels = {category.id: label for label, category in enumerate(categories)}
     unknown = sorted({row.category_id for row in rows} - set(labels))
     if unknown:
@@ -116,13 +141,54 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
             "it belongs to another data set"
         )
     image_ids = np.array([row.image_id for row in rows], dtype=np.int64)
+    masks = _masks(path, rows)
+    boxes = [row.bbox for row in rows]
+    if None in boxes:
+        if masks is None:
+            number = boxes.index(None) + 1
+            raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation: correct or remove it")
+        boxes = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
     return Results(
         image_ids=image_ids,
-        boxes=np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4),
+        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         scores=np.array([row.score for row in rows], dtype=np.float64),
         labels=np.array([labels[row.category_id] for row in rows], dtype=np.int64),
         evaluated=np.unique(image_ids) if evaluated is None else np.asarray(evaluated, dtype=np.int64),
+        masks=masks,
     )
+
+
+def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
+    """The masks of a results file, if it has any.
+
+    Raises:
+        ValueError: Some entries have a mask and others none, or one is not in COCO's form.
+    """
+    given = [row.segmentation for row in rows if isinstance(row.segmentation, _Mask)]
+    if not given:
+        return None
+    if len(given) < len(rows):
+        raise ValueError(
+            f"{path}: {len(given)} of {len(rows)} entries have a segmentation: give one to each, or to none"
+        )
+    sizes = np.array([mask.size for mask in given], dtype=np.int64)
+    written = [mask.counts.encode() if isinstance(mask.counts, str) else rle.compress(mask.counts) for mask in given]
+    totals = np.zeros(len(written), np.int64)
+    for start in range(0, len(written), _MASKS_AT_ONCE):
+        try:
+            runs, lengths = rle.decompress_all(written[start : start + _MASKS_AT_ONCE])
+        except ValueError as error:
+            raise ValueError(f"{path}: a segmentation is {error}: correct it, or write it anew") from error
+        sums = np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)]
+        totals[start : start + _MASKS_AT_ONCE] = np.diff(sums, prepend=0)
+    wrong = np.flatnonzero(totals != sizes.prod(axis=1))
+    if len(wrong):
+        number, (height, width) = wrong[0], sizes[wrong[0]]
+        raise ValueError(
+            f"{path}: the mask of entry {number + 1} has runs of {totals[number]} pixels in all for a picture of "
+            f"{height} x {width}: correct or remove it"
+        )
+    return Masks.of(written, sizes)
 
 
 def write_json(path: Path, value: Any) -> None:

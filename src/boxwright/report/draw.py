@@ -1,4 +1,4 @@
-"""Boxes and labels on pictures, legible whatever the picture's size."""
+"""Boxes, masks and labels on pictures, legible whatever the picture's size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import cv2
 import numpy as np
 import supervision as sv
 
+from boxwright.data.masks import Masks
+
 Colour = tuple[int, int, int]
 
 MIN_LONG_SIDE = 480
 """Smaller pictures are enlarged before they are drawn on, or their labels could not be read."""
 MAX_LABELS = 60
-"""Beyond so many boxes labels would hide the picture, and colours alone tell the classes."""
+"""Beyond so many objects labels would hide the picture, and so would the boxes of masks: colours alone tell classes."""
+MASK_OPACITY = 0.4
+OUTLINE_WHITE = 0.4
+"""Outlines of masks are lighter than what they hold by this share, to stand out on dark ground and among neighbours."""
 
 
 def class_colour(label: int) -> Colour:
@@ -30,15 +35,23 @@ def class_colour(label: int) -> Colour:
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[Colour], *, scale: float | None = None
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colours: Sequence[Colour],
+    *,
+    masks: Masks | None = None,
+    scale: float | None = None,
 ) -> np.ndarray:
-    """A copy of a picture with labelled boxes; the first box lies on top.
+    """A copy of a picture with labelled boxes, and with masks where there are any; the first box lies on top.
 
     Args:
         image: uint8 [H, W, 3] RGB.
         boxes: [n, 4] xyxy in pixels of `image`.
         texts: n labels; an empty one draws the box alone.
         colours: n (red, green, blue).
+        masks: n, in pixels of `image`: filled so that the picture shows through, with an outline. Of many objects they
+            are drawn alone.
         scale: resizes the picture by this factor; None enlarges small ones until they are legible.
 
     Returns:
@@ -58,7 +71,12 @@ def draw_boxes(
     # Of a long strip, what fits its short side: else lines and letters would cover it.
     side = min(max(width, height), 4 * min(width, height))
     thickness = max(2, round(side / 400))
-    canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
+    if masks is not None:
+        thickness = max(1, thickness // 2)
+        for index in order:
+            _draw_mask(canvas, masks.region(index), masks.sizes[index], colours[index], thickness)
+    if masks is None or len(boxes) <= MAX_LABELS:
+        canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
     labelled = np.array([bool(texts[index]) for index in order])
     if len(boxes) <= MAX_LABELS and labelled.any():
         annotator = sv.LabelAnnotator(
@@ -74,12 +92,42 @@ def draw_boxes(
     return canvas
 
 
+def _draw_mask(
+    canvas: np.ndarray, region: tuple[int, int, np.ndarray], size: np.ndarray, colour: Colour, thickness: int
+) -> None:
+    """Fill and outline one mask on the canvas itself; only the pixels of its region are touched.
+
+    supervision's annotators want every mask as a bitmap of the whole picture.
+    """
+    x, y, pixels = region
+    if not pixels.size:
+        return
+    across, down = canvas.shape[1] / size[1], canvas.shape[0] / size[0]
+    left, right = round(x * across), max(round(x * across) + 1, round((x + pixels.shape[1]) * across))
+    top, bottom = round(y * down), max(round(y * down) + 1, round((y + pixels.shape[0]) * down))
+    left, top = min(left, canvas.shape[1] - 1), min(top, canvas.shape[0] - 1)
+    how = cv2.INTER_AREA if across < 1 else cv2.INTER_LINEAR
+    share = cv2.resize(pixels.astype(np.float32), (right - left, bottom - top), interpolation=how)
+    on = (share >= 0.5)[: canvas.shape[0] - top, : canvas.shape[1] - left]
+    patch = canvas[top : top + on.shape[0], left : left + on.shape[1]]
+    patch[on] = np.rint((1 - MASK_OPACITY) * patch[on] + MASK_OPACITY * np.array(colour)).astype(np.uint8)
+    edges, _ = cv2.findContours(on.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
+    light = [round(value + OUTLINE_WHITE * (255 - value)) for value in colour]
+    cv2.drawContours(canvas, edges, -1, light, thickness, cv2.LINE_AA)
+
+
 def _interpolation(scale: float) -> int:
     return cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
 
 
 def draw_detections(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    scores: np.ndarray,
+    *,
+    masks: Masks | None = None,
 ) -> np.ndarray:
     """A copy of a picture with what a detector found in it, each class in its own colour, best scores on top.
 
@@ -89,9 +137,10 @@ def draw_detections(
         labels: [n] int.
         names: n class names.
         scores: [n] in 0..1.
+        masks: n, in pixels of `image`.
     """
     texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
-    return draw_boxes(image, boxes, texts, [class_colour(int(label)) for label in labels])
+    return draw_boxes(image, boxes, texts, [class_colour(int(label)) for label in labels], masks=masks)
 
 
 def encode_image(image: np.ndarray, suffix: str = ".jpg", *, quality: int = 90) -> bytes:

@@ -58,7 +58,8 @@ def write_report(
     title = title or run.resolve().name
     history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     body = [_header(title, {**(facts or {}), "images": f"{len(results.evaluated):,}"})]
-    body.append(_numbers(metrics.summary if isinstance(metrics, CocoMetrics) else metrics))
+    masks = metrics.masks if isinstance(metrics, CocoMetrics) else None
+    body.append(_numbers(metrics.summary if isinstance(metrics, CocoMetrics) else metrics, masks))
     if voc is not None:
         body.append(_voc(voc))
     body.append(_training(history))
@@ -89,15 +90,22 @@ def _header(title: str, facts: Mapping[str, str]) -> str:
     return f"<header><h1>{escape(title)}</h1><dl>{listed}</dl></header>"
 
 
-def _numbers(summary: Mapping[str, float]) -> str:
-    tiles = "".join(
-        f'<div class="tile"><b>{percent(value)}</b><span>{escape(name)}</span></div>' for name, value in summary.items()
-    )
+def _numbers(summary: Mapping[str, float], masks: CocoMetrics | None) -> str:
+    groups = _tiles(summary)
+    if masks is not None:
+        groups = f"<h3>Boxes</h3>{groups}<h3>Masks</h3>{_tiles(masks.summary)}"
     note = (
         "In percent. AP is average precision and AR average recall over IoU 0.50 to 0.95; 50 and 75 fix the IoU; "
         "s, m and l are objects under 32², under 96² and from 96² pixels on; a number behind AR limits boxes an image."
     )
-    return f'<section><h2>Numbers</h2><div class="tiles">{tiles}</div><p class="note">{note}</p></section>'
+    return f'<section><h2>Numbers</h2>{groups}<p class="note">{note}</p></section>'
+
+
+def _tiles(summary: Mapping[str, float]) -> str:
+    tiles = "".join(
+        f'<div class="tile"><b>{percent(value)}</b><span>{escape(name)}</span></div>' for name, value in summary.items()
+    )
+    return f'<div class="tiles">{tiles}</div>'
 
 
 def _voc(voc: VocMetrics) -> str:
@@ -133,7 +141,7 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
             line_chart([Curve("learning rate", xs, rates)], title="Learning rate", x_label="step", size=TRAINING_SIZE)
         )
     if evaluations:
-        names = [name for name in ("AP", "AP50", "AP75") if name in evaluations[-1]["metrics"]]
+        names = [name for name in ("AP", "AP50", "AP75", "mask_AP") if name in evaluations[-1]["metrics"]]
         names = names or list(evaluations[-1]["metrics"])[:NUM_COLOURS]
         xs = [line["step"] for line in evaluations]
         curves = [
@@ -148,9 +156,13 @@ def _percent_or_gap(value: float) -> float:
 
 
 def _classes(metrics: CocoMetrics) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("class", "objects", *CLASS_COLUMNS))
+    names, per_class = list(CLASS_COLUMNS), metrics.per_class
+    if metrics.masks is not None:
+        names += [f"mask {name}" for name in CLASS_COLUMNS[:3]]
+        per_class = np.concatenate([per_class, metrics.masks.per_class[:, :3]], axis=1)
+    head = "".join(f"<th>{name}</th>" for name in ("class", "objects", *names))
     rows = []
-    for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
+    for category, count, values in zip(metrics.categories, metrics.num_objects, per_class, strict=True):
         width = max(0.0, 100 * values[0])
         cells = "".join(f"<td>{percent(value)}</td>" for value in values[1:])
         rows.append(
@@ -181,12 +193,10 @@ def _precision_recall(metrics: CocoMetrics) -> str:
         ends = (0.0, 1.0)
         return line_chart(curves, title=title, x_label=axis, x_range=ends, y_range=ends, size=size, legend=large)
 
-    overall = chart(
-        metrics.precision[:, :, measured].mean(axis=2),
-        "Precision over recall, mean over the classes",
-        (520, 280),
-        large=True,
-    )
+    what = "Precision over recall, mean over the classes"
+    overall = chart(metrics.precision[:, :, measured].mean(axis=2), what, (520, 280), large=True)
+    if metrics.masks is not None:
+        overall += chart(metrics.masks.precision[:, :, measured].mean(axis=2), f"{what}: masks", (520, 280), large=True)
     ordered = sorted(measured, key=lambda row: -metrics.per_class[row, 0])
     small = "".join(
         chart(

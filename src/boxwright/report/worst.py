@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 
 from boxwright.data.dataset import Dataset
+from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import GroundTruth
 from boxwright.evaluation.mistakes import ImageMistakes, Mistakes
 from boxwright.report.draw import Colour, draw_boxes, encode_image
@@ -30,9 +31,9 @@ def worst_images(dataset: Dataset, truth: GroundTruth, mistakes: Mistakes, num_p
         _card(dataset, positions[image.image_id], truth, mistakes, image, rows_of[image.image_id]) for image in worst
     )
     note = (
-        f"The {len(worst)} worst of {len(mistakes.images):,} images, lowest F1 first (IoU {mistakes.iou:g}, score from "
-        f"{mistakes.score:g} on), among equals the one with more mistakes first. Left the annotated objects, right the "
-        "predictions."
+        f"The {len(worst)} worst of {len(mistakes.images):,} images, lowest F1 first (IoU of boxes {mistakes.iou:g}, "
+        f"score from {mistakes.score:g} on), among equals the one with more mistakes first. Left the annotated "
+        "objects, right the predictions."
     )
     keys = (
         f'<span class="key"><i style="background:rgb{RIGHT}"></i>matched</span>'
@@ -64,11 +65,13 @@ def _card(
     object_colours = [
         NEUTRAL if thing.get("iscrowd") else WRONG if thing["id"] in mistakes.missed else RIGHT for thing in objects
     ]
+    found = mistakes.results.masks
     annotated = _picture(
         sample.image,
         np.array([thing["bbox"] for thing in objects], dtype=np.float64).reshape(-1, 4),
         [names[thing["category_id"]] for thing in objects],
         object_colours,
+        None if found is None else truth.masks(objects),
     )
     rows = sorted(rows, key=lambda row: -mistakes.results.scores[row])
     labels = [truth.categories[label].name for label in mistakes.results.labels[rows]]
@@ -77,6 +80,7 @@ def _card(
         mistakes.results.boxes[rows],
         [f"{name} {score:.2f}" for name, score in zip(labels, mistakes.results.scores[rows], strict=True)],
         [NEUTRAL if mistakes.ignored[row] else RIGHT if mistakes.right[row] else WRONG for row in rows],
+        None if found is None else found.select(np.array(rows, dtype=np.int64)),
     )
     counts = f"{image.num_right} right · {image.num_wrong} wrong · {image.num_missed} missed"
     caption = f"<b>{escape(sample.file_name)}</b><span>F1 {image.f1:.2f} · {counts}</span>"
@@ -84,10 +88,10 @@ def _card(
     return f'<figure class="card">{pair}<figcaption>{caption}</figcaption></figure>'
 
 
-def _picture(image: np.ndarray, boxes: np.ndarray, texts: list[str], colours: list[Colour]) -> str:
-    """A picture with boxes (x, y, width, height) as an HTML image that holds its own pixels."""
+def _picture(image: np.ndarray, boxes: np.ndarray, texts: list[str], colours: list[Colour], masks: Masks | None) -> str:
+    """A picture with boxes (x, y, width, height) and masks as an HTML image that holds its own pixels."""
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    drawn = draw_boxes(image, corners, texts, colours, scale=PICTURE_SIDE / max(image.shape[:2]))
+    drawn = draw_boxes(image, corners, texts, colours, masks=masks, scale=PICTURE_SIDE / max(image.shape[:2]))
     content = base64.b64encode(encode_image(drawn, quality=80)).decode()
     height, width = drawn.shape[:2]
     return f'<img loading="lazy" alt="" width="{width}" height="{height}" src="data:image/jpeg;base64,{content}">'
