@@ -34,7 +34,7 @@ def test_samples_are_as_the_files_say(tmp_path: Path) -> None:
 def test_an_images_number_depends_on_its_name_alone() -> None:
     assert image_id("000005") == 5
     assert image_id("2012_004331") == 2012004331
-    names = [f"BloodImage_{number:05d}" for number in range(1000)] + ["5", "00005", "0000_000005", "x/000005"]
+    names = [f"BloodImage_{number:05d}" for number in range(1000)] + ["5", "00005", "0000_000005", "\u0660" * 6]
     numbers = [image_id(name) for name in names]
     assert len(set(numbers)) == len(names)
     assert all(2**48 <= number < 2**49 for number in numbers)
@@ -95,6 +95,11 @@ BROKEN = {
         "error: b.xml: image b: `size` is height missing, width missi",
     ),
     "no height": (one_page("").replace(">40<", ">0<"), "error: b.xml: image b: `size` is height 0, width 60"),
+    "endless height": (one_page("").replace(">40<", f">{'9' * 5000}<"), "error: b.xml: image b: `size` is height 999"),
+    "infinite": (
+        page("b", [("ant", (-1e308, 3, 1e308, 9), 0)]),
+        "error: b.xml: object 1 (ant): `bbox` holds NaN or infinity: correct it",
+    ),
     "no name": (one_page("").replace(">ant<", "><"), "error: b.xml: object 1: `name` is missing: name its class"),
     "no box": (
         one_page("")

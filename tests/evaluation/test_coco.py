@@ -14,11 +14,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from boxwright.data.concat import ConcatDataset
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
 from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, match_categories, read_results
+from pictures import Pictures
 
 
 @dataclass
@@ -163,6 +165,24 @@ def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
     metrics = coco_metrics(dataset, results)
     assert metrics.masks is not None
     assert metrics.masks.summary["AP"] == -1
+
+
+def test_joined_data_sets_are_measured_as_one() -> None:
+    joined = ConcatDataset([Pictures(4), Pictures(4)])  # four of eight pictures repeat ids, which must not mix them up
+    found = [joined[1], joined[7]]
+    rows = [(each.image_id, box, label) for each in found for box, label in zip(each.boxes, each.labels, strict=True)]
+    corners = np.array([box for _, box, _ in rows], np.float64)
+    results = Results(
+        image_ids=np.array([image_id for image_id, _, _ in rows]),
+        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+        scores=np.full(len(rows), 0.5),
+        labels=np.array([label for _, _, label in rows]),
+        evaluated=joined.image_ids,
+    )
+    metrics = coco_metrics(joined, results)
+    # Of label 0, pictures 1, 2, 3 have one object each (the third of a picture is a crowd); label 1: pictures 2, 3.
+    assert metrics.num_objects.tolist() == [6, 4]
+    assert metrics.per_class[:, -1] == pytest.approx([2 / 6, 1 / 4])
 
 
 def test_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:

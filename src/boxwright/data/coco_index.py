@@ -324,12 +324,11 @@ class _Checker:
 
     def _blame(self, row: int, what: str, mend: str, severity: Any = "error") -> None:
         """Add a fault of an annotation."""
-        places = self.columns.places
-        file, place = places[row] if places else (self.file, self._annotation(row))
+        columns = self.columns
+        file, place = self.file, f"annotation {columns.annotation_ids[row]} (image {columns.annotation_images[row]})"
+        if columns.places:
+            file, place = columns.places[row]
         self.faults.append(Fault(file, place, what, mend, severity))
-
-    def _annotation(self, row: int) -> str:
-        return f"annotation {self.columns.annotation_ids[row]} (image {self.columns.annotation_images[row]})"
 
     def _duplicates(self, noun: str, ids: _Ints) -> None:
         values, counts = np.unique(ids, return_counts=True)
@@ -339,9 +338,7 @@ class _Checker:
     def _unknown(self, row: int, noun: str, value: int, refused: set[int]) -> None:
         if value in refused:  # it is there, and its own fault is told
             return
-        self._add(
-            self._annotation(row), f"there is no {noun} with the id {value}", f"correct `{noun}_id`, or add the {noun}"
-        )
+        self._blame(row, f"there is no {noun} with the id {value}", f"correct `{noun}_id`, or add the {noun}")
 
     def _finite(self) -> NDArray[np.bool_]:
         """Which annotations hold neither NaN nor infinity."""
@@ -360,9 +357,7 @@ class _Checker:
         numbers["area"] |= ~numbers["bbox"]
         for name, finite in numbers.items():
             for row in np.flatnonzero(~finite).tolist():
-                self._add(
-                    self._annotation(row), f"`{name}` holds NaN or infinity", "correct it, or remove the annotation"
-                )
+                self._blame(row, f"`{name}` holds NaN or infinity", "correct it, or remove the annotation")
         return numbers["bbox"] & numbers["area"] & numbers["segmentation"]
 
     def _mask_sizes(self, images: _Ints, sizes: _Ints, image_known: NDArray[np.bool_]) -> None:
@@ -370,7 +365,7 @@ class _Checker:
         rows = np.flatnonzero((np.asarray(self.columns.segmentation) == RLE) & image_known)
         for row in rows[(mask_sizes[rows] != sizes[images[rows]]).any(1)].tolist():
             what = "its mask is {} x {} pixels, its image {} x {}".format(*mask_sizes[row], *sizes[images[row]])
-            self._add(self._annotation(row), what, "make both [height, width] of the image")
+            self._blame(row, what, "make both [height, width] of the image")
 
     def _boxes(
         self, images: _Ints, sizes: _Ints, sound: NDArray[np.bool_]

@@ -43,7 +43,7 @@ class Sample:
     labels: NDArray[np.int64]
     """[n] int64, position in `categories`."""
     crowd: NDArray[np.bool_]
-    """[n] bool, regions that hold many objects."""
+    """[n] bool, regions that hold many objects, and objects too difficult to count: neither learnt nor measured."""
     object_ids: NDArray[np.int64]
     """[n] int64, the objects' rows in the data set's index, from which their masks can be read."""
     masks: Sequence[Mask] | None = None

@@ -26,8 +26,8 @@ from boxwright.data.fault import Fault
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _BOX_FORM = "bndbox is xmin, ymin, xmax, ymax in pixels, the first of which is 1"
-_VOC_NAME = re.compile(r"(?:([1-9]\d{3})_)?(\d{6})")
-_MAX_SIDE = 2**31 - 1
+_VOC_NAME = re.compile(r"(?:([1-9]\d{3})_)?(\d{6})", re.ASCII)
+_LENGTH = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 
 
 def is_image_set(annotations: Path) -> bool:
@@ -155,7 +155,7 @@ def _add_picture(columns: Columns, name: str, tree: Element, file: Path, faults:
     size = tree.find("size")
     sides = [_text(size, side) for side in ("height", "width")]
     number = image_id(name)
-    if not all(side.isascii() and side.isdigit() and 1 <= int(side) <= _MAX_SIDE for side in sides):
+    if not all(map(_LENGTH.fullmatch, sides)):
         what = f"`size` is height {sides[0] or 'missing'}, width {sides[1] or 'missing'}"
         faults.append(Fault(str(file), f"image {name}", what, "write the picture's height and width in whole pixels"))
         return
