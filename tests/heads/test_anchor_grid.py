@@ -16,7 +16,7 @@ def test_torchvision_s_anchors_lie_by_the_canvas_and_ours_by_the_strides() -> No
     theirs = AnchorGenerator(SIZES, (RATIOS,) * 2)(ImageList(torch.zeros(1, 3, *canvas), [canvas]), maps)[0]
     assert torch.equal(torch.cat(AnchorGrid(STRIDES, SIZES, RATIOS, TORCHVISION)(maps, canvas)), theirs)
     coarse = AnchorGrid(STRIDES, SIZES, RATIOS, MODERN)(maps, canvas)[1].view(13, 13, 6, 4)
-    assert torch.equal(coarse[1:, :, :, 1] - coarse[:-1, :, :, 1], torch.full((12, 13, 6), 64.0))
+    torch.testing.assert_close(coarse[1:, :, :, 1] - coarse[:-1, :, :, 1], torch.full((12, 13, 6), 64.0))
 
 
 def test_values_stand_in_the_anchors_order() -> None:
