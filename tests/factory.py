@@ -10,8 +10,10 @@ from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import faster_rcnn, mask_rcnn
+from boxwright.detectors.retinanet import retinanet
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
+from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.structures import Batch, Masks, Targets
 
@@ -24,9 +26,12 @@ SMALL_RPN = RPNConfig(
     test_num_proposals=50,
 )
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
+# A low threshold, so that an untrained head detects something.
+SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
+
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
-DETECTORS = ("rpn", "faster_rcnn", "mask_rcnn")
+DETECTORS = ("rpn", "faster_rcnn", "mask_rcnn", "retinanet")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -36,6 +41,7 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
+        "retinanet": partial(retinanet, retina=SMALL_RETINA),
         "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)

@@ -26,7 +26,15 @@ from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import Batch, map_tensors
-from parity.peer import EVERYTHING, NUM_CLASSES, converted, gradients_of, peer_inputs, peer_mask_rcnn, real_objects
+from parity.peer import (
+    EVERYTHING,
+    NUM_CLASSES,
+    converted,
+    converted_gradients,
+    peer_inputs,
+    peer_mask_rcnn,
+    real_objects,
+)
 
 # What numpy 2 says of pycocotools' arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -138,7 +146,7 @@ def test_losses_and_gradients_equal(
         assert given[ours] > 0
     sum(wanted.values()).backward()
     sum(given.values()).backward()
-    gradients = gradients_of(peer)
+    gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()

@@ -104,6 +104,8 @@ class Training:
             dataset,
             batch_size=experiment.images_per_device,
             resize=experiment.resize,
+            scales=experiment.scales,
+            scale_mode=experiment.scale_mode,
             flip=experiment.flip,
             scale_jitter=experiment.scale_jitter,
             crop=experiment.crop,
