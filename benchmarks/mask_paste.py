@@ -79,15 +79,17 @@ def measure_time(chosen: list[tuple[np.ndarray, list[float]]], rounds: int) -> N
     sides = boxes[:, 2:] - boxes[:, :2]
     print(f"{len(boxes)} masks; boxes of {sides.prod(1).median().sqrt():.0f} pixels a side in the median, ", end="")
     print(f"{sides.prod(1).mean() / (PICTURE[0] * PICTURE[1]):.1%} of the picture on average")
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    print("| milliseconds | of the clock | of the processor |\n| --- | --- | --- |")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
     for _ in range(rounds + 1):
         for name, side in SIDES.items():
-            start = time.perf_counter()
+            start, start_processor = time.perf_counter(), time.process_time()
             side(masks, boxes, PICTURE)
-            times[name].append((time.perf_counter() - start) * 1000)
+            times[name].append((time.perf_counter() - start, time.process_time() - start_processor))
     for name, values in times.items():
-        warm = values[1:]
-        print(f"| {name} | {statistics.median(warm):.1f} ({min(warm):.1f}-{max(warm):.1f}) |")
+        columns = [[seconds * 1000 for seconds in column] for column in zip(*values[1:], strict=True)]
+        cells = " | ".join(f"{statistics.median(part):.1f} ({min(part):.1f}-{max(part):.1f})" for part in columns)
+        print(f"| {name} | {cells} |")
 
 
 def measure_truth(chosen: list[tuple[np.ndarray, list[float]]]) -> None:
@@ -102,6 +104,7 @@ def measure_truth(chosen: list[tuple[np.ndarray, list[float]]]) -> None:
                 size = (mask.shape[0], mask.shape[1])
                 pasted = [{"size": list(size), "counts": side(given[None], boxes, size)[0]}]
                 overlaps.setdefault((kind, name), []).append(float(coco_mask.iou(pasted, truth, [0])[0, 0]))
+    print("| a mask is given as | pasted by | all | small | others |\n| --- | --- | --- | --- | --- |")
     small = np.array([box[2] * box[3] < 32**2 for _, box in chosen])
     for (kind, name), values in overlaps.items():
         scores = np.array(values)

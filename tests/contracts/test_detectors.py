@@ -30,6 +30,7 @@ def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> N
         detections = detector.detect(batch)
     assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
     assert detections.boxes.shape[:2] == detections.scores.shape == detections.valid.shape
+    assert detections.valid.shape[1] <= detector.max_detections
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -73,6 +73,16 @@ def test_a_mask_lets_the_picture_show_through_and_leaves_the_rest() -> None:
     assert (image[300, 300] == 200).all()
 
 
+def test_small_masks_lie_on_large_ones_whatever_their_scores() -> None:
+    image = np.full((500, 500, 3), 100, np.uint8)
+    masks = np.zeros((2, 500, 500), bool)
+    masks[0, 100:400, 100:400] = masks[1, 200:300, 200:300] = True
+    boxes = np.array([[100, 100, 400, 400], [200, 200, 300, 300]])
+    drawn = draw_boxes(image, boxes, ["", ""], [(200, 0, 0), (0, 200, 0)], masks=as_masks(masks))
+    assert drawn[150, 250].tolist() == [140, 60, 60]
+    assert drawn[250, 250].tolist() == [84, 116, 36]
+
+
 def test_masks_lie_right_on_resized_pictures() -> None:
     rng = np.random.default_rng(0)
     image = np.zeros((90, 120, 3), np.uint8)

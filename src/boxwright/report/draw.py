@@ -50,8 +50,8 @@ def draw_boxes(
         boxes: [n, 4] xyxy in pixels of `image`.
         texts: n labels; an empty one draws the box alone.
         colours: n (red, green, blue).
-        masks: n, in pixels of `image`: filled so that the picture shows through, with an outline. Of many objects they
-            are drawn alone.
+        masks: n, in pixels of `image`: filled so that the picture shows through, with an outline, the larger
+            below the smaller. Of many objects they are drawn alone.
         scale: resizes the picture by this factor; None enlarges small ones until they are legible.
 
     Returns:
@@ -73,7 +73,9 @@ def draw_boxes(
     thickness = max(2, round(side / 400))
     if masks is not None:
         thickness = max(1, thickness // 2)
-        for index in order:
+        # A large one on top would tint all that lies within it.
+        sides = corners[:, 2:] - corners[:, :2]
+        for index in order[np.argsort(-sides.prod(axis=1), kind="stable")]:
             _draw_mask(canvas, masks.region(index), masks.sizes[index], colours[index], thickness)
     if masks is None or len(boxes) <= MAX_LABELS:
         canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
@@ -107,10 +109,11 @@ def _draw_mask(
     top, bottom = round(y * down), max(round(y * down) + 1, round((y + pixels.shape[0]) * down))
     left, top = min(left, canvas.shape[1] - 1), min(top, canvas.shape[0] - 1)
     how = cv2.INTER_AREA if across < 1 else cv2.INTER_LINEAR
-    share = cv2.resize(pixels.astype(np.float32), (right - left, bottom - top), interpolation=how)
-    on = (share >= 0.5)[: canvas.shape[0] - top, : canvas.shape[1] - left]
+    share = cv2.resize(pixels.astype(np.uint8) * 255, (right - left, bottom - top), interpolation=how)
+    on = (share >= 128)[: canvas.shape[0] - top, : canvas.shape[1] - left]
     patch = canvas[top : top + on.shape[0], left : left + on.shape[1]]
-    patch[on] = np.rint((1 - MASK_OPACITY) * patch[on] + MASK_OPACITY * np.array(colour)).astype(np.uint8)
+    filling = np.full_like(patch, colour)
+    np.copyto(patch, cv2.addWeighted(patch, 1 - MASK_OPACITY, filling, MASK_OPACITY, 0), where=on[..., None])
     edges, _ = cv2.findContours(on.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     light = [round(value + OUTLINE_WHITE * (255 - value)) for value in colour]
     cv2.drawContours(canvas, edges, -1, light, thickness, cv2.LINE_AA)
