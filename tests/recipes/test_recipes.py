@@ -43,7 +43,7 @@ def test_names_are_the_2018_toolbox_s_and_two_small_ones() -> None:
     assert sorted(RECIPES) == sorted(
         [
             f"{family}_{rest}"
-            for family in ("rpn", "faster_rcnn")
+            for family in ("rpn", "fast_rcnn", "faster_rcnn")
             for rest in (
                 "r50_fpn_1x",
                 "r50_fpn_2x",
@@ -116,8 +116,22 @@ def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
     assert num_parameters(ours.backbone) == num_parameters(built(f"faster_rcnn_r{depth}_fpn_1x", 1).backbone)
 
 
+@pytest.mark.parametrize("depth", [50, 101])
+def test_fast_rcnn_is_faster_rcnn_without_its_rpn(depth: int) -> None:
+    fast, faster = built(f"fast_rcnn_r{depth}_fpn_1x", 80), built(f"faster_rcnn_r{depth}_fpn_1x", 80)
+    assert num_parameters(fast) == num_parameters(faster) - num_parameters(faster.rpn)
+    assert set(fast.state_dict()) == {name for name in faster.state_dict() if not name.startswith("rpn.")}
+
+
+def test_fast_rcnn_says_how_to_get_its_proposals() -> None:
+    for name in (name for name in RECIPES if name.startswith("fast_rcnn_")):
+        doc = RECIPES[name].__doc__
+        assert "boxwright propose runs/rpn_" in doc
+        assert "--proposals" in doc
+
+
 def test_small_ones_train_everything() -> None:
-    for name in ("rpn_r18_fpn_small", "faster_rcnn_r18_fpn_small"):
+    for name in ("rpn_r18_fpn_small", "fast_rcnn_r18_fpn_small", "faster_rcnn_r18_fpn_small"):
         assert all(parameter.requires_grad for parameter in built(name, 3).parameters())
 
 

@@ -18,6 +18,9 @@ def measure(
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
     annotations: Annotated[Path | None, typer.Option(help="A COCO file to test on, in place of --data.")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where results.json and report.html go; the model's own folder if left out.")
     ] = None,
@@ -36,9 +39,12 @@ def measure(
 
     Start it by torchrun to share the images out over several devices.
     """
+    from boxwright.cli.console import ImageProgress
     from boxwright.data.coco import CocoDataset
     from boxwright.data.layout import Split, find_layout
     from boxwright.data.loader import EvaluationLoader
+    from boxwright.data.proposals import ProposalFile
+    from boxwright.detectors.detector import require_proposals
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
     from boxwright.evaluation.results import match_categories, write_results
@@ -58,7 +64,10 @@ def measure(
     out = weights_file(model).parent if out is None else out
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, trusted_modules=trust or ())
+        require_proposals(predictor.detector, proposals is not None)
         dataset = CocoDataset(*chosen_split)
+        limit = predictor.experiment.given_proposals
+        given = None if proposals is None else ProposalFile(proposals, split=split, limit=limit)
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
         if not is_proposals:  # before the work rather than after it
@@ -67,13 +76,14 @@ def measure(
             dataset,
             batch_size=batch_size,
             resize=predictor.experiment.resize,
+            proposals=given,
             num_workers=workers,
             rank=rank(),
             world_size=world_size(),
         )
         metrics: CocoMetrics | dict[str, float]
         common: dict[str, Any] = {"device": chosen, "precision": predictor.experiment.precision}
-        with _Progress(len(dataset), world_size(), shown=rank() == 0) as progress:
+        with ImageProgress("testing", len(dataset), world_size(), shown=rank() == 0) as progress:
             if is_proposals:
                 results, metrics = evaluate_proposals(detector, dataset, loader, progress=progress.advance, **common)
             else:
@@ -98,53 +108,18 @@ def measure(
         typer.echo(f"{out / 'results.json'}\n{report}")
 
 
-class _Progress:
-    """One line that tells how far the images are and how fast they go."""
-
-    def __init__(self, total: int, num_ranks: int, *, shown: bool) -> None:
-        from rich import progress
-
-        columns = (
-            progress.TextColumn("testing"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[speed]}"),
-            progress.TimeRemainingColumn(),
-        )
-        self._progress = progress.Progress(*columns, disable=not shown)
-        # The ranks go at about the same pace, so the first one's images stand for all.
-        self._total, self._num_ranks, self._num_done = total, num_ranks, 0
-        self._task = self._progress.add_task("testing", total=total, speed="")
-
-    def __enter__(self) -> _Progress:
-        from time import perf_counter
-
-        self._start = perf_counter()
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, num_images: int) -> None:
-        from time import perf_counter
-
-        self._num_done = min(self._num_done + num_images * self._num_ranks, self._total)
-        speed = self._num_done / (perf_counter() - self._start)
-        self._progress.update(self._task, completed=self._num_done, speed=f"{speed:.1f} images/s")
-
-
 def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     """The numbers, and a row a class."""
     from rich.console import Console
     from rich.table import Table
 
+    from boxwright.cli.console import print_numbers
     from boxwright.evaluation.coco import CLASS_COLUMNS
     from boxwright.report.html import percent
 
     console = Console()
     if isinstance(metrics, dict):
-        _print_numbers(metrics)
+        print_numbers(metrics)
         return
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("class")
@@ -153,14 +128,4 @@ def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
         table.add_row(category.name, str(count), *map(percent, values))
     console.print(table)
-    _print_numbers(metrics.summary)
-
-
-def _print_numbers(numbers: dict[str, float]) -> None:
-    """Six numbers a line."""
-    from boxwright.report.html import percent
-
-    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
-    width = max(map(len, cells)) + 2
-    for start in range(0, len(cells), 6):
-        typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())
+    print_numbers(metrics.summary)

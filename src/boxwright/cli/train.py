@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from boxwright.data.coco import CocoDataset
     from boxwright.data.layout import Split
+    from boxwright.data.proposals import ProposalFile
     from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
     from boxwright.evaluation.results import Results
@@ -47,6 +48,12 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="WEIGHTS", help="Start from the tensors of this weights file that fit.")
     ] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
+    ] = None,
+    val_proposals: Annotated[
+        Path | None, typer.Option(help="That of the images to evaluate on.", show_default="the same as --proposals")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Processes that read images, for each device.", show_default="one a core, at most 8"),
@@ -71,6 +78,7 @@ def train(
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
     from boxwright.data.coco import CocoDataset
+    from boxwright.data.proposals import ProposalFile
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
     from boxwright.training.experiment import Experiment
@@ -101,7 +109,11 @@ def train(
         empty = int((num_objects == 0).sum())
         objects = f"{num_objects.sum():,} objects on {len(dataset):,} images"
         say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
-        validation = Validation(experiment, dataset, val, num_workers) if val else None
+        limit = experiment.given_proposals
+        given = ProposalFile(proposals, split="train", limit=limit) if proposals else None
+        val_file = val_proposals or proposals
+        val_given = ProposalFile(val_file, split="val", limit=limit) if val_file and val else None
+        validation = Validation(experiment, dataset, val, num_workers, val_given) if val else None
         training = Training(
             experiment,
             dataset,
@@ -110,6 +122,7 @@ def train(
             evaluate=validation,
             resume=resume,
             init=init,
+            proposals=given,
             num_workers=num_workers,
             log_every=log_every,
             checkpoint_every=checkpoint_every,
@@ -133,7 +146,14 @@ def train(
 class Validation:
     """Measures a detector on the validation split, all ranks together, and keeps the latest results for the report."""
 
-    def __init__(self, experiment: Experiment, dataset: CocoDataset, val: CocoDataset, num_workers: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: CocoDataset,
+        val: CocoDataset,
+        num_workers: int,
+        proposals: ProposalFile | None = None,
+    ) -> None:
         """Plan this rank's share.
 
         Raises:
@@ -149,6 +169,7 @@ class Validation:
             val,
             batch_size=experiment.images_per_device,
             resize=experiment.resize,
+            proposals=proposals,
             num_workers=num_workers,
             rank=rank(),
             world_size=world_size(),

@@ -1,6 +1,6 @@
 """From samples to a padded batch.
 
-B images, G object slots.
+B images, G object slots, P proposals.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import torch
 from boxwright.data.augment import Placement, place_boxes, place_image
 from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Sample
-from boxwright.structures import Batch, Targets
+from boxwright.data.proposals import GivenProposals
+from boxwright.structures import Batch, Proposals, Targets
 
 MIN_SLOTS = 8
 
 
 @dataclass(frozen=True)
 class PlacedSample:
-    """A sample, where it goes, and the seed of all that is random about it later."""
+    """A sample, where it goes, the seed of all that is random about it later, and boxes proposed for it before."""
 
     sample: Sample
     placement: Placement
     seed: int
+    proposals: GivenProposals | None = None
 
 
 def slots_for(max_objects: int) -> int:
@@ -36,7 +38,13 @@ def slots_for(max_objects: int) -> int:
     return slots
 
 
-def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slots: int | None) -> Batch:
+def collate(
+    placed: Iterable[PlacedSample],
+    batch_size: int,
+    canvas: Canvas,
+    slots: int | None,
+    proposal_slots: int | None = None,
+) -> Batch:
     """Write samples onto the canvases of one batch.
 
     Args:
@@ -44,6 +52,7 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
         batch_size: B.
         canvas: (height, width) that all of them fit.
         slots: G, or None for a batch without targets.
+        proposal_slots: P, or None for a batch without proposals.
 
     Returns:
         A batch whose padding is zero, in pixels as in targets.
@@ -59,6 +68,7 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
     boxes = np.zeros((batch_size, slots or 0, 4), np.float32)
     labels = np.zeros((batch_size, slots or 0), np.int64)
     valid, crowd = np.zeros((2, batch_size, slots or 0), bool)
+    proposals = None if proposal_slots is None else _no_proposals(batch_size, proposal_slots)
     for b, item in enumerate(placed):
         sample, placement = item.sample, item.placement
         height, width = placement.size
@@ -80,6 +90,8 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
                 )
             boxes[b, :count], labels[b, :count] = placed_boxes[kept], sample.labels[kept]
             valid[b, :count], crowd[b, :count] = True, sample.crowd[kept]
+        if proposals is not None and item.proposals is not None:
+            _write_proposals(proposals, b, item.proposals, placement)
     targets = None
     if slots is not None:
         targets = Targets(
@@ -96,4 +108,23 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
         image_ids=torch.from_numpy(image_ids),
         seeds=torch.from_numpy(seeds),
         targets=targets,
+        proposals=proposals,
     )
+
+
+def _no_proposals(batch_size: int, slots: int) -> Proposals:
+    return Proposals(
+        boxes=torch.zeros(batch_size, slots, 4),
+        scores=torch.zeros(batch_size, slots),
+        valid=torch.zeros(batch_size, slots, dtype=torch.bool),
+        sources=torch.arange(slots).repeat(batch_size, 1),
+    )
+
+
+def _write_proposals(proposals: Proposals, image: int, given: GivenProposals, placement: Placement) -> None:
+    """Write an image's proposals, each in the slot of its number; those of which nothing is visible are invalid."""
+    boxes, visible = place_boxes(given.boxes, placement, min_visible=0.0)
+    kept, count = torch.from_numpy(visible), len(boxes)
+    proposals.boxes[image, :count] = torch.where(kept[:, None], torch.from_numpy(boxes), 0.0)
+    proposals.scores[image, :count] = torch.where(kept, torch.tensor(given.scores), 0.0)
+    proposals.valid[image, :count] = kept
