@@ -43,7 +43,7 @@ def measure(
     from boxwright.data.coco import CocoDataset
     from boxwright.data.layout import Split, find_layout
     from boxwright.data.loader import EvaluationLoader
-    from boxwright.data.proposals import ProposalFile
+    from boxwright.data.proposals_foreign import open_proposals
     from boxwright.detectors.detector import require_proposals
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
@@ -67,7 +67,7 @@ def measure(
         require_proposals(predictor.detector, proposals is not None)
         dataset = CocoDataset(*chosen_split)
         limit = predictor.experiment.given_proposals
-        given = None if proposals is None else ProposalFile(proposals, split=split, limit=limit)
+        given = proposals and open_proposals(proposals, dataset.image_ids, split=split, limit=limit)
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
         if not is_proposals:  # before the work rather than after it

@@ -78,7 +78,7 @@ def train(
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
     from boxwright.data.coco import CocoDataset
-    from boxwright.data.proposals import ProposalFile
+    from boxwright.data.proposals_foreign import open_proposals
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
     from boxwright.training.experiment import Experiment
@@ -110,9 +110,9 @@ def train(
         objects = f"{num_objects.sum():,} objects on {len(dataset):,} images"
         say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
         limit = experiment.given_proposals
-        given = ProposalFile(proposals, split="train", limit=limit) if proposals else None
+        given = proposals and open_proposals(proposals, dataset.image_ids, split="train", limit=limit)
         val_file = val_proposals or proposals
-        val_given = ProposalFile(val_file, split="val", limit=limit) if val_file and val else None
+        val_given = val and val_file and open_proposals(val_file, val.image_ids, split="val", limit=limit)
         validation = Validation(experiment, dataset, val, num_workers, val_given) if val else None
         training = Training(
             experiment,
