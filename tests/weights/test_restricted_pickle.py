@@ -130,6 +130,7 @@ def hostile(folder: Path) -> dict[str, bytes]:
         "numpy's load": b"cnumpy\nload\n.",
         "numpy's f2py": b"cnumpy.testing._private.utils\nrunstring\n.",
         "a codec that is none": b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        "bytes of any length": b"c__builtin__\nbytes\n(I1000000000000\ntR.",
         "decode": b"c_codecs\ndecode\n.",
         "buffer from outside": b"\x80\x05\x97.",
         "a name as data": b"cnumpy\ndtype\n.",

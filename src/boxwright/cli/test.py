@@ -67,7 +67,7 @@ def measure(
         require_proposals(predictor.detector, proposals is not None)
         dataset = CocoDataset(*chosen_split)
         limit = predictor.experiment.given_proposals
-        given = proposals and open_proposals(proposals, dataset.image_ids, split=split, limit=limit)
+        given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
         if not is_proposals:  # before the work rather than after it

@@ -109,10 +109,9 @@ def train(
         empty = int((num_objects == 0).sum())
         objects = f"{num_objects.sum():,} objects on {len(dataset):,} images"
         say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
-        limit = experiment.given_proposals
-        given = proposals and open_proposals(proposals, dataset.image_ids, split="train", limit=limit)
-        val_file = val_proposals or proposals
-        val_given = val and val_file and open_proposals(val_file, val.image_ids, split="val", limit=limit)
+        limit, val_file = experiment.given_proposals, val_proposals or proposals
+        given = open_proposals(proposals, dataset.image_ids, split="train", limit=limit) if proposals else None
+        val_given = open_proposals(val_file, val.image_ids, split="val", limit=limit) if val_file and val else None
         validation = Validation(experiment, dataset, val, num_workers, val_given) if val else None
         training = Training(
             experiment,

@@ -10,6 +10,7 @@ They are read once, by the restricted reader, and kept in the cache as a file of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,28 +48,32 @@ def open_proposals(
     key = hashlib.sha256(f"{_VERSION} {content_hash(path)} {ids.tobytes().hex()}".encode()).hexdigest()[:32]
     folders = [folder / "proposals" for folder in cache_folders()]
     for folder in folders:
-        try:
-            return ProposalFile(folder / f"{key}.safetensors", limit=limit)
-        except (OSError, ValueError):
-            continue
+        if kept := _open_if_whole(folder / f"{key}.safetensors", limit):
+            return kept
     images = _from_pickle(path, ids)
-    page = {"splits": [{"name": "", "images": len(images)}], "source": path.name}
-    for folder in folders:
-        kept = folder / f"{key}.safetensors"
-        try:
-            write_proposals(
-                kept,
-                image_ids=images.keys(),
-                counts=[len(image.boxes) for image in images.values()],
-                images=images.values(),
-                page=page,
-            )
-        except OSError:
-            if folder is folders[-1]:
-                raise
-            continue
-        break
-    return ProposalFile(kept, limit=limit)
+    for folder in folders[:-1]:
+        with contextlib.suppress(OSError):
+            return _keep(images, folder / f"{key}.safetensors", path.name, limit)
+    return _keep(images, folders[-1] / f"{key}.safetensors", path.name, limit)
+
+
+def _open_if_whole(path: Path, limit: int) -> ProposalFile | None:
+    try:
+        return ProposalFile(path, limit=limit)
+    except (OSError, ValueError):
+        return None
+
+
+def _keep(images: dict[int, GivenProposals], path: Path, source: str, limit: int) -> ProposalFile:
+    """Write proposals into the cache and open them from there."""
+    write_proposals(
+        path,
+        image_ids=images.keys(),
+        counts=[len(image.boxes) for image in images.values()],
+        images=images.values(),
+        page={"splits": [{"name": "", "images": len(images)}], "source": source},
+    )
+    return ProposalFile(path, limit=limit)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -99,7 +104,7 @@ def _from_2018(path: Path, content: list[Any], image_ids: NDArray[np.int64]) -> 
     images = {}
     for image_id, rows in zip(image_ids.tolist(), content, strict=True):
         rows = _numbers(path, image_id, rows, 5)
-        images[image_id] = _sorted(rows[:, :4] + np.float32([0, 0, 1, 1]), rows[:, 4])
+        images[image_id] = _sorted(rows[:, :4] + np.array([0, 0, 1, 1], np.float32), rows[:, 4])
     return images
 
 
@@ -135,7 +140,7 @@ def _from_detectron(path: Path, content: dict[Any, Any]) -> dict[int, GivenPropo
 def _numbers(path: Path, image_id: int, rows: Any, width: int) -> NDArray[np.float32]:
     """[n, width] float32; an image without proposals may come in any shape without elements."""
     array = np.asarray(rows)
-    if array.dtype.kind not in "fiu" or array.size and (array.size % width or array.shape[0] * width != array.size):
+    if array.dtype.kind not in "fiu" or (array.size and (array.size % width or array.shape[0] * width != array.size)):
         raise ValueError(f"{path}: image {image_id} has {array.dtype} {list(array.shape)} for rows of {width} numbers")
     return array.reshape(-1, width).astype(np.float32)
 

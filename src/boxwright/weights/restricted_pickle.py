@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class _Dtype:
         order = order.decode() if isinstance(order, bytes) else order
         if order not in ("<", ">", "=", "|") or rest[:3] != [None, None, None] or len(rest) > 7:
             raise RefusedPickleError(f"it holds an array with a type of parts, {state!r}")
-        self.value = self.value.newbyteorder(order)
+        self.value = np.dtype(order + self.value.str[1:])
 
 
 _ARRAY_CLASS = _Name()
@@ -107,6 +107,7 @@ class _Machine:
             ("numpy", "ndarray"): _ARRAY_CLASS,
             ("numpy", "dtype"): _Name(_Dtype),
             ("_codecs", "encode"): _Name(self._encoded),
+            ("__builtin__", "bytes"): _Name(_no_bytes),
         }
         for module in _MULTIARRAY:
             self.names[module, "_reconstruct"] = _Name(_blank_array)
@@ -280,8 +281,9 @@ class _Machine:
         elif isinstance(target, np.ndarray):
             _, shape, dtype, by_columns, content = state
             array = self._array(content, dtype, shape, "F" if by_columns else "C")
-            # In place, because the program may have remembered it: sizes were checked above.
-            target.__setstate__((1, array.shape, array.dtype, bool(by_columns), array.tobytes(order="A")))
+            # In place, because the program may have remembered it: all of the state was checked above.
+            checked: Any = (1, array.shape, array.dtype, bool(by_columns), array.tobytes(order="A"))
+            target.__setstate__(checked)
         else:
             raise RefusedPickleError(f"it sets the state of a {type(target).__name__}")
 
@@ -299,6 +301,11 @@ def _blank_array(kind: Any, *_: Any) -> np.ndarray:
     return np.zeros(0, np.int8)
 
 
+def _no_bytes() -> bytes:
+    """How protocols 0 to 2 write empty bytes; with an argument it would make some of any length."""
+    return b""
+
+
 def _pushes(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
     def instruction(machine: _Machine) -> None:
         machine.stack.append(make(machine))
@@ -306,14 +313,10 @@ def _pushes(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
     return instruction
 
 
-def _refuse_protocol(protocol: int) -> NoReturn:
-    raise RefusedPickleError(f"it is of protocol {protocol}; 0 to 5 are read")
-
-
 def _protocol(machine: _Machine) -> None:
     protocol = machine._number("<B")
     if protocol > 5:
-        _refuse_protocol(protocol)
+        raise RefusedPickleError(f"it is of protocol {protocol}; 0 to 5 are read")
 
 
 def _text(data: bytes) -> str:
