@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 from pathlib import Path
@@ -216,4 +215,3 @@ class TestForeign:
     def test_ours_is_opened_as_it_is(self, tmp_path: Path) -> None:
         path = write(tmp_path / "file", {1: given(3)})
         assert open_proposals(path, [1]).path == path
-        assert json.loads(json.dumps(open_proposals(path, [1]).page)) == ProposalFile(path).page

@@ -28,7 +28,7 @@ class ProposalWriter:
     """Collects the splits of a proposals file; all ranks do the same with it."""
 
     def __init__(self, path: Path) -> None:
-        """Begin a file; it appears with `finish`, and nothing is left behind where that is not reached."""
+        """Begin a file, in a folder that all ranks see; it appears with `finish`, and nothing else is left behind."""
         self.path = path
         self._parts = path.parent / f".{path.name}.parts"
         self._splits: list[dict[str, Any]] = []
@@ -37,6 +37,7 @@ class ProposalWriter:
     def __enter__(self) -> ProposalWriter:
         if _rank() == 0:
             shutil.rmtree(self._parts, ignore_errors=True)
+            self._parts.mkdir(parents=True)  # what cannot be written is told before the work
         _meet()
         return self
 
