@@ -28,7 +28,7 @@ _XYXY, _XYWH = 0, 1
 
 
 def open_proposals(
-    path: Path, image_ids: Sequence[int] | NDArray[np.int64], *, split: str | None = None, limit: int = 1000
+    path: str | Path, image_ids: Sequence[int] | NDArray[np.int64], *, split: str | None = None, limit: int = 1000
 ) -> ProposalFile:
     """Open a proposals file of any kind.
 
@@ -42,6 +42,7 @@ def open_proposals(
         ValueError: It is no proposals file, or does not belong to these images.
         OSError: It cannot be read.
     """
+    path = Path(path)
     if not _is_pickle(path):
         return ProposalFile(path, split=split, limit=limit)
     ids = np.asarray(image_ids, np.int64)
