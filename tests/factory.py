@@ -9,10 +9,13 @@ import torch
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
-from boxwright.detectors.rcnn import fast_rcnn, faster_rcnn
+from boxwright.detectors.rcnn import fast_rcnn, faster_rcnn, mask_rcnn
+from boxwright.detectors.retinanet import retinanet
 from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.mask_head import MaskConfig
+from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.structures import Batch, Proposals, Targets
+from boxwright.structures import Batch, Masks, Proposals, Targets
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -24,8 +27,12 @@ SMALL_RPN = RPNConfig(
 )
 NUM_PROPOSALS = 40
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
+# A low threshold, so that an untrained head detects something.
+SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
 
-DETECTORS = ("rpn", "fast_rcnn", "faster_rcnn")
+SMALL_MASK = MaskConfig(width=16, num_convs=2)
+
+DETECTORS = ("rpn", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -36,6 +43,8 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "fast_rcnn": partial(fast_rcnn, box=SMALL_BOX),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
+        "retinanet": partial(retinanet, retina=SMALL_RETINA),
+        "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
 
@@ -43,16 +52,22 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
 def random_targets(
     num_images: int, num_slots: int, num_objects: int, canvas: tuple[int, int], num_classes: int
 ) -> Targets:
-    """Objects of random place and class in the first `num_objects` slots, NaN boxes in the others."""
+    """Objects of random place, class and mask in the first `num_objects` slots, NaN boxes and frames in the others."""
     height, width = canvas
     corner = torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.6, height * 0.6])
     side = 12 + torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.3, height * 0.3])
     valid = (torch.arange(num_slots) < num_objects).expand(num_images, num_slots)
+    boxes = torch.where(valid[..., None], torch.cat([corner, corner + side], -1), torch.nan)
     return Targets(
-        boxes=torch.where(valid[..., None], torch.cat([corner, corner + side], -1), torch.nan),
+        boxes=boxes,
         labels=torch.randint(num_classes, (num_images, num_slots)),
         valid=valid.clone(),
         crowd=torch.zeros_like(valid),
+        masks=Masks(
+            bitmaps=torch.randint(256, (num_images, num_slots, 8, 8), dtype=torch.uint8),
+            frames=boxes + torch.tensor([-2.0, 1.0, 3.0, -4.0]),
+            valid=valid.clone(),
+        ),
     )
 
 

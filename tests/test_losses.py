@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.losses import binary_cross_entropy, cross_entropy, smooth_l1, weighted_mean
+from boxwright.losses import binary_cross_entropy, cross_entropy, sigmoid_focal_loss, smooth_l1, weighted_mean
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -38,6 +39,56 @@ def test_cross_entropy() -> None:
     )
 
 
+def focal_inputs(num_classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels of which some are of no class, and the same as one-hot rows."""
+    logits, labels = values(2, 50, num_classes), torch.arange(100).view(2, 50) % (num_classes + 1)
+    return logits, labels, F.one_hot(labels, num_classes + 1)[..., :num_classes].double()
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.75, 1.5)])
+def test_sigmoid_focal_loss(alpha: float, gamma: float) -> None:
+    logits, labels, one_hot = focal_inputs()
+    chance = logits.sigmoid()
+    yes = -alpha * (1 - chance) ** gamma * chance.log()
+    no = -(1 - alpha) * chance**gamma * (1 - chance).log()
+    expected = (one_hot * yes + (1 - one_hot) * no).sum(-1)
+    torch.testing.assert_close(sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma), expected)
+    theirs, ours = logits.float().requires_grad_(), logits.float().requires_grad_()
+    wanted = torchvision.ops.sigmoid_focal_loss(theirs, one_hot.float(), alpha, gamma).sum(-1)
+    given = sigmoid_focal_loss(ours, labels, alpha=alpha, gamma=gamma)
+    torch.testing.assert_close(given, wanted)
+    weights = values(2, 50, seed=3).float()
+    torch.testing.assert_close(
+        torch.autograd.grad(given, ours, weights), torch.autograd.grad(wanted, theirs, weights), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_the_gradient_of_focal_loss_is_its_finite_difference(gamma: float) -> None:
+    logits, labels, _ = focal_inputs(3)
+    valid = torch.arange(50) < 40
+    assert torch.autograd.gradcheck(
+        lambda x: sigmoid_focal_loss(x, labels, valid.expand(2, 50), gamma=gamma), logits.requires_grad_()
+    )
+
+
+def test_focal_loss_of_large_logits_is_finite_and_exact() -> None:
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0], [20.0, -20.0]], requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.tensor([0, 0, 2]))
+    # Nothing wrong; both wrong, each by its logit; one wrong "yes" of certainty 1 - 2e-9.
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.25 * 200 + 0.75 * 200, 0.75 * 20]))
+    loss.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0.0], [-0.25, 0.75], [0.75, 0.0]]))
+
+
+def test_focal_loss_keeps_no_more_than_its_input() -> None:
+    logits, labels, _ = focal_inputs()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        sigmoid_focal_loss(logits.requires_grad_(), labels)
+    assert {t.data_ptr() for t in kept} == {logits.data_ptr(), labels.data_ptr()}
+
+
 @pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0])
 def test_smooth_l1(beta: float) -> None:
     predictions, targets = values(2, 50, 4), values(2, 50, 4, seed=1)
@@ -55,11 +106,13 @@ def test_weighted_mean() -> None:
     assert weighted_mean(loss, torch.tensor([True, False, True])).item() == 2.5
     assert weighted_mean(loss, torch.tensor([0.0, 0.0, 0.5])).item() == 2.0  # a denominator below 1 counts as 1
     assert weighted_mean(loss, torch.zeros(3)).item() == 0.0
+    assert weighted_mean(loss, torch.ones(3), over=torch.tensor([True, True, False])).item() == 3.5
+    assert weighted_mean(loss, torch.ones(3), over=torch.zeros(3, dtype=torch.bool)).item() == 7.0
 
 
 def all_losses(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     objectness = binary_cross_entropy(logits[..., 0], targets[..., 0].sigmoid(), valid)
-    classes = cross_entropy(logits, labels, valid)
+    classes = cross_entropy(logits, labels, valid) + sigmoid_focal_loss(logits, labels, valid)
     coordinates = smooth_l1(boxes, targets, 0.1, valid[..., None]).sum(-1)
     return weighted_mean(objectness + classes + coordinates, valid)
 

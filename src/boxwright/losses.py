@@ -7,13 +7,15 @@ if only the finished loss were masked.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
+def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -> Tensor:
     """The sum of weighted losses over the sum of weights, a denominator below 1 counting as 1.
 
     Where torch.distributed is initialised, the denominator is the mean of all ranks' weight sums, so that averaging
@@ -23,12 +25,14 @@ def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
     Args:
         loss: [...] finite losses.
         weight: [...] bool or float, not negative, of the same shape.
+        over: [...] bool or float, not negative, of any shape; its sum is the denominator in place of the weights'. A
+            loss of many easy negatives is a mean over the positives.
 
     Returns:
         Scalar in the dtype of `loss`; 0 where all weights are 0.
     """
     weight = weight.to(loss.dtype)
-    total = weight.detach().sum()
+    total = (weight if over is None else over.to(loss.dtype)).detach().sum()
     ranks = 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
@@ -66,6 +70,71 @@ def cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None = None) -
     labels = _keep_valid(labels, valid)
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return _keep_valid(loss.view(labels.shape), valid)
+
+
+def sigmoid_focal_loss(
+    logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Cross-entropy of C independent yes/no predictions, the less the better they are already.
+
+    Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 5), summed over the classes. Written with the chance q of the
+    wrong answer, whose logit is that of "yes" or its negative: `alpha_t * q^gamma * -log(1 - q)`, stable for any logit.
+    For the backward pass only `logits` and `labels` are kept, however many other tensors the forward pass needs.
+
+    Args:
+        logits: [..., C] unbounded.
+        labels: [...] int64, the class of "yes", or C where all classes are "no".
+        valid: [...] bool, which rows count; None for all.
+        alpha: weight of "yes"; that of "no" is 1 - alpha.
+        gamma: how much predictions that are right already count less; 0 for cross-entropy.
+
+    Returns:
+        [...] losses.
+    """
+    loss: Tensor = _FocalLoss.apply(logits, labels if valid is None else torch.where(valid, labels, -1), alpha, gamma)
+    return loss
+
+
+class _FocalLoss(torch.autograd.Function):
+    """`sigmoid_focal_loss`, rows of negative labels left out.
+
+    All classes of a row but one, or all of them, are "no". So each is computed as "no" and that one is put right; in
+    place, since these tensors are a detector's largest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        x = _at_least_float32(logits)
+        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
+        no = F.softplus(x).mul_(x.sigmoid().pow_(gamma))
+        no.scatter_(-1, place, torch.where(is_yes, 0.0, no.gather(-1, place)))
+        wrong = -x.gather(-1, place)
+        yes = torch.where(is_yes, F.softplus(wrong) * wrong.sigmoid().pow(gamma), 0.0)
+        return torch.where(labels < 0, 0.0, (1 - alpha) * no.sum(-1) + alpha * yes.squeeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, labels = ctx.saved_tensors
+        x, gradient = _at_least_float32(logits), gradients[0][..., None]
+        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
+        slope = _FocalLoss.slope(x, ctx.gamma).mul_((1 - ctx.alpha) * gradient)
+        yes = -ctx.alpha * gradient * _FocalLoss.slope(-x.gather(-1, place), ctx.gamma)
+        slope.scatter_(-1, place, torch.where(is_yes, yes, slope.gather(-1, place)))
+        return slope.masked_fill_(labels[..., None] < 0, 0.0).to(logits.dtype), None, None, None
+
+    @staticmethod
+    def yes(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """[..., 1] the class of "yes", or any; and [..., 1] bool, whether there is one."""
+        labels = labels[..., None]
+        return labels.clamp(0, num_classes - 1), (labels >= 0) & (labels < num_classes)
+
+    @staticmethod
+    def slope(wrong: Tensor, gamma: float) -> Tensor:
+        """The derivative of q^gamma * softplus(wrong), of which dq = q * (1 - q) and dsoftplus = q."""
+        q = wrong.sigmoid()
+        return F.softplus(wrong).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 
 
 def smooth_l1(predictions: Tensor, targets: Tensor, beta: float, valid: Tensor | None = None) -> Tensor:

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 import boxwright.assign.match as module
 from boxwright.assign.match import Matches, match
 from boxwright.geometry.anchors import base_anchors, grid_anchors
-from boxwright.geometry.boxes import intersection_over_area, iou
+from boxwright.geometry.boxes import area, intersection_over_area, iou
 from boxwright.structures import Targets
 
 RPN = {"positive_iou": 0.7, "negative_iou": 0.3}
@@ -47,13 +49,14 @@ def random_objects(count: int, seed: int) -> Tensor:
     return boxes
 
 
-@pytest.fixture(params=["whole", "in pieces"])
-def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in pieces":
-        monkeypatch.setattr(module, "CPU_PIECE", 10_000)
+@pytest.fixture(params=["whole", "in tiles"])
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in tiles":
+        monkeypatch.setattr(module, "CPU_TILE", 10_000)
+        monkeypatch.setattr(module, "TILE_OBJECTS", 3)
 
 
-@pytest.mark.usefixtures("_pieces")
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("low_quality", [0.0, None])
 def test_equals_torchvision(low_quality: float | None) -> None:
     anchors, images = anchors_of(), [random_objects(count, seed) for seed, count in enumerate((2, 5, 8))]
@@ -87,7 +90,7 @@ def rule_by_hand(
     return result
 
 
-@pytest.mark.usefixtures("_pieces")
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("plus_one", [0.0, 1.0])
 def test_equals_the_2018_rule_by_hand(plus_one: float) -> None:
     anchors = anchors_of()
@@ -154,3 +157,32 @@ def test_traces_whole_and_runs_on_fake_tensors() -> None:
     assert torch.equal(ours.matched, compiled.matched)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert rpn_match(anchors, targets, valid).labels.shape == (2, len(anchors))
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers how many elements the largest result of an operation had."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+def test_thousands_of_objects_never_meet_all_candidates_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(25_000, 2, generator=generator) * 1000
+    boxes = torch.cat([corners, corners + 8 + 40 * torch.rand(25_000, 2, generator=generator)], -1)
+    objects, candidates = boxes[None, :5000], boxes[None, 5000:]
+    tile = 2**17
+    with LargestResult() as largest:
+        best_iou, matched, _, _ = module.compare(
+            candidates, area(candidates), objects, area(objects), torch.zeros(1, 5000), 0.0, 0.7, 0.3, tile
+        )
+    assert largest.num_elements <= tile < objects.shape[1] * candidates.shape[1] / 700
+    some = torch.arange(0, 20_000, 400)
+    wanted = box_iou(objects[0], candidates[0, some]).max(0)
+    torch.testing.assert_close(best_iou[0, some], wanted.values)
+    assert torch.equal(matched[0, some], torch.where(wanted.values > 0, wanted.indices, 0))

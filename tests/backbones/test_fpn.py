@@ -3,32 +3,51 @@ from __future__ import annotations
 import pytest
 import torch
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from boxwright.backbones.backbone import Backbone
 from boxwright.backbones.fpn import FPN, resnet_fpn
 from boxwright.backbones.resnet import ResNet
 
 
-def test_equals_torchvision() -> None:
+@pytest.mark.parametrize("extra", ["pool", "p5", "c5"])
+def test_equals_torchvision(extra: str) -> None:
     torch.manual_seed(0)
-    ours = FPN(ResNet(18), channels=32).eval()
-    theirs = FeaturePyramidNetwork(ours.body.channels, 32, extra_blocks=LastLevelMaxPool())
+    ours = FPN(ResNet(18), channels=32, extra=extra, extra_relu=True).eval()
+    # torchvision's first RetinaNet makes P6 of P5, its second of C5, which it tells apart by the channels.
+    above = LastLevelMaxPool() if extra == "pool" else LastLevelP6P7(32 if extra == "p5" else 512, 32)
+    theirs = FeaturePyramidNetwork(ours.body.channels, 32, extra_blocks=above)
+    pairs = [(ours.lateral[i], theirs.inner_blocks[i][0]) for i in range(4)]
+    pairs += [(ours.output[i], theirs.layer_blocks[i][0]) for i in range(4)]
+    pairs += zip(ours.extra_output, above.children(), strict=True)
     with torch.no_grad():
-        for i in range(4):
-            for layer, inner in (
-                (ours.lateral[i], theirs.inner_blocks[i][0]),
-                (ours.output[i], theirs.layer_blocks[i][0]),
-            ):
-                layer.bias.normal_()
-                inner.load_state_dict(layer.state_dict())
+        for layer, other in pairs:
+            layer.bias.normal_()
+            other.load_state_dict(layer.state_dict())
         images = torch.randn(2, 3, 64, 96)
         expected = theirs(dict(enumerate(ours.body(images)))).values()
         levels = ours(images)
-    assert ours.channels == [32] * 5
-    assert ours.strides == [4, 8, 16, 32, 64]
+    assert ours.channels == [32] * len(levels)
+    assert ours.strides == [4, 8, 16, 32, 64, 128][: len(levels)]
     for level, other in zip(levels, expected, strict=True):
         torch.testing.assert_close(level, other, atol=1e-5, rtol=1e-5)
+
+
+def test_without_relu_p7_is_a_convolution_of_p6_itself() -> None:
+    torch.manual_seed(0)
+    model = resnet_fpn(depth=18, channels=16, out_stages=(3, 4, 5), extra="c5")
+    assert model.strides == [8, 16, 32, 64, 128]
+    images = torch.randn(1, 3, 128, 160)
+    c5, (*_, p6, p7) = model.body(images)[-1], model(images)
+    assert (p6 < 0).any()
+    assert torch.equal(p6, model.extra_output[0](c5))
+    assert torch.equal(p7, model.extra_output[1](p6))
+    assert [tuple(level.shape[2:]) for level in (p6, p7)] == [(2, 3), (1, 2)]
+
+
+def test_unknown_extra_levels_are_named() -> None:
+    with pytest.raises(ValueError, match="'pool', 'c5', 'p5', None"):
+        FPN(ResNet(18), extra="c4")
 
 
 def test_is_a_backbone_with_a_map_for_each_stride() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from boxwright.backbones.backbone import Backbone
@@ -21,12 +23,18 @@ def with_random_norms(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+RESNEXT_50 = {"depth": 50, "groups": 32, "width_per_group": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((f"resnet{depth}", {"depth": depth}) for depth in (18, 34, 50, 101)), ("resnext50_32x4d", RESNEXT_50)],
+)
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
-def test_equals_torchvision(depth: int, norm: str) -> None:
-    torch.manual_seed(depth)
-    theirs = with_random_norms(getattr(torchvision.models, f"resnet{depth}")())
-    ours = ResNet(depth, norm=norm)
+def test_equals_torchvision(name: str, settings: dict, norm: str) -> None:
+    torch.manual_seed(settings["depth"])
+    theirs = with_random_norms(getattr(torchvision.models, name)())
+    ours = ResNet(**settings, norm=norm)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     # In training mode the frozen statistics must hold all the same.
     ours.train(norm == "frozen_bn")
@@ -37,6 +45,79 @@ def test_equals_torchvision(depth: int, norm: str) -> None:
     for ours_map, their_map, channels, stride in zip(maps, expected, ours.channels, ours.strides, strict=True):
         assert ours_map.shape == (1, channels, 64 // stride, 96 // stride)
         torch.testing.assert_close(ours_map, their_map, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "groups", "width"), [("resnext101_32x8d", 32, 8), ("resnext101_64x4d", 64, 4)])
+def test_resnext_101_has_torchvision_s_parameters(name: str, groups: int, width: int) -> None:
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)().state_dict()
+        ours = ResNet(101, groups=groups, width_per_group=width, norm="bn").state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+
+
+def test_resnext_101_32x4d_is_as_large_as_published() -> None:
+    # 44.18 million in the paper's table 2 and its code, of which the classifier's 2048 x 1000 + 1000 are not here.
+    with torch.device("meta"):
+        body = ResNet(101, groups=32, width_per_group=4)
+    assert sum(p.numel() for p in body.parameters()) + 2_049_000 == 44_177_704
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> tuple[Tensor, int]:
+    """The sum of the maps, and the size of the activations that autograd keeps for its gradient."""
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # holding it keeps its address its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = sum((x.square().mean() for x in model(images)), torch.zeros(()))
+    return total, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+def test_recomputing_changes_nothing_but_memory(norm: str) -> None:
+    torch.manual_seed(0)
+    plain = ResNet(50, norm=norm, frozen_stages=1).train()
+    thrifty = ResNet(50, norm=norm, frozen_stages=1, recompute=True).train()
+    thrifty.load_state_dict(deepcopy(plain.state_dict()))
+    images = torch.randn(2, 3, 64, 96)
+    (wanted, plain_bytes), (given, thrifty_bytes) = saved_bytes(plain, images), saved_bytes(thrifty, images)
+    assert torch.equal(given, wanted)
+    assert thrifty_bytes < 0.35 * plain_bytes
+    wanted.backward()
+    given.backward()
+    for (name, ours), theirs in zip(thrifty.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == name.startswith(("conv1.", "bn1.", "layer1.")), name
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, thrifty.get_buffer(name)), f"{name} was updated other than once"
+    assert all(m.momentum == 0.1 for m in thrifty.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+def test_recomputing_is_one_graph_with_the_same_gradients_and_statistics(norm: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ResNet(18, norm=norm, recompute=True).train()
+    twin = deepcopy(model)
+    images = torch.randn(2, 3, 64, 64)
+
+    def loss(body: nn.Module) -> Tensor:
+        return sum((x.square().mean() for x in body(images)), torch.zeros(()))
+
+    given = torch.compile(loss, fullgraph=True, backend="aot_eager")(model)
+    wanted = loss(twin)
+    torch.testing.assert_close(given, wanted)
+    given.backward()
+    wanted.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
 
 
 def test_is_a_backbone() -> None:
@@ -112,6 +193,7 @@ def test_stages_above_the_last_map_are_not_built() -> None:
         ({"out_stages": (5, 4)}, "rising"),
         ({"out_stages": ()}, "rising"),
         ({"frozen_stages": 5}, "0..4"),
+        ({"depth": 34, "groups": 32}, "50 or 101"),
     ],
 )
 def test_wrong_settings_name_the_right_ones(settings: dict, message: str) -> None:

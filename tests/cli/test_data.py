@@ -44,7 +44,7 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["{}/none"], "there is no such folder"),
-        (["{}"], "no COCO data set was recognised"),
+        (["{}"], "no COCO or VOC data set was recognised"),
         ([], "give either a folder, or both"),
         (["--annotations", "{}/a.json"], "give either a folder, or both"),
         (["--annotations", "{}/a.json", "--images", "{}"], "a.json"),

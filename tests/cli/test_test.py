@@ -13,6 +13,7 @@ from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import read_results
+from boxwright.evaluation.voc import Interpolation, voc_metrics
 from small_model import small_run
 
 CELLS = [Category(id=1, name="RBC"), Category(id=2, name="WBC"), Category(id=3, name="Platelets")]
@@ -46,6 +47,30 @@ def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
     summary = coco_metrics(dataset, results).summary
     assert f"AR100 {100 * summary['AR100']:.1f}" in result.stdout
     assert "<h2>Worst images</h2>" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("metric", ["voc07", "voc12"])
+def test_vocs_numbers(few_cells: Path, tmp_path: Path, metric: Interpolation) -> None:
+    run = small_run(tmp_path / "run", CELLS)
+    arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu", "--metric", metric]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    dataset = CocoDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
+    results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
+    expected = voc_metrics(dataset, results, interpolation=metric)
+    assert f"mAP of {metric} {100 * expected.mean:.1f}" in result.stdout
+    for category, count, value in zip(expected.categories, expected.num_objects, expected.per_class, strict=True):
+        assert f"{category.name} {count} {100 * value:.1f}" in " ".join(result.stdout.split())
+    report = (run / "report.html").read_text()
+    assert "<h2>Pascal VOC</h2>" in report
+    assert f"mAP {100 * expected.mean:.1f}." in report
+
+
+def test_proposals_have_no_voc_numbers(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", CELLS, proposals=True)
+    result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--metric", "voc07"])
+    assert result.exit_code == 1
+    assert "only proposes boxes, which are measured by their recall" in result.stderr
 
 
 def test_proposals(few_cells: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from boxwright.cli.main import app
 from boxwright.data.shapes import write_shapes
 from boxwright.weights.ours import load_weights
+from voc_files import write_voc
 
 TINY = "training.runs:tiny_experiment"
 
@@ -53,6 +54,36 @@ def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pyte
     status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0", "--resume")
     assert status == 0, output
     assert (out / "report.html").is_file()
+
+
+def test_several_folders_are_learnt_from_together(shapes: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "run"
+    write_shapes(other, train=8, val=3, seed=1)
+    arguments = ["--data", shapes, "--data", other, "--out", out, "--set", "epochs=1", "--workers", "0"]
+    status, output = run(TINY, *arguments)
+    assert status == 0, output
+    assert output.count("train: ") == 2
+    assert output.count("val: ") == 1
+    assert re.search(r"objects on 20 images to learn from .*, 5 to evaluate on", output)
+    assert json.loads((out / "experiment.json").read_text())["steps_per_epoch"] == 5
+
+
+def test_folders_that_do_not_fit_together_are_told(shapes: Path, tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {name: [("ant", (1, 1, 30, 30), 0)] for name in "ab"})
+    status, output = run(TINY, "--data", shapes, "--data", tmp_path / "voc", "--out", tmp_path / "run")
+    assert (status, output.count("Only in")) == (1, 2)
+    assert f"Only in {shapes / 'annotations' / 'instances_train.json'} (3 categories): circle" in output
+    write_voc(tmp_path / "no_train", split="test")
+    status, output = run(TINY, "--data", shapes, "--data", tmp_path / "no_train")
+    assert (status, len(output.splitlines())) == (1, 1)
+    assert f"{tmp_path / 'no_train'} has no train split" in output
+
+
+def test_learns_from_voc_files(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {name: [("ant", (1, 1, 30, 30), 0)] for name in "abcd"})
+    status, output = run(TINY, "--data", tmp_path / "voc", "--out", tmp_path / "run", "--workers", "0")
+    assert status == 0, output
+    assert "4 objects on 4 images to learn from" in output
 
 
 def test_show_prints_the_experiment() -> None:

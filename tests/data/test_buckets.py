@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from boxwright.data.buckets import Resize, assign_buckets, buckets_for
+from boxwright.data.buckets import Resize, Scale, ScaleMode, assign_buckets, buckets_for, plan_buckets, plan_scales
 
 
 def test_the_standard_scale_gives_the_standard_canvases() -> None:
@@ -46,3 +46,45 @@ def test_square_pictures_get_a_square_canvas_where_they_are_common() -> None:
 def test_a_resize_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="short <= long"):
         Resize(800, 600)
+
+
+def test_a_list_of_scales_is_taken_as_it_is() -> None:
+    scales = plan_scales(((640, 1333), (800, 1333)), "list")
+    assert scales == [Scale(Resize(640, 1333), Resize(640, 1333)), Scale(Resize(800, 1333), Resize(800, 1333))]
+    assert scales[0].draw(2**63 - 1) == Resize(640, 1333)
+
+
+@pytest.mark.parametrize("ends", [((640, 1333), (800, 1333)), ((600, 1000), (801, 1400)), ((10, 20), (11, 20))])
+def test_a_range_is_cut_into_scales_that_leave_no_size_out(ends: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    scales = plan_scales(ends, "range")
+    shorts = [short for scale in scales for short in range(scale.low.short, scale.high.short + 1)]
+    assert shorts == list(range(ends[0][0], ends[1][0] + 1))
+    assert all(scale.high.short % 64 == 0 for scale in scales[:-1])
+    assert (scales[0].low.long, scales[-1].high.long) == (ends[0][1], ends[1][1])
+    for scale in scales:
+        count = scale.high.short - scale.low.short + 1
+        drawn = [scale.draw((2**63 * k + 2**62) // count) for k in range(count)]
+        assert [size.short for size in drawn] == list(range(scale.low.short, scale.high.short + 1))
+        assert all(scale.low.long <= size.long <= scale.high.long for size in drawn)
+        assert (scale.draw(0), scale.draw(2**63 - 1)) == (scale.low, scale.high)
+
+
+def test_a_range_has_few_canvases() -> None:
+    sizes = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [360, 640], [640, 360]])
+    _, canvases = plan_buckets(plan_scales(((640, 1333), (800, 1333)), "range"), sizes)
+    assert len({canvas for bucket in canvases for canvas in bucket}) == 18
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode", "message"),
+    [
+        ((), "list", "no size"),
+        (((800, 640),), "list", "1 <= short <= long"),
+        (((640, 1333),), "range", "are no range"),
+        (((800, 1333), (640, 1333)), "range", "the smaller first"),
+        (((640, 1333), (800, 1000)), "range", "are no range"),
+    ],
+)
+def test_scales_that_cannot_be_are_refused(sizes: tuple[tuple[int, int], ...], mode: ScaleMode, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_scales(sizes, mode)

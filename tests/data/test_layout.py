@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from boxwright.data.layout import find_layout
+from voc_files import write_voc
 
 LAYOUTS = {
     "coco": ("annotations/instances_train2017.json", "train2017", "a.jpg"),
@@ -106,3 +107,19 @@ def test_real_data(data_dir: Path, name: str, splits: int, images: str) -> None:
     layout = find_layout(data_dir / name)
     assert len(layout) == splits
     assert layout["train"].images == data_dir / name / images
+
+
+def test_voc_is_found_where_there_is_no_coco_file(tmp_path: Path) -> None:
+    image_set, images = write_voc(tmp_path)
+    assert find_layout(tmp_path) == {"train": (image_set, images)}
+    val, _ = write_voc(tmp_path, split="val")
+    write_voc(tmp_path, split="trainval")
+    assert find_layout(tmp_path) == {"train": (image_set, images), "val": (val, images)}
+    make(tmp_path, "instances_val.json", "JPEGImages", "a.jpg")
+    assert find_layout(tmp_path) == {"val": (tmp_path / "instances_val.json", images)}
+
+
+def test_vocs_trainval_is_learnt_from_where_it_stands_alone(tmp_path: Path) -> None:
+    trainval, images = write_voc(tmp_path, split="trainval")
+    test, _ = write_voc(tmp_path, split="test")
+    assert find_layout(tmp_path) == {"train": (trainval, images), "test": (test, images)}

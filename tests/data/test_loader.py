@@ -19,7 +19,7 @@ from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Sample
 from boxwright.data.layout import find_layout
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.structures import Batch, Targets
+from boxwright.structures import Batch, Masks, Targets
 from pictures import SIZES, Pictures, StatedPictures
 
 # What torch says on machines of one core, and Python 3.12 of any fork beside threads.
@@ -44,7 +44,7 @@ def training_loader(dataset: Pictures | None = None, **changes: object) -> Train
     return TrainingLoader(Pictures(23) if dataset is None else dataset, **{**settings, **changes})
 
 
-def assert_equal(one: Batch | Targets | None, two: Batch | Targets | None) -> None:
+def assert_equal(one: Batch | Targets | Masks | None, two: Batch | Targets | Masks | None) -> None:
     assert type(one) is type(two)
     if one is None or two is None:
         return
@@ -77,11 +77,19 @@ def cut(sample: Sample) -> Sample:
     return replace(sample, image=sample.image[:-1])
 
 
+SCALES = {
+    "one scale": {},
+    "list": {"scales": ((40, 80), (64, 107), (90, 107))},
+    "range": {"scales": ((40, 80), (150, 300)), "scale_mode": "range"},
+}
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_gives_the_very_same_batches(num_workers: int) -> None:
+@pytest.mark.parametrize("scales", SCALES)
+def test_resuming_gives_the_very_same_batches(num_workers: int, scales: str) -> None:
     start = 5
-    from_the_start = list(islice(training_loader().batches(0), start + 6))
-    resumed = training_loader(num_workers=num_workers).batches(start)
+    from_the_start = list(islice(training_loader(**SCALES[scales]).batches(0), start + 6))
+    resumed = training_loader(num_workers=num_workers, **SCALES[scales]).batches(start)
     for batch, again in zip(from_the_start[start:], resumed, strict=False):
         assert_equal(batch, again)
 
@@ -92,13 +100,37 @@ def test_spawned_workers_give_the_same_batches() -> None:
         assert_equal(one, two)
 
 
-def test_ranks_join_to_what_one_process_would_see() -> None:
-    whole = islice(training_loader(batch_size=4).batches(), 8)
-    parts = [training_loader(batch_size=2, rank=rank, world_size=2).batches() for rank in range(2)]
+def test_masks_come_from_workers_as_from_here() -> None:
+    here = list(islice(training_loader(masks=True).batches(), 3))
+    for one, two in zip(here, training_loader(masks=True, num_workers=1).batches(), strict=False):
+        assert_equal(one, two)
+        assert torch.equal(one.targets.masks.valid, one.targets.valid & ~one.targets.crowd)
+        frames, boxes = one.targets.masks.frames, one.targets.boxes
+        holds = (frames[..., :2] <= boxes[..., :2] + 1e-4) & (frames[..., 2:] >= boxes[..., 2:] - 1e-4)
+        assert holds[one.targets.masks.valid].all()
+
+
+class WithoutMasks(StatedPictures):
+    annotations = "boxes_alone.json"
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), masks=None)
+
+
+def test_no_masks_at_all_are_told_before_training() -> None:
+    with pytest.raises(ValueError, match=r"^boxes_alone.json: no object has a mask.*`segmentation`"):
+        training_loader(WithoutMasks(5), masks=True)
+    training_loader(WithoutMasks(5))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_ranks_join_to_what_one_process_would_see(scales: str) -> None:
+    whole = islice(training_loader(batch_size=4, **SCALES[scales]).batches(), 8)
+    parts = [training_loader(batch_size=2, rank=rank, world_size=2, **SCALES[scales]).batches() for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=False):
         assert first.images.shape == second.images.shape
         for field in fields(batch):
-            if field.name != "targets":
+            if field.name not in ("targets", "proposals"):
                 joined = torch.cat([getattr(first, field.name), getattr(second, field.name)])
                 assert torch.equal(getattr(batch, field.name), joined)
 
@@ -116,6 +148,38 @@ def test_an_epoch_sees_every_picture_and_its_seed_belongs_to_it() -> None:
                 assert seeds.setdefault((epoch, image_id), seed) == seed
         assert seen == {100 + i for i in range(23)}
     assert len(set(seeds.values())) == 46
+
+
+def plain_batches(scales: str, count: int) -> list[Batch]:
+    """Batches whose pictures have the size that was drawn for them."""
+    return list(islice(training_loader(scale_jitter=None, crop=None, **SCALES[scales]).batches(), count))
+
+
+def test_all_pictures_of_a_batch_have_one_scale_of_the_list() -> None:
+    drawn = set()
+    for batch in plain_batches("list", 60):
+        originals = batch.original_sizes.numpy()
+        fitting = [
+            scale
+            for scale in SCALES["list"]["scales"]
+            if (Resize(*scale).sizes(originals) == batch.image_sizes.numpy()).all()
+        ]
+        assert fitting
+        drawn.add(fitting[0])
+    assert drawn == set(SCALES["list"]["scales"])
+
+
+def test_in_a_range_each_picture_draws_its_own_size() -> None:
+    shorts, canvases = [], set()
+    for batch in plain_batches("range", 150):
+        canvases.add(tuple(batch.images.shape[2:]))
+        # The long limit of this range never binds for pictures of these shapes but the longest.
+        shorts += batch.image_sizes.min(dim=1).values[batch.original_sizes.min(dim=1).values >= 40].tolist()
+    assert min(shorts) < 45
+    assert max(shorts) > 145
+    assert np.mean(shorts) == pytest.approx(95, abs=4)
+    assert len(set(shorts)) > 80
+    assert len(canvases) <= 3 * 7
 
 
 def test_targets_sit_on_their_objects_through_all_augmentations() -> None:

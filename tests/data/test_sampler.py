@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from boxwright.data.buckets import Resize, assign_buckets, buckets_for, holds
+from boxwright.data.buckets import Canvases, Resize, Scale, holds, plan_buckets, plan_scales
 from boxwright.data.sampler import TrainingSampler, group, image_seed
 
 RESIZE = Resize(800, 1333)
 
 
-def planned(count: int, seed: int = 0) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def planned(count: int, seed: int = 0) -> tuple[np.ndarray, list[Canvases]]:
     sizes = np.random.default_rng(seed).integers(200, 800, (count, 2))
-    canvases = buckets_for(RESIZE)
-    return assign_buckets(RESIZE.sizes(sizes), canvases), canvases
+    return plan_buckets([Scale(RESIZE, RESIZE)], sizes)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 100, 421])
@@ -31,20 +30,20 @@ def test_every_picture_comes_each_epoch_and_few_come_twice(count: int, batch_siz
         assert len(seen) - count < 2 * batch_size
         for step in steps:
             assert len(step.indices) == batch_size
-            assert all(holds(step.canvas, canvases[buckets[index]]) for index in step.indices)
+            assert all(holds((step.canvas,), canvases[buckets[index]]) for index in step.indices)
 
 
 def test_filling_up_prefers_pictures_that_are_not_in_the_batch_yet() -> None:
-    sampler = TrainingSampler(np.zeros(20, int), [(32, 32)], batch_size=16, seed=0)
+    sampler = TrainingSampler(np.zeros(20, int), [((32, 32),)], batch_size=16, seed=0)
     for step in range(4):
         assert len(set(sampler.step(step).indices.tolist())) == 16
 
 
 def test_left_over_pictures_join_the_next_larger_bucket() -> None:
-    canvases = [(32, 32), (32, 64), (64, 32), (32, 96)]
+    canvases = [((32, 32),), ((32, 64),), ((64, 32),), ((32, 96),)]
     buckets = np.array([0, 0, 0, 1, 1, 2, 3, 3])
     batches = group(np.arange(8), buckets, canvases, 2)
-    assert [(canvases[bucket], indices.tolist()) for bucket, indices in batches] == [
+    assert [(canvases[bucket][0], indices.tolist()) for bucket, indices in batches] == [
         ((32, 32), [0, 1]),
         ((32, 64), [2, 3]),
         ((64, 32), [5]),
@@ -54,7 +53,7 @@ def test_left_over_pictures_join_the_next_larger_bucket() -> None:
 
 
 def test_no_canvas_is_used_that_no_picture_needs() -> None:
-    canvases = [(32, 32), (32, 64)]
+    canvases = [((32, 32),), ((32, 64),)]
     assert group(np.arange(3), np.zeros(3, int), canvases, 2)[-1][0] == 0
 
 
@@ -98,4 +97,40 @@ def test_image_seeds_are_63_bits_and_all_different() -> None:
 )
 def test_what_cannot_be_is_refused(count: int, batch_size: int, seed: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingSampler(np.zeros(count, int), [(32, 32)], batch_size=batch_size, seed=seed)
+        TrainingSampler(np.zeros(count, int), [((32, 32),)], batch_size=batch_size, seed=seed)
+
+
+def test_each_scale_comes_as_often_as_it_weighs_whatever_came_before() -> None:
+    buckets, canvases = planned(50)
+    canvases = [(canvas[0], (64, 96)) for canvas in canvases]
+    one, two = (
+        TrainingSampler(buckets, canvases, batch_size=4, seed=1, weights=weights) for weights in ((1, 0), (1, 3))
+    )
+    steps = [two.step(i) for i in range(4000)]
+    assert np.mean([step.scale for step in steps]) == pytest.approx(0.75, abs=0.03)
+    assert {step.canvas for step in steps if step.scale == 1} == {(64, 96)}
+    for i in (3999, 0, 1234):
+        again, alone = two.step(i), one.step(i)
+        assert (again.scale, again.canvas) == (steps[i].scale, steps[i].canvas)
+        # The pictures of a step do not depend on its scale.
+        np.testing.assert_array_equal(again.indices, alone.indices)
+        assert alone.scale == 0
+    assert {step.share(1, 2).scale for step in steps} == {0, 1}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_a_batch_fits_its_canvas_at_every_scale(batch_size: int) -> None:
+    rng = np.random.default_rng(0)
+    # Squares, and what is square but for rounding, beside long ones.
+    sizes = np.concatenate([rng.integers(200, 800, (150, 2)), rng.integers(300, 305, (100, 2)), [[30, 400], [400, 30]]])
+    scales = plan_scales(((600, 1000), (610, 1000), (1333, 1333), (1600, 2000)), "list")
+    scales += plan_scales(((470, 1000), (801, 1333)), "range")
+    buckets, canvases = plan_buckets(scales, sizes)
+    sampler = TrainingSampler(buckets, canvases, batch_size=batch_size, seed=2, weights=[1] * len(scales))
+    seen = set()
+    for i in range(4 * sampler.steps_per_epoch):
+        step = sampler.step(i)
+        seen.update(step.indices.tolist())
+        assert (scales[step.scale].high.sizes(sizes[step.indices]) <= step.canvas).all()
+        assert (scales[step.scale].low.sizes(sizes[step.indices]) <= step.canvas).all()
+    assert seen == set(range(len(sizes)))

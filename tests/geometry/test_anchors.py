@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from boxwright.geometry.anchors import base_anchors, grid_anchors
+from boxwright.geometry.anchors import base_anchors, grid_anchors, octave_sizes
 
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
@@ -65,3 +65,9 @@ def test_traces_whole_and_runs_on_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         fake = grid_anchors(shapes, strides, [mode.from_tensor(boxes) for boxes in base])
     assert [level.shape for level in fake] == [(72, 4), (18, 4)]
+
+
+def test_octave_sizes_are_even_in_log_scale() -> None:
+    assert octave_sizes(32, 3) == pytest.approx([32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)])
+    assert octave_sizes(32, 3, "torchvision") == [32, 40, 50]
+    assert octave_sizes(64, 1) == [64]

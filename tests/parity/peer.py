@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN with weights that are random but behave: activations keep their scale, scores spread."""
+"""torchvision's detectors with weights that are random but behave: activations keep their scale, scores spread."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import cv2
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.structures import Batch, Targets
@@ -55,14 +56,14 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
     )
 
 
-def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1."""
+def peer_inputs(batch: Batch, first_label: int = 1) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1 or so."""
     images = [
         image[:, :height, :width].float()
         for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)
     ]
     targets = [
-        {"boxes": boxes[valid], "labels": labels[valid] + 1}
+        {"boxes": boxes[valid], "labels": labels[valid] + first_label}
         for boxes, labels, valid in zip(batch.targets.boxes, batch.targets.labels, batch.targets.valid, strict=True)
     ]
     return images, targets
@@ -98,6 +99,35 @@ def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
     return model.eval()
 
 
+def peer_retinanet(batch: Batch) -> RetinaNet:
+    """R-50 with P3 to P7 that resizes nothing, in eval mode; made as `peer_faster_rcnn` is."""
+    torch.manual_seed(3)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50",
+        weights=None,
+        trainable_layers=5,
+        norm_layer=nn.BatchNorm2d,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    _calibrate(backbone, peer_inputs(batch)[0])
+    model = RetinaNet(
+        backbone,
+        num_classes=NUM_CLASSES,
+        min_size=SHORT_SIDE,
+        max_size=EVERYTHING,
+        image_mean=PYTORCH.mean,
+        image_std=PYTORCH.std,
+    )
+    with torch.no_grad():
+        for branch in (model.head.classification_head, model.head.regression_head):
+            for layer in branch.conv:
+                layer[0].weight.mul_(3)
+        model.head.classification_head.cls_logits.weight.mul_(1.5)
+        model.head.regression_head.bbox_reg.weight.mul_(0.5)
+    return model.eval()
+
+
 def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
     """Set the norms' running statistics to those of the images."""
     for name, module in backbone.named_modules():
@@ -115,7 +145,7 @@ def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
 
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision's weights under our names, background moved from first to last."""
+    """Torchvision's weights under our names, background moved from first to last where there is one."""
     renamed = {}
     for name, tensor in state.items():
         for theirs, ours in KEYS.items():
@@ -125,16 +155,28 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise KeyError(name)
     for suffix in ("weight", "bias"):
-        logits = renamed[f"box_head.class_logits.{suffix}"]
-        renamed[f"box_head.class_logits.{suffix}"] = torch.cat([logits[1:], logits[:1]])
-        renamed[f"box_head.box_deltas.{suffix}"] = renamed[f"box_head.box_deltas.{suffix}"][4:]
+        logits = renamed.get(f"box_head.class_logits.{suffix}")
+        if logits is not None:
+            renamed[f"box_head.class_logits.{suffix}"] = torch.cat([logits[1:], logits[:1]])
+            renamed[f"box_head.box_deltas.{suffix}"] = renamed[f"box_head.box_deltas.{suffix}"][4:]
     return renamed
+
+
+def converted_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Torchvision's gradients under our names; 0 for what has none."""
+    parameters = dict(model.named_parameters())
+    gradients = {name: parameters[name].grad if name in parameters else None for name in model.state_dict()}
+    return converted(
+        {name: torch.zeros_like(model.state_dict()[name]) if g is None else g for name, g in gradients.items()}
+    )
 
 
 KEYS = {
     "backbone.body.": "backbone.body.",
     **{f"backbone.fpn.inner_blocks.{i}.0.": f"backbone.lateral.{i}." for i in range(4)},
     **{f"backbone.fpn.layer_blocks.{i}.0.": f"backbone.output.{i}." for i in range(4)},
+    "backbone.fpn.extra_blocks.p6.": "backbone.extra_output.0.",
+    "backbone.fpn.extra_blocks.p7.": "backbone.extra_output.1.",
     "rpn.head.conv.0.0.": "rpn.conv.",
     "rpn.head.cls_logits.": "rpn.objectness.",
     "rpn.head.bbox_pred.": "rpn.deltas.",
@@ -142,4 +184,8 @@ KEYS = {
     "roi_heads.box_head.fc7.": "box_head.fc2.",
     "roi_heads.box_predictor.cls_score.": "box_head.class_logits.",
     "roi_heads.box_predictor.bbox_pred.": "box_head.box_deltas.",
+    **{f"head.classification_head.conv.{i}.0.": f"head.class_convs.{2 * i}." for i in range(4)},
+    **{f"head.regression_head.conv.{i}.0.": f"head.box_convs.{2 * i}." for i in range(4)},
+    "head.classification_head.cls_logits.": "head.class_logits.",
+    "head.regression_head.bbox_reg.": "head.box_deltas.",
 }

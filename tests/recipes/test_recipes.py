@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,17 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    FasterRCNN,
+    fasterrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from boxwright.backbones.backbone import CAFFE, PYTORCH
-from boxwright.backbones.resnet import Bottleneck
+from boxwright.backbones.resnet import Bottleneck, FrozenBatchNorm2d
 from boxwright.detectors.detector import Detector
 from boxwright.recipes import built_in_recipes, find_recipe
 from boxwright.training.experiment import StepSchedule, arguments_of, build, from_json, to_json
@@ -39,22 +46,23 @@ def theirs(depth: int) -> FasterRCNN:
         return FasterRCNN(backbone, num_classes=91)
 
 
-def test_names_are_the_2018_toolbox_s_and_two_small_ones() -> None:
-    assert sorted(RECIPES) == sorted(
-        [
-            f"{family}_{rest}"
-            for family in ("rpn", "fast_rcnn", "faster_rcnn")
-            for rest in (
-                "r50_fpn_1x",
-                "r50_fpn_2x",
-                "r50_caffe_fpn_1x",
-                "r101_fpn_1x",
-                "r101_fpn_2x",
-                "r101_caffe_fpn_1x",
-                "r18_fpn_small",
-            )
-        ]
+BODIES = {"r50": (50, 1, 64), "r101": (101, 1, 64), "x101_32x4d": (101, 32, 4), "x101_64x4d": (101, 64, 4)}
+"""Depth, groups and width of a group, by the part of a recipe's name."""
+
+
+FAMILIES = ("rpn", "faster_rcnn", "mask_rcnn", "retinanet")
+
+
+def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
+    rests = (
+        *(f"{body}_fpn_{times}" for body in BODIES for times in ("1x", "2x")),
+        "r50_caffe_fpn_1x",
+        "r101_caffe_fpn_1x",
+        "r18_fpn_small",
     )
+    wanted = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
+    wanted += [f"fast_rcnn_{rest}" for rest in rests if "x101" not in rest]
+    assert sorted(RECIPES) == sorted([*wanted, "mask_rcnn_r18_fpn_dense"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -84,17 +92,21 @@ def test_is_what_its_name_says(name: str) -> None:
     experiment = RECIPES[name]()
     model = arguments_of(experiment.model)
     caffe = "_caffe_" in name
-    assert f"_r{model['backbone'].keywords['depth']}_" in name
+    backbone = arguments_of(model["backbone"])
     assert model["pixel_stats"] == (CAFFE if caffe else PYTORCH)
-    if name.endswith("_small"):
+    if "_r18_" in name:
+        assert backbone["depth"] == 18
         return
+    body = re.findall(r"_([rx]\d+(?:_\d+x\d+d)?)_", name)
+    assert (backbone["depth"], backbone["groups"], backbone["width_per_group"]) == BODIES[body[0]]
     block = built(name, 80).get_submodule("backbone.body.layer2.0")
     assert isinstance(block, Bottleneck)
     assert block.conv1.stride == ((2, 2) if caffe else (1, 1))
     times = 2 if name.endswith("_2x") else 1
     assert experiment.epochs == 12 * times
     assert experiment.schedule == StepSchedule(epochs=(8 * times, 11 * times))
-    assert (experiment.optimizer.lr, experiment.batch_size, experiment.clip_norm) == (0.02, 16, 35.0)
+    rate = 0.01 if name.startswith("retinanet") else 0.02
+    assert (experiment.optimizer.lr, experiment.batch_size, experiment.clip_norm) == (rate, 16, 35.0)
 
 
 @pytest.mark.parametrize("depth", [50, 101])
@@ -107,6 +119,31 @@ def test_faster_rcnn_has_torchvision_s_parameters(depth: int) -> None:
         module.weight.numel() * 2 for module in other.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)
     )
     assert num_parameters(ours) == num_parameters(other) + scales - background_deltas
+
+
+def test_retinanet_has_torchvision_s_parameters() -> None:
+    with torch.device("meta"):
+        other = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+        trained_statistics = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
+    ours = built("retinanet_r50_fpn_1x", 91)
+    assert num_parameters(ours.head) == num_parameters(other.head)
+    # Published with torchvision's weights, of 91 classes, where scale and bias of batch norm are buffers.
+    scales = sum(m.weight.numel() * 2 for m in ours.modules() if isinstance(m, FrozenBatchNorm2d))
+    from_c5 = (2048 - 256) * 256 * 9  # our P6 is made of C5, its of P5
+    assert num_parameters(ours) == 34_014_999 + scales + from_c5
+    # Its second one makes P6 of C5, too.
+    assert num_parameters(ours.backbone) == num_parameters(trained_statistics.backbone)
+
+
+def test_mask_rcnn_has_torchvision_s_parameters() -> None:
+    ours = built("mask_rcnn_r50_fpn_1x", 90)
+    with torch.device("meta"):
+        other = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    # torchvision's mask head also has logits for background, which we have not.
+    background_logits = 256 + 1
+    theirs_in_all = num_parameters(other.roi_heads.mask_head) + num_parameters(other.roi_heads.mask_predictor)
+    assert num_parameters(ours.mask_head) == theirs_in_all - background_logits
+    assert num_parameters(ours) - num_parameters(ours.mask_head) == num_parameters(built("faster_rcnn_r50_fpn_1x", 90))
 
 
 @pytest.mark.parametrize("depth", [50, 101])
@@ -131,7 +168,7 @@ def test_fast_rcnn_says_how_to_get_its_proposals() -> None:
 
 
 def test_small_ones_train_everything() -> None:
-    for name in ("rpn_r18_fpn_small", "fast_rcnn_r18_fpn_small", "faster_rcnn_r18_fpn_small"):
+    for name in (name for name in RECIPES if "_r18_" in name):
         assert all(parameter.requires_grad for parameter in built(name, 3).parameters())
 
 

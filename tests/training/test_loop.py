@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "adamw": tiny_experiment(
         optimizer=AdamW(lr=0.01), schedule=CosineSchedule(warmup_steps=3), accumulate=2, images_per_device=2, epochs=3
     ),
+    "multi-scale": tiny_experiment(scales=((24, 32), (100, 100)), scale_mode="range", epochs=3),
 }
 
 

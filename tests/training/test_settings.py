@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from boxwright.backbones.fpn import resnet_fpn
 from boxwright.data.augment import Photometric
 from boxwright.data.buckets import Resize
 from boxwright.detectors.rcnn import faster_rcnn
-from boxwright.training.experiment import AdamW, Experiment, arguments_of, to_json
+from boxwright.training.experiment import AdamW, Experiment, arguments_of, from_json, to_json
 from boxwright.training.settings import describe, with_settings
 
 EXPERIMENT = Experiment(model=partial(faster_rcnn, backbone=partial(resnet_fpn, depth=50)))
@@ -39,6 +40,10 @@ def value_at(experiment: Experiment, name: str) -> object:
         ("precision=bfloat16", "bfloat16"),
         ("scale_jitter=0.5,2", (0.5, 2.0)),
         ("scale_jitter=none", None),
+        ("scales=(640,1333),(800,1333)", ((640, 1333), (800, 1333))),
+        ("scales=((640, 1333), (800, 1333),)", ((640, 1333), (800, 1333))),
+        ("scales=(640,1333)", ((640, 1333),)),
+        ("scales=none", None),
         ("optimizer=AdamW", AdamW()),
         ("photometric=Photometric", Photometric()),
         ("model.backbone.depth=101", 101),
@@ -71,6 +76,17 @@ def _leaves(page: object, name: str = "") -> dict[str, object]:
     return leaves
 
 
+def test_what_is_shown_can_be_set() -> None:
+    scaled = with_settings(EXPERIMENT, ["scales=(640,1333),(800,1333)", "scale_mode=range"])
+    assert (shown := [line for line in describe(scaled).splitlines() if line.startswith("scale")]) == [
+        "scales = (640,1333),(800,1333)",
+        "scale_mode = range",
+        "scale_jitter = none",
+    ]
+    assert with_settings(EXPERIMENT, [line.replace(" ", "") for line in shown]) == scaled
+    assert from_json(json.loads(json.dumps(to_json(scaled)))).scales == ((640, 1333), (800, 1333))
+
+
 def test_settings_apply_together() -> None:
     # One after the other would pass through a resize whose short side is longer than its long side.
     assert with_settings(EXPERIMENT, ["resize.short=1500", "resize.long=2500"]).resize == Resize(1500, 2500)
@@ -86,6 +102,14 @@ def test_settings_apply_together() -> None:
         ("model.backbone.dept=18", "model.backbone has no 'dept'; did you mean 'depth'"),
         ("model.rpn.nms_iuo=0.5", "model.rpn has no 'nms_iuo'; did you mean 'nms_iou'"),
         ("epochs=1.5", "epochs=1.5: '1.5' is not a whole number"),
+        (
+            "scales=640,1333",
+            "is not groups in parentheses, each of 2 values with commas between, each a whole number or none",
+        ),
+        ("scales=(640,1333),800", "is not groups in parentheses"),
+        ("scales=(640,1333,2)", "is not groups in parentheses"),
+        ("scales=(1333,640)", "give 1 <= short <= long"),
+        ("scale_mode=value", "'value' is not 'list' or 'range'"),
         ("optimizer.lr=fast", "'fast' is not a number"),
         ("optimizer.lr=nan", "'nan' is not a number"),
         ("clip_norm=", "'' is not a number or none"),

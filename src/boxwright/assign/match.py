@@ -15,8 +15,10 @@ from boxwright.structures import Targets
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
-# How many IoUs exist at a time. On the CPU a piece should stay in the cache; elsewhere it only bounds memory.
-CPU_PIECE, PIECE = 2**18, 2**24
+# How many IoUs exist at a time. On the CPU a tile should stay in the cache; elsewhere it only bounds memory.
+CPU_TILE, TILE = 2**17, 2**24
+# Objects of a tile: few, so that rows of candidates stay long and fast where an image holds thousands.
+TILE_OBJECTS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,42 +68,134 @@ def match(
     """
     real = targets.valid[..., None]
     objects = torch.where(real, targets.boxes, torch.zeros_like(targets.boxes))
-    crowd = (targets.valid & targets.crowd).to(objects.dtype)[..., None]
+    crowd = (targets.valid & targets.crowd).to(objects.dtype)
     candidates = candidates if candidates.ndim == 3 else candidates[None]
     # Clamped, so that two boxes without area have an IoU of 0 instead of 0 / 0.
     areas = area(candidates, plus_one).clamp(min=torch.finfo(candidates.dtype).tiny)
     # What may not match has an infinite area here, and therefore an IoU of exactly 0: cheaper than masking every IoU.
-    object_areas = area(objects, plus_one)[..., None].masked_fill(~real | targets.crowd[..., None], torch.inf)
+    object_areas = area(objects, plus_one).masked_fill(~targets.valid | targets.crowd, torch.inf)
     if candidates_valid is not None:
         areas = torch.where(candidates_valid, areas, torch.inf)
         candidates = torch.where(candidates_valid[..., None], candidates, torch.zeros_like(candidates))
 
-    def overlaps(boxes: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
-        shared = intersection(objects, boxes, plus_one)
-        return shared, shared / (object_areas + areas[:, None] - shared)
-
-    num_slots = objects.shape[0] * objects.shape[1]
-    length = max(1, (CPU_PIECE if candidates.device.type == "cpu" else PIECE) // num_slots)
-    pieces = list(zip(candidates.split(length, 1), areas.split(length, 1), strict=True))
-    slot_order = torch.arange(objects.shape[1], 0, -1, device=objects.device, dtype=objects.dtype)[:, None]
-    best, matched, best_of_object, in_crowd = [], [], [], []
-    for piece in pieces:
-        shared, iou = overlaps(*piece)
-        best.append(iou.amax(1))
-        # The first slot that holds the maximum; max(1) would say the same three times slower on the CPU.
-        first = torch.where(iou == best[-1][:, None], slot_order, 0.0).amax(1)
-        matched.append(objects.shape[1] - first.to(torch.int64))
-        in_crowd.append((shared * crowd).amax(1) >= crowd_ioa * piece[1])
-        best_of_object.append(iou.amax(2))
-    best_iou = torch.cat(best, 1)
-    positive = best_iou >= positive_iou
-    if low_quality is not None:
-        # Best over all pieces, hence a second pass over them.
-        goal = torch.stack(best_of_object).amax(0)[..., None]
-        goal = torch.where((goal > 0) & (goal >= low_quality), goal, torch.inf)
-        positive = positive | torch.cat([(overlaps(*piece)[1] - goal).amax(1) >= 0 for piece in pieces], 1)
-    negative = (best_iou < negative_iou) & ~torch.cat(in_crowd, 1)
+    arguments = (candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality)
+    if candidates.device.type == "cpu":
+        best_iou, matched, in_crowd, best_of_object = compare_on_cpu(*arguments)
+    else:
+        best_iou, matched, in_crowd, best_of_object = compare(*arguments, TILE)
+    positive = (best_iou >= positive_iou) | best_of_object
+    negative = (best_iou < negative_iou) & ~in_crowd
     if candidates_valid is not None:
         negative = negative & candidates_valid
     labels = torch.where(positive, POSITIVE, torch.where(negative, NEGATIVE, IGNORED))
-    return Matches(labels=labels, matched=torch.where(positive, torch.cat(matched, 1), 0))
+    return Matches(labels=labels, matched=torch.where(positive, matched, 0))
+
+
+def compare(
+    candidates: Tensor,
+    areas: Tensor,
+    objects: Tensor,
+    object_areas: Tensor,
+    crowd: Tensor,
+    plus_one: float,
+    crowd_ioa: float,
+    low_quality: float | None,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `match` needs to know of all pairs, tile by tile, so that they never exist at once.
+
+    Args:
+        candidates: [B or 1, N, 4] finite xyxy.
+        areas: [B or 1, N], infinite for candidates that match nothing.
+        objects: [B, G, 4] finite xyxy.
+        object_areas: [B, G], infinite for objects that match nothing.
+        crowd: [B, G] 1 for crowd regions, else 0.
+        plus_one: as in `match`.
+        crowd_ioa: as in `match`.
+        low_quality: as in `match`.
+        tile: IoUs that exist at a time.
+
+    Returns:
+        best_iou: [B, N] each candidate's highest IoU with an object.
+        matched: [B, N] int64, the first object that has it.
+        in_crowd: [B, N] bool, whether a crowd region holds the candidate.
+        best_of_object: [B, N] bool, whether some object's best candidate it is; False without `low_quality`.
+    """
+    num_images, num_objects = objects.shape[:2]
+    width = min(num_objects, TILE_OBJECTS)
+    length = max(1, tile // (num_images * width))
+    rows = list(zip(*(t.split(width, 1) for t in (objects, object_areas, crowd)), strict=True))
+    columns = list(zip(candidates.split(length, 1), areas.split(length, 1), strict=True))
+    slot_order = torch.arange(width, 0, -1, device=objects.device, dtype=objects.dtype)[:, None]
+    goals: list[Tensor] = []
+    summaries = []
+    for boxes, box_areas in columns:
+        summary: tuple[Tensor, Tensor, Tensor] | None = None
+        for row, (members, member_areas, member_crowd) in enumerate(rows):
+            shared = intersection(members, boxes, plus_one)
+            iou = shared / (member_areas[..., None] + box_areas[:, None] - shared)
+            best = iou.amax(1)
+            # The first slot that holds the maximum; max(1) would say the same three times slower on the CPU.
+            first = torch.where(iou == best[:, None], slot_order[: iou.shape[1]], 0.0).amax(1)
+            first = row * width + (width - first).to(torch.int64)
+            in_crowd = (shared * member_crowd[..., None]).amax(1) >= crowd_ioa * box_areas
+            if summary is not None:
+                higher = best > summary[0]
+                best, first = torch.where(higher, best, summary[0]), torch.where(higher, first, summary[1])
+                in_crowd = in_crowd | summary[2]
+            summary = best, first, in_crowd
+            if low_quality is not None:
+                own = iou.amax(2)
+                if row < len(goals):
+                    goals[row] = torch.maximum(goals[row], own)
+                else:
+                    goals.append(own)
+        assert summary is not None
+        summaries.append(summary)
+    best_iou, matched, held = (torch.cat(pieces, 1) for pieces in zip(*summaries, strict=True))
+    if low_quality is None:
+        return best_iou, matched, held, torch.zeros_like(held)
+    goals = [torch.where((goal > 0) & (goal >= low_quality), goal, torch.inf) for goal in goals]
+    # What an object's best is was only known after all tiles, hence a second pass over them.
+    best_of_object = []
+    for boxes, box_areas in columns:
+        reached = None
+        for (members, member_areas, _), goal in zip(rows, goals, strict=True):
+            shared = intersection(members, boxes, plus_one)
+            iou = shared / (member_areas[..., None] + box_areas[:, None] - shared)
+            here = (iou - goal[..., None]).amax(1) >= 0
+            reached = here if reached is None else reached | here
+        assert reached is not None
+        best_of_object.append(reached)
+    return best_iou, matched, held, torch.cat(best_of_object, 1)
+
+
+@torch.library.custom_op("boxwright::match", mutates_args=(), device_types="cpu")
+def compare_on_cpu(
+    candidates: Tensor,
+    areas: Tensor,
+    objects: Tensor,
+    object_areas: Tensor,
+    crowd: Tensor,
+    plus_one: float,
+    crowd_ioa: float,
+    low_quality: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`compare` as one opaque operator, or a graph for the CPU would hold each of its many small tiles."""
+    return compare(candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality, CPU_TILE)
+
+
+@compare_on_cpu.register_fake
+def _(
+    candidates: Tensor,
+    areas: Tensor,
+    objects: Tensor,
+    object_areas: Tensor,
+    crowd: Tensor,
+    plus_one: float,
+    crowd_ioa: float,
+    low_quality: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = objects.shape[0], candidates.shape[1]
+    flags = crowd.new_empty(shape, dtype=torch.bool)
+    return areas.new_empty(shape), crowd.new_empty(shape, dtype=torch.int64), flags, torch.empty_like(flags)

@@ -17,8 +17,12 @@ app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=Tru
 
 @app.command()
 def check(
-    folder: Annotated[Path | None, typer.Argument(help="A folder in one of the usual COCO layouts.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="A COCO JSON file, instead of a folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A folder in one of the usual COCO layouts, or in VOC's.")
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="A COCO JSON file, or a VOC list of images, instead of a folder.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that its file names start from.")] = None,
 ) -> None:
     """List everything that is wrong with a data set, and how to mend it; exit status 1 if anything is.

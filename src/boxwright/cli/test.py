@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from boxwright.data.dataset import Category
     from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
 
 
 def measure(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a weights file.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
-    annotations: Annotated[Path | None, typer.Option(help="A COCO file to test on, in place of --data.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     proposals: Annotated[
         Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
@@ -31,6 +37,12 @@ def measure(
         int,
         typer.Option(min=11, help="Detections that count for each image and class; COCO's own numbers are for 100."),
     ] = 100,
+    metric: Annotated[
+        Literal["coco", "voc07", "voc12"],
+        typer.Option(
+            help="COCO's AP, or Pascal VOC's at IoU 0.5: of eleven points (voc07) or the area under the curve (voc12)."
+        ),
+    ] = "coco",
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
@@ -39,7 +51,7 @@ def measure(
 
     Start it by torchrun to share the images out over several devices.
     """
-    from boxwright.cli.console import ImageProgress
+    from boxwright.cli.console import ImageProgress, print_numbers
     from boxwright.data.coco import CocoDataset
     from boxwright.data.layout import Split, find_layout
     from boxwright.data.loader import EvaluationLoader
@@ -48,6 +60,7 @@ def measure(
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
     from boxwright.evaluation.results import match_categories, write_results
+    from boxwright.evaluation.voc import voc_metrics
     from boxwright.predictor import load, weights_file
     from boxwright.report.html import write_report
     from boxwright.training.distributed import process_group, rank, world_size
@@ -70,6 +83,8 @@ def measure(
         given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
+        if is_proposals and metric != "coco":
+            raise ValueError(f"--metric {metric}: {model} only proposes boxes, which are measured by their recall")
         if not is_proposals:  # before the work rather than after it
             match_categories(predictor.categories, dataset.categories)
         loader = EvaluationLoader(
@@ -103,29 +118,41 @@ def measure(
         if "step" in predictor.metadata:
             facts["step"] = f"{predictor.metadata['step']:,}"
         run = weights_file(model).parent
-        report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts)
-        _print_metrics(metrics)
+        voc = voc_metrics(dataset, results, interpolation=metric) if metric != "coco" else None
+        report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts, voc=voc)
+        if voc is not None:
+            _print_classes(voc.categories, voc.num_objects, ("AP",), voc.per_class[:, None])
+            print_numbers({f"mAP of {metric}": voc.mean})
+        else:
+            _print_metrics(metrics)
         typer.echo(f"{out / 'results.json'}\n{report}")
 
 
 def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     """The numbers, and a row a class."""
-    from rich.console import Console
-    from rich.table import Table
-
     from boxwright.cli.console import print_numbers
     from boxwright.evaluation.coco import CLASS_COLUMNS
-    from boxwright.report.html import percent
 
-    console = Console()
     if isinstance(metrics, dict):
         print_numbers(metrics)
         return
+    _print_classes(metrics.categories, metrics.num_objects, CLASS_COLUMNS, metrics.per_class)
+    print_numbers(metrics.summary)
+
+
+def _print_classes(
+    categories: Sequence[Category], num_objects: np.ndarray, columns: Sequence[str], per_class: np.ndarray
+) -> None:
+    """A row a class: its name, its number of objects and its numbers [C, columns]."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from boxwright.report.html import percent
+
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("class")
-    for name in ("objects", *CLASS_COLUMNS):
+    for name in ("objects", *columns):
         table.add_column(name, justify="right")
-    for category, count, values in zip(metrics.categories, metrics.num_objects, metrics.per_class, strict=True):
+    for category, count, values in zip(categories, num_objects, per_class, strict=True):
         table.add_row(category.name, str(count), *map(percent, values))
-    console.print(table)
-    print_numbers(metrics.summary)
+    Console().print(table)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from boxwright.data.coco import CocoDataset
+    from boxwright.data.dataset import Dataset
     from boxwright.data.layout import Split
     from boxwright.data.proposals import ProposalFile
     from boxwright.detectors.detector import Detector
@@ -26,8 +27,11 @@ def train(
         str, typer.Argument(help="A built-in one, such as faster_rcnn_r50_fpn_1x, or package.module:function.")
     ],
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a COCO-style data set: its train split is learnt from, val evaluated."),
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a COCO- or VOC-style data set: its train split is learnt from, val evaluated. May be "
+            "repeated: all train splits are learnt from together, the first val split is evaluated."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -59,9 +63,13 @@ def train(
         typer.Option(min=0, help="Processes that read images, for each device.", show_default="one a core, at most 8"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
-    train_annotations: Annotated[Path | None, typer.Option(help="COCO file to learn from, in place of --data.")] = None,
+    train_annotations: Annotated[
+        Path | None, typer.Option(help="COCO file, or VOC list of images, to learn from, in place of --data.")
+    ] = None,
     train_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
-    val_annotations: Annotated[Path | None, typer.Option(help="COCO file to evaluate on, in place of --data.")] = None,
+    val_annotations: Annotated[
+        Path | None, typer.Option(help="COCO file, or VOC list of images, to evaluate on, in place of --data.")
+    ] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between log lines.", show_default="50, or fewer in a short run")
@@ -78,6 +86,7 @@ def train(
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
     from boxwright.data.coco import CocoDataset
+    from boxwright.data.concat import ConcatDataset
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
@@ -94,20 +103,22 @@ def train(
     if show:
         typer.echo(describe(experiment))
         return
-    splits = _splits(data, (train_annotations, train_images), (val_annotations, val_images))
+    train_splits, val_splits = _splits(data or [], (train_annotations, train_images), (val_annotations, val_images))
     out = out or Path("runs") / recipe.rpartition(":")[2]
     num_workers = _spare_cores() if workers is None else workers
     with process_group(device) as place:
-        for name in ("train", "val"):
-            if name in splits:
-                say(f"{name}: {splits[name].annotations}, images in {splits[name].images}")
-        dataset = CocoDataset(*splits["train"])
-        val = CocoDataset(*splits["val"]) if "val" in splits else None
-        for what, count in dataset.dropped.items():
-            say(f"{splits['train'].annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
-        num_objects = dataset.index.object_offsets[dataset.rows + 1] - dataset.index.object_offsets[dataset.rows]
-        empty = int((num_objects == 0).sum())
-        objects = f"{num_objects.sum():,} objects on {len(dataset):,} images"
+        for name, split in [*(("train", split) for split in train_splits), *(("val", split) for split in val_splits)]:
+            say(f"{name}: {split.annotations}, images in {split.images}")
+        parts = [CocoDataset(*split) for split in train_splits]
+        dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        val = CocoDataset(*val_splits[0]) if val_splits else None
+        for part in parts:
+            for what, count in part.dropped.items():
+                say(f"{part.annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
+        offsets = [(part.index.object_offsets[part.rows], part.index.object_offsets[part.rows + 1]) for part in parts]
+        num_objects = sum(int((last - first).sum()) for first, last in offsets)
+        empty = sum(int((first == last).sum()) for first, last in offsets)
+        objects = f"{num_objects:,} objects on {len(dataset):,} images"
         say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
         limit, val_file = experiment.given_proposals, val_proposals or proposals
         given = open_proposals(proposals, dataset.image_ids, split="train", limit=limit) if proposals else None
@@ -148,7 +159,7 @@ class Validation:
     def __init__(
         self,
         experiment: Experiment,
-        dataset: CocoDataset,
+        dataset: Dataset,
         val: CocoDataset,
         num_workers: int,
         proposals: ProposalFile | None = None,
@@ -213,22 +224,24 @@ class Validation:
 
 
 def _splits(
-    data: Path | None, train: tuple[Path | None, Path | None], val: tuple[Path | None, Path | None]
-) -> dict[str, Split]:
-    """The data set's splits, those named one by one before those that are found."""
+    folders: list[Path], train: tuple[Path | None, Path | None], val: tuple[Path | None, Path | None]
+) -> tuple[list[Split], list[Split]]:
+    """What is learnt from, and the split to evaluate on if any; those named one by one before those that are found."""
     from boxwright.data.layout import Split, find_layout
 
-    splits = find_layout(data) if data is not None else {}
+    layouts = [find_layout(folder) for folder in folders]
+    found = {name: [layout[name] for layout in layouts if name in layout] for name in ("train", "val")}
     for name, given in {"train": train, "val": val}.items():
         annotation_file, images = given
         if (annotation_file is None) != (images is None):
             raise ValueError(f"give --{name}-annotations and --{name}-images together")
         if annotation_file is not None and images is not None:
-            splits[name] = Split(annotation_file, images)
-    if "train" not in splits:
-        where = f"{data} has no train split" if data is not None else "there is no data set"
+            found[name] = [Split(annotation_file, images)]
+    lacking = [str(folder) for folder, layout in zip(folders, layouts, strict=True) if "train" not in layout]
+    if train == (None, None) and (lacking or not folders):
+        where = f"{lacking[0]} has no train split" if lacking else "there is no data set"
         raise ValueError(f"{where}: give --data FOLDER, or --train-annotations FILE and --train-images FOLDER")
-    return splits
+    return found["train"], found["val"][:1]
 
 
 def _spare_cores() -> int:

@@ -5,7 +5,9 @@ Sizes and canvases are (height, width) throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +15,14 @@ STRIDE = 32
 """Canvas sides are multiples of this, the stride of the coarsest feature map that a detector halves its way down to."""
 
 Canvas = tuple[int, int]
+
+Canvases = tuple[Canvas, ...]
+"""The canvases of one bucket, one for each scale."""
+
+ScaleMode = Literal["list", "range"]
+
+# Where a range of short sides is cut into scales with canvases of their own.
+_CUT = 2 * STRIDE
 
 # Cameras make 4:3 and 3:2 pictures; what is longer shares the longest canvas.
 _ASPECTS = (4 / 3, 3 / 2)
@@ -50,6 +60,54 @@ class Resize:
         return int(resized[0]), int(resized[1])
 
 
+@dataclass(frozen=True)
+class Scale:
+    """The sizes from one to another, of which each picture draws its own; one size where both are the same."""
+
+    low: Resize
+    """The smallest."""
+    high: Resize
+    """The largest, whose canvases hold all others."""
+
+    def draw(self, seed: int) -> Resize:
+        """The size of a picture, by its 63-bit seed: every whole short side is as likely as any other."""
+        count = self.high.short - self.low.short + 1
+        return self.at(self.low.short + (seed * count >> 63))
+
+    def at(self, short: int) -> Resize:
+        """The size with a given short side; the long limit rises with it from end to end."""
+        way = (short - self.low.short) / max(self.high.short - self.low.short, 1)
+        return Resize(short, round(self.low.long + way * (self.high.long - self.low.long)))
+
+
+def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode) -> list[Scale]:
+    """What a step draws from, so that each has canvases of its own.
+
+    Args:
+        sizes: (short, long) each.
+        mode: "list" takes each of the sizes for itself. "range" takes all sizes between two, cut where the short side
+            passes a multiple of 64. One canvas for the whole range would waste more: of the area that COCO's pictures
+            are padded to at short sides of 640 to 800, 1.27 times their own, against 1.14 with these cuts, 1.09 with
+            cuts at 32 (and 30 canvases rather than 18) and 1.04 at 800 alone.
+
+    Raises:
+        ValueError: a size is not 1 <= short <= long, or a range has not two ends that rise.
+    """
+    ends = [Resize(short, long) for short, long in sizes]
+    if mode == "list":
+        if not ends:
+            raise ValueError("scales hold no size: give (short, long) of at least one, or none")
+        return [Scale(size, size) for size in ends]
+    if len(ends) != 2 or ends[0].short >= ends[1].short or ends[0].long > ends[1].long:
+        raise ValueError(
+            f"scales={tuple(sizes)} are no range: give two, the smaller first, such as ((640, 1333), (800, 1333))"
+        )
+    whole = Scale(*ends)
+    cuts = [*range(whole.low.short // _CUT * _CUT + _CUT, whole.high.short, _CUT), whole.high.short]
+    starts = [whole.low.short, *(cut + 1 for cut in cuts[:-1])]
+    return [Scale(whole.at(start), whole.at(cut)) for start, cut in zip(starts, cuts, strict=True)]
+
+
 def round_up(side: int) -> int:
     """The smallest multiple of the stride that holds a side."""
     return -(-side // STRIDE) * STRIDE
@@ -72,9 +130,9 @@ def buckets_for(resize: Resize, original_sizes: np.ndarray | None = None) -> lis
     return [canvas for length in sorted(lengths) for canvas in dict.fromkeys(((short, length), (length, short)))]
 
 
-def holds(canvas: Canvas, other: Canvas) -> bool:
-    """Whether everything that fits `other` fits `canvas`."""
-    return canvas[0] >= other[0] and canvas[1] >= other[1]
+def holds(canvases: Canvases, others: Canvases) -> bool:
+    """Whether everything that fits `others` fits `canvases`, at each scale."""
+    return all(one[0] >= two[0] and one[1] >= two[1] for one, two in zip(canvases, others, strict=True))
 
 
 def assign_buckets(sizes: np.ndarray, canvases: list[Canvas]) -> np.ndarray:
@@ -90,3 +148,22 @@ def assign_buckets(sizes: np.ndarray, canvases: list[Canvas]) -> np.ndarray:
     fits = (sizes[:, None, :] <= np.array(canvases)[None, :, :]).all(-1)
     assert fits.any(-1).all(), "the buckets of a resize hold every picture it makes"
     return fits.argmax(-1)
+
+
+def plan_buckets(scales: Sequence[Scale], original_sizes: np.ndarray) -> tuple[np.ndarray, list[Canvases]]:
+    """Buckets whose pictures share a canvas at every scale, so that what makes up a batch does not depend on its scale.
+
+    Args:
+        scales: what a step draws from.
+        original_sizes: [N, 2] (height, width) of the pictures in their files.
+
+    Returns:
+        int64 [N], each picture's bucket, and the buckets' canvases [K], one for each scale.
+    """
+    canvases = [buckets_for(scale.high, original_sizes) for scale in scales]
+    homes = [
+        assign_buckets(scale.high.sizes(original_sizes), each) for scale, each in zip(scales, canvases, strict=True)
+    ]
+    combinations, buckets = np.unique(np.stack(homes, axis=1), axis=0, return_inverse=True)
+    planned = [tuple(each[k] for each, k in zip(canvases, row, strict=True)) for row in combinations.tolist()]
+    return buckets.reshape(-1), planned

@@ -1,4 +1,4 @@
-"""A COCO annotation file and a folder of pictures as a data set."""
+"""COCO or Pascal VOC annotations and a folder of pictures as a data set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MIN_SIDE_2018 = 32
 
 
 class CocoDataset:
-    """Pictures with their objects from a COCO annotation file.
+    """Pictures with their objects from a COCO annotation file, or from the XML files that a VOC split lists.
 
     Holds memory maps and pickles as paths, so that workers share one copy of the annotations.
     """
@@ -34,7 +34,7 @@ class CocoDataset:
         """Open a data set; `CocoDataset(*find_layout(folder)["train"])` opens what a folder holds.
 
         Args:
-            annotations: The COCO JSON file.
+            annotations: The COCO JSON file, or VOC's `ImageSets/Main/SPLIT.txt`.
             images: The folder that its file names start from.
             keep_empty: Whether images without objects are kept, to be learnt from as background. False leaves them out,
                 and images with a side under 32 pixels, like the 2018 toolbox.
@@ -43,8 +43,8 @@ class CocoDataset:
 
         Raises:
             FaultyDataError: Something would corrupt training, or images are missing; lists it.
-            OSError: The annotation file cannot be read.
-            ValueError: There is no such image folder.
+            OSError: An annotation file cannot be read.
+            ValueError: There is no such image folder, or none with VOC's XML files.
         """
         self.annotations = Path(annotations)
         self.images = Path(images)
@@ -72,6 +72,12 @@ class CocoDataset:
         if not len(self.rows):
             raise ValueError(f"{self.annotations}: no image is left once those without objects are left out")
         self.max_objects = int(num_objects[self.rows].max())
+        of_kept = np.repeat(kept, num_objects)
+        has_mask = self.index.has_mask[of_kept]
+        self.num_masks = int(has_mask.sum())
+        """Objects with a mask."""
+        self.num_without_mask = int((~has_mask & ~self.index.crowd[of_kept]).sum())
+        """Objects, crowd regions not counted, of which only the box is known."""
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -116,6 +122,7 @@ class CocoDataset:
             labels=self.index.labels[objects].astype(np.int64),
             crowd=np.array(self.index.crowd[objects]),
             object_ids=np.arange(objects.start, objects.stop),
+            masks=[self.index.mask(row) for row in range(objects.start, objects.stop)],
         )
 
     def _too_large(self) -> list[Fault]:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_json import RLE, Columns, read_columns
-from boxwright.data.dataset import Category
+from boxwright.data import voc
+from boxwright.data.coco_json import RLE, Columns, read_json
+from boxwright.data.dataset import Category, Mask
 from boxwright.data.fault import Fault, FaultyDataError
 
 # Part of every cache key: raise it when the arrays or what is accepted change.
@@ -107,6 +108,16 @@ class CocoIndex:
         start, end = self.rle_ranges[object_row]
         return self.rle_bytes[start:end].tobytes()
 
+    def mask(self, object_row: int) -> Mask:
+        """An object's mask, or None where it has none."""
+        return self.rle(object_row) or self.polygons(object_row) or None
+
+    @property
+    def has_mask(self) -> NDArray[np.bool_]:
+        """[M] bool, the objects that have a mask; what crowd regions have is none to learn."""
+        lengths = np.diff(self.polygon_ranges)[:, 0] + np.diff(self.rle_ranges)[:, 0]
+        return (lengths > 0) & ~self.crowd
+
 
 _ARRAYS = [field.name for field in fields(CocoIndex) if field.name not in ("folder", "categories", "dropped")]
 
@@ -123,10 +134,10 @@ class Reading:
 
 
 def read_index(annotations: Path, cache_dir: Path | None = None) -> CocoIndex:
-    """The index of a COCO annotation file, from the cache where it was read before.
+    """The index of a split, from the cache where it was read before.
 
     Args:
-        annotations: The JSON file.
+        annotations: COCO's JSON file, or the list of a VOC split's pictures (see `voc`).
         cache_dir: Where indexes are kept, by the hash of what they were read from. By default `BOXWRIGHT_CACHE`, else
             the user's cache folder, else (when that cannot be written) the temporary folder.
 
@@ -177,6 +188,16 @@ def read_annotations(annotations: Path) -> Reading:
     return _Checker(str(annotations), columns, faults).run()
 
 
+def read_columns(annotations: Path) -> tuple[Columns, list[Fault]]:
+    """What is well-typed in a split's annotations, in either format, and the faults of the rest.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: VOC's folders are not where they belong.
+    """
+    return voc.read_image_set(annotations) if voc.is_image_set(annotations) else read_json(annotations)
+
+
 def _open_if_whole(folder: Path) -> CocoIndex | None:
     try:
         return open_index(folder)
@@ -195,6 +216,11 @@ def content_hash(path: Path) -> str:
     """What a file holds, in 32 letters."""
     # Half a second for COCO's 448 MB, so that no stale index is ever taken for a file that was edited.
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    if voc.is_image_set(path):
+        for source in voc.source_files(path):
+            content = source.read_bytes()
+            digest.update(f"{source.name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
+        return digest.hexdigest()[:32]
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -297,6 +323,12 @@ class _Checker:
     def _add(self, place: str, what: str, mend: str, severity: Any = "error") -> None:
         self.faults.append(Fault(self.file, place, what, mend, severity))
 
+    def _blame(self, row: int, what: str, mend: str, severity: Any = "error") -> None:
+        """Add a fault of an annotation."""
+        places = self.columns.places
+        file, place = places[row] if places else (self.file, self._annotation(row))
+        self.faults.append(Fault(file, place, what, mend, severity))
+
     def _annotation(self, row: int) -> str:
         return f"annotation {self.columns.annotation_ids[row]} (image {self.columns.annotation_images[row]})"
 
@@ -346,6 +378,7 @@ class _Checker:
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Xyxy cut to the image, and whether anything with an area is left."""
         bboxes = np.where(sound[:, None], np.asarray(self.columns.bboxes).reshape(-1, 4), 0)
+        stated = np.asarray(self.columns.stated_boxes or self.columns.bboxes).reshape(-1, 4)
         limits = np.zeros((len(bboxes), 2))
         limits[sound] = sizes[images[sound], ::-1]
         with np.errstate(over="ignore"):  # a corner at infinity is beyond the image like any other
@@ -362,13 +395,13 @@ class _Checker:
         ]
         for chosen, key, what, severity in kinds:
             for row in np.flatnonzero(chosen).tolist():
-                box = ", ".join(f"{value:g}" for value in bboxes[row])
+                box = ", ".join(f"{value:g}" for value in stated[row])
                 width, height = limits[row]
                 done = "training cuts it" if severity == "clipped" else "training leaves it out"
-                self._add(
-                    self._annotation(row),
+                self._blame(
+                    row,
                     f"its box [{box}] {what} of {width:g} x {height:g} pixels",
-                    f"bbox is [x, y, width, height] in pixels: correct it; {done}",
+                    f"{self.columns.box_form}: correct it; {done}",
                     severity,
                 )
             if chosen.any():

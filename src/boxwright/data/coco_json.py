@@ -48,7 +48,9 @@ class _Rle(Struct):
     counts: str | list[_Run]
 
 
-class _Annotation(Struct):
+class Annotation(Struct):
+    """One object as COCO has it."""
+
     id: _Id
     image_id: _Id
     category_id: _Id
@@ -113,9 +115,15 @@ class Columns:
     """Ids of images that are there but not well-typed: the annotations that name them are not to blame."""
     refused_categories: set[int] = field(default_factory=set)
     """Likewise of categories."""
+    places: list[tuple[str, str]] = field(default_factory=list)
+    """File and object that faults of each annotation name; empty where that is the annotation file and the id."""
+    stated_boxes: array[float] = field(default_factory=_reals)
+    """Four numbers for each annotation as its format has them, for messages; empty where those are `bboxes`."""
+    box_form: str = "bbox is [x, y, width, height] in pixels"
+    """How the format writes a box."""
 
 
-def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
+def read_json(path: Path) -> tuple[Columns, list[Fault]]:
     """All entries of an annotation file that have the right types, and a fault for each that has not.
 
     Raises:
@@ -144,8 +152,8 @@ def read_columns(path: Path) -> tuple[Columns, list[Fault]]:
             continue
         columns.category_ids.append(category.id)
         columns.category_names.append(category.name)
-    for annotation in _entries(path, "annotation", file.annotations, _Annotation, faults, set()):
-        _add_annotation(columns, annotation, str(path), faults)
+    for annotation in _entries(path, "annotation", file.annotations, Annotation, faults, set()):
+        add_annotation(columns, annotation, str(path), faults)
     return columns, faults
 
 
@@ -246,7 +254,15 @@ def _mend(told: str) -> str:
     return "write it as the COCO format has it"
 
 
-def _add_annotation(columns: Columns, annotation: _Annotation, file: str, faults: list[Fault]) -> None:
+def add_annotation(columns: Columns, annotation: Annotation, file: str, faults: list[Fault]) -> None:
+    """Append an object, and the faults of its mask.
+
+    Args:
+        columns: What it is appended to.
+        annotation: The object.
+        file: Where it is from, for faults.
+        faults: What its faults are appended to.
+    """
     columns.annotation_ids.append(annotation.id)
     columns.annotation_images.append(annotation.image_id)
     columns.annotation_categories.append(annotation.category_id)

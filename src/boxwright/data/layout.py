@@ -14,7 +14,7 @@ class Split(NamedTuple):
     """One part of a data set."""
 
     annotations: Path
-    """The COCO JSON file."""
+    """The COCO JSON file, or the list of a VOC split's pictures."""
     images: Path
     """The folder that its file names start from."""
 
@@ -38,6 +38,8 @@ _SINGLE = (
     "annotations.json",
     "instances.json",
 )
+# Where none of these is there. VOC's `trainval` overlaps the splits beside it: it is taken only where it stands alone.
+_VOC_LISTS = "ImageSets/Main/SPLIT.txt"
 _IMAGES = ("SPLIT", "images/SPLIT", "SPLIT/images", "images", "JPEGImages", ".")
 
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -45,10 +47,11 @@ _NUM_PROBES = 20
 
 
 def find_layout(folder: Path) -> dict[str, Split]:
-    """The splits of the COCO data set in a folder: of "train", "val" and "test" those that are there.
+    """The splits of the COCO or VOC data set in a folder: of "train", "val" and "test" those that are there.
 
     Annotation files may lie under `annotations/`, in the folder itself, or beside the images; images in a folder named
-    like the split, under `images/`, in `JPEGImages/`, or beside the annotation file.
+    like the split, under `images/`, in `JPEGImages/`, or beside the annotation file. Where there are none, VOC's lists
+    `ImageSets/Main/SPLIT.txt` are taken, with pictures in `JPEGImages/` (`voc` says what else belongs to them).
 
     Raises:
         ValueError: There is no such folder, nothing is recognised (the message says what was looked for), or several
@@ -67,11 +70,13 @@ def find_layout(folder: Path) -> dict[str, Split]:
         raise _ambiguous(folder, [path.relative_to(folder).as_posix() for path in single], "train")
     if not layout and single:
         layout["train"] = Split(single[0], _find_images(folder, single[0], "train"))
+    layout = layout or _find_voc(folder)
     if not layout:
         raise ValueError(
-            f"{folder}: no COCO data set was recognised. Looked for {', '.join(_ANNOTATIONS)} with train, val, valid "
-            f"or test (a year may follow) as SPLIT, and for {', '.join(_SINGLE)}. Rename the files, or give the "
-            "annotation file and the image folder by their paths"
+            f"{folder}: no COCO or VOC data set was recognised. Looked for {', '.join(_ANNOTATIONS)} with train, "
+            f"val, valid or test (a year may follow) as SPLIT, for {', '.join(_SINGLE)}, and for {_VOC_LISTS} with "
+            "train, val, test or trainval. Rename the files, or give the annotation file and the image folder by their "
+            "paths"
         )
     return layout
 
@@ -86,6 +91,15 @@ def _find_split(folder: Path, files: dict[str, Path], split: str, names: str) ->
             annotations = files[found[0].string]
             return Split(annotations, _find_images(folder, annotations, found[0]["name"]))
     return None
+
+
+def _find_voc(folder: Path) -> dict[str, Split]:
+    lists = {split: folder / _VOC_LISTS.replace("SPLIT", split) for split in (*_SPLITS, "trainval")}
+    there = {split: path for split, path in lists.items() if path.is_file()}
+    trainval = there.pop("trainval", None)
+    if trainval and not there.keys() & {"train", "val"}:
+        there["train"] = trainval
+    return {split: Split(there[split], folder / "JPEGImages") for split in _SPLITS if split in there}
 
 
 def _ambiguous(folder: Path, names: list[str], split: str) -> ValueError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from boxwright import structures
 from boxwright.data.augment import Augment, Photometric, seeded
-from boxwright.data.buckets import Resize, assign_buckets, buckets_for, round_up
+from boxwright.data.buckets import Resize, Scale, ScaleMode, plan_buckets, plan_scales, round_up
 from boxwright.data.collate import PlacedSample, collate, slots_for
 from boxwright.data.dataset import Dataset, Sample
 from boxwright.data.proposals import ProposalFile
@@ -61,12 +61,15 @@ class TrainingLoader:
         *,
         batch_size: int,
         resize: Resize,
+        scales: Sequence[tuple[int, int]] | None = None,
+        scale_mode: ScaleMode = "list",
         flip: float = 0.5,
         scale_jitter: tuple[float, float] | None = None,
         crop: float | None = None,
         photometric: Photometric | None = None,
         transform: Callable[[Sample], Sample] | None = None,
         proposals: ProposalFile | None = None,
+        masks: bool = False,
         seed: int,
         num_workers: int,
         rank: int = 0,
@@ -79,6 +82,8 @@ class TrainingLoader:
             dataset: the pictures.
             batch_size: pictures of this rank a step.
             resize: the size that pictures get before jitter.
+            scales: sizes in place of `resize`, of which each step draws one for all ranks.
+            scale_mode: whether these are all there are, or the two ends of a range (see `plan_scales`).
             flip: probability of swapping left and right.
             scale_jitter: least and largest factor on that size, see `Augment`.
             crop: least share of each side that is kept, see `Augment`.
@@ -86,6 +91,7 @@ class TrainingLoader:
             transform: changes a sample before anything else does.
             proposals: boxes that every batch brings with it. They follow what the loader does to a picture; what
                 `transform` moves they do not.
+            masks: whether targets hold masks, which cost time and memory.
             seed: of the run.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that train together.
@@ -99,19 +105,25 @@ class TrainingLoader:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
         if proposals is not None:
             proposals.require(_image_ids(dataset))
+        if masks:
+            _require_masks(dataset)
         original_sizes, max_objects = _measure(dataset)
-        canvases = buckets_for(resize, original_sizes)
-        buckets = assign_buckets(resize.sizes(original_sizes), canvases)
-        self._sampler = TrainingSampler(buckets, canvases, batch_size=batch_size * world_size, seed=seed)
+        planned = [Scale(resize, resize)] if scales is None else plan_scales(scales, scale_mode)
+        buckets, canvases = plan_buckets(planned, original_sizes)
+        num_sizes = [scale.high.short - scale.low.short + 1 for scale in planned]
+        self._sampler = TrainingSampler(
+            buckets, canvases, batch_size=batch_size * world_size, seed=seed, weights=num_sizes
+        )
         self._builder = _Builder(
             dataset=dataset,
-            resize=resize,
+            scales=planned,
             augment=Augment(flip=flip, scale_jitter=scale_jitter, crop=crop),
             photometric=photometric,
             transform=transform,
             proposals=proposals,
             seed=seed,
             slots=slots_for(max_objects),
+            masks=masks,
         )
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._start_method = num_workers, start_method
@@ -169,20 +181,22 @@ class EvaluationLoader:
         original_sizes, _ = _measure(dataset, objects=False)
         order = np.arange(len(original_sizes))
         if resize is not None:
-            canvases = buckets_for(resize, original_sizes)
-            buckets = assign_buckets(resize.sizes(original_sizes), canvases)
+            scales = [Scale(resize, resize)]
+            buckets, canvases = plan_buckets(scales, original_sizes)
             batches = group(order, buckets, canvases, batch_size)
         else:
-            canvases = sorted({(round_up(int(height)), round_up(int(width))) for height, width in original_sizes})
-            buckets = np.array([canvases.index((round_up(int(h)), round_up(int(w)))) for h, w in original_sizes])
+            scales = []
+            own = [(round_up(int(height)), round_up(int(width))) for height, width in original_sizes]
+            canvases = [(canvas,) for canvas in sorted(set(own))]
+            buckets = np.array([canvases.index((canvas,)) for canvas in own])
             # Pictures of other shapes stay apart: native means no more padding than must be.
             batches = [
                 batch
                 for k in range(len(canvases))
                 for batch in group(order[buckets == k], buckets, canvases, batch_size)
             ]
-        self._steps = [Step(0, canvases[bucket], indices) for bucket, indices in batches][rank::world_size]
-        self._builder = _Builder(dataset=dataset, resize=resize, augment=Augment(), proposals=proposals, seed=0)
+        self._steps = [Step(0, canvases[bucket][0], indices) for bucket, indices in batches][rank::world_size]
+        self._builder = _Builder(dataset=dataset, scales=scales, augment=Augment(), proposals=proposals, seed=0)
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:
@@ -199,25 +213,28 @@ class _Builder(TorchDataset[Batch]):
     """Builds the batch of a step; what a worker process gets once, when it starts."""
 
     dataset: Dataset
-    resize: Resize | None
+    scales: Sequence[Scale]
+    """What a step's number of a scale stands for; none: pictures keep their own sizes."""
     augment: Augment
     seed: int
     photometric: Photometric | None = None
     transform: Callable[[Sample], Sample] | None = None
     proposals: ProposalFile | None = None
     slots: int | None = None
+    masks: bool = False
 
     def __getitem__(self, step: Step) -> Batch:
-        placed = (self._placed_sample(int(index), step.epoch) for index in step.indices)
+        placed = (self._placed_sample(int(index), step) for index in step.indices)
         proposal_slots = None if self.proposals is None else self.proposals.slots
-        return collate(placed, len(step.indices), step.canvas, self.slots, proposal_slots)
+        return collate(placed, len(step.indices), step.canvas, self.slots, proposal_slots, masks=self.masks)
 
-    def _placed_sample(self, index: int, epoch: int) -> PlacedSample:
-        seed = image_seed(self.seed, epoch, index)
+    def _placed_sample(self, index: int, step: Step) -> PlacedSample:
+        seed = image_seed(self.seed, step.epoch, index)
         rng = np.random.Generator(np.random.Philox(seed))
         sample = self.dataset[index]
         height, width = sample.image.shape[:2]
-        placement = self.augment.draw((height, width), self.resize, rng)
+        resize = self.scales[step.scale].draw(seed) if self.scales else None
+        placement = self.augment.draw((height, width), resize, rng)
         if self.transform is not None:
             with seeded(seed):
                 sample = self.transform(sample)
@@ -308,3 +325,16 @@ def _measure(dataset: Dataset, *, objects: bool = True) -> tuple[np.ndarray, int
         ]
         sizes, most = [size for size, _ in facts], max(count for _, count in facts)
     return np.asarray(sizes, dtype=np.int64), int(most or 0)
+
+
+def _require_masks(dataset: Dataset) -> None:
+    """Check that there are masks to learn, by a look at the samples up to the first one where it is not stated."""
+    known = getattr(dataset, "num_masks", None)
+    if known is None:
+        samples = (dataset[position] for position in range(len(dataset)))
+        known = any(mask is not None for sample in samples for mask in sample.masks or ())
+    if not known:
+        raise ValueError(
+            f"{getattr(dataset, 'annotations', type(dataset).__name__)}: no object has a mask, which this model learns "
+            "besides boxes: add them (`segmentation` in a COCO file), or train a model of boxes alone"
+        )

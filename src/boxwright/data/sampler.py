@@ -1,15 +1,16 @@
 """Which pictures make up which batch: a pure function of seed and step, the same on every rank.
 
-N pictures, K canvases.
+N pictures, K buckets.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from boxwright.data.buckets import Canvas, holds
+from boxwright.data.buckets import Canvas, Canvases, holds
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Step:
     """(height, width) that all of them fit."""
     indices: np.ndarray
     """int64 [B], positions in the data set."""
+    scale: int = 0
+    """Which of the scales all of them have."""
 
     def share(self, rank: int, world_size: int) -> Step:
         """The part of one rank; the parts of all ranks, joined, are the step again."""
         per_rank = len(self.indices) // world_size
-        return Step(self.epoch, self.canvas, self.indices[rank * per_rank : (rank + 1) * per_rank])
+        return replace(self, indices=self.indices[rank * per_rank : (rank + 1) * per_rank])
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
@@ -35,9 +38,9 @@ def image_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def group(
-    order: np.ndarray, buckets: np.ndarray, canvases: list[Canvas], batch_size: int
+    order: np.ndarray, buckets: np.ndarray, canvases: Sequence[Canvases], batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Group pictures into batches of one canvas each, every picture once.
+    """Group pictures into batches of one bucket each, every picture once.
 
     What is left over of a bucket after its full batches joins the next larger bucket in use that holds it, so that
     only buckets that no other holds (landscape and portrait) end on a short batch. A canvas for both would be two
@@ -45,14 +48,14 @@ def group(
 
     Args:
         order: int64 [n], the pictures in the order in which they fill batches.
-        buckets: int64 [N], each picture's canvas.
-        canvases: [K].
+        buckets: int64 [N], each picture's bucket.
+        canvases: [K], one or more of each bucket.
         batch_size: pictures in a full batch.
 
     Returns:
-        (canvas, pictures) of each batch.
+        (bucket, pictures) of each batch.
     """
-    in_use = sorted(set(buckets[order].tolist()), key=lambda k: (canvases[k][0] * canvases[k][1], k))
+    in_use = sorted(set(buckets[order].tolist()), key=lambda k: (sum(h * w for h, w in canvases[k]), k))
     pools = {k: order[buckets[order] == k] for k in in_use}
     batches = []
     for position, k in enumerate(in_use):
@@ -75,14 +78,23 @@ class TrainingSampler:
     all batches have one size. The number of steps in an epoch never changes.
     """
 
-    def __init__(self, buckets: np.ndarray, canvases: list[Canvas], *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        buckets: np.ndarray,
+        canvases: Sequence[Canvases],
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
         """Plan over N pictures.
 
         Args:
-            buckets: int64 [N], each picture's canvas.
-            canvases: [K].
+            buckets: int64 [N], each picture's bucket.
+            canvases: [K], one for each scale.
             batch_size: pictures of a step over all ranks together.
             seed: of the run, not negative.
+            weights: how often a step has each scale, in proportion.
         """
         if len(buckets) == 0:
             raise ValueError("the data set holds no pictures to train on")
@@ -94,6 +106,7 @@ class TrainingSampler:
         self._canvases = canvases
         self._batch_size = batch_size
         self._seed = seed
+        self._weights = np.array(weights) / np.sum(weights)
         self._epoch = 0
         self._batches = self._batches_of(0)
         self.steps_per_epoch = len(self._batches)
@@ -103,20 +116,22 @@ class TrainingSampler:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._batches_of(epoch)
-        bucket, indices = self._batches[position]
-        return Step(epoch, self._canvases[bucket], indices)
+        bucket, indices, scale = self._batches[position]
+        return Step(epoch, self._canvases[bucket][scale], indices, scale)
 
-    def _batches_of(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    def _batches_of(self, epoch: int) -> list[tuple[int, np.ndarray, int]]:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch))))
         order = rng.permutation(len(self._buckets))
         batches = group(order, self._buckets, self._canvases, self._batch_size)
         filled = [(bucket, self._fill(bucket, indices, order)) for bucket, indices in batches]
-        return [filled[i] for i in rng.permutation(len(filled))]
+        shuffled = [filled[i] for i in rng.permutation(len(filled))]
+        scales = rng.choice(len(self._weights), len(shuffled), p=self._weights).tolist()
+        return [(bucket, indices, scale) for (bucket, indices), scale in zip(shuffled, scales, strict=True)]
 
     def _fill(self, bucket: int, indices: np.ndarray, order: np.ndarray) -> np.ndarray:
         if len(indices) == self._batch_size:
             return indices
-        fits = np.array([holds(self._canvases[bucket], canvas) for canvas in self._canvases])
+        fits = np.array([holds(self._canvases[bucket], canvases) for canvases in self._canvases])
         others = order[fits[self._buckets[order]] & ~np.isin(order, indices)]
         # np.resize starts over where even all pictures together do not fill a batch.
         return np.resize(np.concatenate([indices, others]), self._batch_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
-from boxwright.data.coco_json import read_columns
+from boxwright.data.coco_index import read_columns
 from boxwright.data.dataset import Category, Dataset
 from boxwright.evaluation.results import Results
 
@@ -90,8 +90,8 @@ class GroundTruth:
         annotations = getattr(dataset, "annotations", None)
         self.coco = _from_file(Path(annotations)) if isinstance(annotations, str | Path) else _from_samples(dataset)
 
-    def evaluator(self, results: Results, *, max_detections: Sequence[int]) -> hotcoco.COCOeval:
-        """A hotcoco evaluator of `results` over the images that were evaluated, not yet run.
+    def require_images(self, results: Results) -> None:
+        """Check that the evaluated images are the ground truth's.
 
         Raises:
             ValueError: No image was evaluated, or one that the ground truth does not have.
@@ -104,6 +104,14 @@ class GroundTruth:
                 f"{len(unknown)} evaluated images are not in the ground truth, image id {unknown[0]} for one: "
                 "the results belong to another data set or split"
             )
+
+    def evaluator(self, results: Results, *, max_detections: Sequence[int]) -> hotcoco.COCOeval:
+        """A hotcoco evaluator of `results` over the images that were evaluated, not yet run.
+
+        Raises:
+            ValueError: No image was evaluated, or one that the ground truth does not have.
+        """
+        self.require_images(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
         rows = np.column_stack([results.image_ids, results.boxes, results.scores, category_ids[results.labels]])
         evaluator = hotcoco.COCOeval(self.coco, self.coco.load_res(rows.reshape(-1, 7)), "bbox")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_json import read_columns
+from boxwright.data.coco_index import read_columns
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, mean_measured
 from boxwright.evaluation.results import Results

@@ -6,7 +6,6 @@ N detections over M images; boxes here are COCO's (x, y, width, height) in pixel
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from boxwright.data.categories import match_by_name
 from boxwright.data.dataset import Category
 
 
@@ -62,30 +62,18 @@ class _Row(msgspec.Struct):
 
 
 def match_categories(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
-    """For each category of the model, the row of the same-named one in the data set.
-
-    Where several share a name (Roboflow writes the project's name as one more category), the first is the first's.
+    """For each category of the model, the row of the same-named one in the data set (see `match_by_name`).
 
     Raises:
         ValueError: The two sides do not have the same names; the message lists what each side alone has.
     """
-    ours, theirs = (Counter(category.name for category in side) for side in (model, data))
-    if ours != theirs:
-        raise ValueError(
-            "the data set's categories are not the model's. "
-            f"Only in the model ({len(model)} categories): {_listed(ours - theirs)}. "
-            f"Only in the data set ({len(data)} categories): {_listed(theirs - ours)}. "
-            "Test on data with the model's categories, or train on this data set."
-        )
-    rows: dict[str, list[int]] = {}
-    for row, category in enumerate(data):
-        rows.setdefault(category.name, []).append(row)
-    return [rows[category.name].pop(0) for category in model]
-
-
-def _listed(names: Counter[str]) -> str:
-    """Names in order, or `none`."""
-    return ", ".join(sorted(names)) or "none"
+    return match_by_name(
+        model,
+        data,
+        sides=("the model", "the data set"),
+        what="the data set's categories are not the model's",
+        mend="Test on data with the model's categories, or train on this data set.",
+    )
 
 
 def write_results(path: Path, results: Results, categories: Sequence[Category]) -> None:

@@ -47,6 +47,18 @@ def base_anchors(
     return boxes.round() if rounding == "torchvision" else boxes
 
 
+def octave_sizes(size: float, num_sizes: int, rounding: AnchorRounding = "none") -> list[float]:
+    """Evenly spaced sizes in log scale, from `size` up to, and without, twice that (RetinaNet, section 4).
+
+    Args:
+        size: the smallest, in pixels.
+        num_sizes: how many.
+        rounding: "torchvision" cuts them down to whole pixels, as its RetinaNet does; the others do not.
+    """
+    sizes = [size * 2 ** (index / num_sizes) for index in range(num_sizes)]
+    return [float(int(side)) for side in sizes] if rounding == "torchvision" else sizes
+
+
 def grid_anchors(
     feature_shapes: Sequence[tuple[int, int]], strides: Sequence[int | tuple[int, int]], base: Sequence[Tensor]
 ) -> list[Tensor]:

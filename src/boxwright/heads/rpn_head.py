@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from boxwright.assign.match import match
 from boxwright.assign.sample import sample
 from boxwright.geometry import boxes as box_geometry
-from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.losses import binary_cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.nms import nms
 from boxwright.structures import Batch, Proposals, Targets, take_slots
 
-DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
 SAMPLING_SALT = 1
 
 
@@ -98,14 +97,10 @@ class RPNHead(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.strides = tuple(strides)
         self.conventions = conventions
         num_anchors = len(config.ratios)
-        for level, stride in enumerate(self.strides):
-            base = base_anchors(
-                [config.anchor_scale * stride], config.ratios, conventions.anchor_rounding, stride=stride
-            )
-            self.register_buffer(f"base_anchors_{level}", base, persistent=False)
+        sizes = [[config.anchor_scale * stride] for stride in strides]
+        self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
@@ -121,28 +116,18 @@ class RPNHead(nn.Module):
             features: L of [B, C, H_l, W_l], finest first.
             canvas: (height, width) in pixels that the features were computed from.
         """
-        objectness, deltas, shapes = [], [], []
+        objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature).relu()
-            height, width = feature.shape[-2:]
-            shapes.append((height, width))
-            # [B, A, H, W] -> [B, H * W * A], [B, A * 4, H, W] -> [B, H * W * A, 4]: the anchors' order.
-            objectness.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
-            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4).float())
-        anchors = self.anchors(shapes, canvas)
+            objectness.append(by_anchor(self.objectness(hidden), 1).squeeze(2).float())
+            deltas.append(by_anchor(self.deltas(hidden), 4).float())
+        anchors = self.anchors(features, canvas)
         return RPNOutput(
             objectness=torch.cat(objectness, 1),
             deltas=torch.cat(deltas, 1),
             anchors=torch.cat(anchors),
             level_lengths=tuple(len(level) for level in anchors),
         )
-
-    def anchors(self, shapes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> list[Tensor]:
-        """Anchors of each level, [H_l * W_l * A, 4] xyxy in pixels of the canvas."""
-        strides: list[tuple[int, int]] = [(stride, stride) for stride in self.strides]
-        if self.conventions.anchor_strides_from_canvas:
-            strides = [(canvas[0] // height, canvas[1] // width) for height, width in shapes]
-        return grid_anchors(shapes, strides, [getattr(self, f"base_anchors_{level}") for level in range(len(shapes))])
 
     def losses(self, output: RPNOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Binary cross-entropy of objectness and smooth L1 of boxes, both over the number of sampled anchors.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from boxwright.recipes import fast_rcnn, faster_rcnn, rpn
+from boxwright.recipes import fast_rcnn, faster_rcnn, mask_rcnn, retinanet, rpn
 from boxwright.training.experiment import Experiment, nearest
 
 Recipe = Callable[[], Experiment]
@@ -17,7 +17,8 @@ Recipe = Callable[[], Experiment]
 
 def built_in_recipes() -> dict[str, Recipe]:
     """Boxwright's own recipes by name."""
-    return {**_functions(rpn), **_functions(fast_rcnn), **_functions(faster_rcnn)}
+    families = (rpn, fast_rcnn, faster_rcnn, mask_rcnn, retinanet)
+    return {name: recipe for family in families for name, recipe in _functions(family).items()}
 
 
 def find_recipe(name: str) -> Recipe:

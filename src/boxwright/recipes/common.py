@@ -40,6 +40,10 @@ R101: Any = partial(resnet_fpn, depth=101)
 """ResNet-101 and P2 to P6."""
 R101_CAFFE: Any = partial(resnet_fpn, depth=101, style="caffe")
 """The same with the stride in the first 1x1 convolution."""
+X101_32X4D: Any = partial(resnet_fpn, depth=101, groups=32, width_per_group=4)
+"""ResNeXt-101 of 32 groups, 4 wide, and P2 to P6."""
+X101_64X4D: Any = partial(resnet_fpn, depth=101, groups=64, width_per_group=4)
+"""ResNeXt-101 of 64 groups, 4 wide, and P2 to P6."""
 SMALL_BACKBONE: Any = partial(resnet_fpn, depth=18, norm="gn", frozen_stages=0, channels=64, fpn_norm="gn")
 """Trains whole, from random weights; group norm, because batches are small and there are no statistics to freeze."""
 

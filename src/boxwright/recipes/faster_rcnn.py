@@ -7,7 +7,19 @@ from functools import partial
 from boxwright.backbones.backbone import CAFFE
 from boxwright.detectors.rcnn import faster_rcnn
 from boxwright.heads.box_head import BoxConfig
-from boxwright.recipes.common import R50, R50_CAFFE, R101, R101_CAFFE, SMALL_BACKBONE, SMALL_RPN, one_x, small, two_x
+from boxwright.recipes.common import (
+    R50,
+    R50_CAFFE,
+    R101,
+    R101_CAFFE,
+    SMALL_BACKBONE,
+    SMALL_RPN,
+    X101_32X4D,
+    X101_64X4D,
+    one_x,
+    small,
+    two_x,
+)
 from boxwright.training.experiment import Experiment
 
 
@@ -69,6 +81,46 @@ def faster_rcnn_r101_caffe_fpn_1x() -> Experiment:
     boxwright train faster_rcnn_r101_caffe_fpn_1x --data coco --out runs/faster_rcnn_r101_caffe_fpn_1x
     """
     return one_x(partial(faster_rcnn, backbone=R101_CAFFE, pixel_stats=CAFFE))
+
+
+def faster_rcnn_x101_32x4d_fpn_1x() -> Experiment:
+    """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train faster_rcnn_x101_32x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_1x
+    """
+    return one_x(partial(faster_rcnn, backbone=X101_32X4D))
+
+
+def faster_rcnn_x101_32x4d_fpn_2x() -> Experiment:
+    """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train faster_rcnn_x101_32x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_2x
+    """
+    return two_x(partial(faster_rcnn, backbone=X101_32X4D))
+
+
+def faster_rcnn_x101_64x4d_fpn_1x() -> Experiment:
+    """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train faster_rcnn_x101_64x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_1x
+    """
+    return one_x(partial(faster_rcnn, backbone=X101_64X4D))
+
+
+def faster_rcnn_x101_64x4d_fpn_2x() -> Experiment:
+    """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train faster_rcnn_x101_64x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_2x
+    """
+    return two_x(partial(faster_rcnn, backbone=X101_64X4D))
 
 
 def faster_rcnn_r18_fpn_small() -> Experiment:

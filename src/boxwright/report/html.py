@@ -14,6 +14,7 @@ from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth
 from boxwright.evaluation.mistakes import Mistakes, find_mistakes
 from boxwright.evaluation.results import Results, write_whole
+from boxwright.evaluation.voc import VocMetrics
 from boxwright.report.curves import NUM_COLOURS, Curve, line_chart, matrix_chart
 from boxwright.report.worst import worst_images
 from boxwright.training.metrics import read_lines
@@ -32,6 +33,7 @@ def write_report(
     run: Path | None = None,
     title: str | None = None,
     facts: Mapping[str, str] | None = None,
+    voc: VocMetrics | None = None,
     score: float = 0.3,
     num_pictures: int = 24,
 ) -> Path:
@@ -45,6 +47,7 @@ def write_report(
         run: The run's folder, whose `metrics.jsonl` gives the curves; left out, `folder`.
         title: At the top; left out, the run's name.
         facts: What else belongs under the title (model, data, command), by name.
+        voc: Pascal VOC's numbers of the same results, if they were asked for.
         score: Detections below it count neither as right nor as wrong in the confusion matrix and the pictures.
         num_pictures: How many of the worst images are shown.
 
@@ -56,6 +59,8 @@ def write_report(
     history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     body = [_header(title, {**(facts or {}), "images": f"{len(results.evaluated):,}"})]
     body.append(_numbers(metrics.summary if isinstance(metrics, CocoMetrics) else metrics))
+    if voc is not None:
+        body.append(_voc(voc))
     body.append(_training(history))
     if isinstance(metrics, CocoMetrics):
         truth = GroundTruth(dataset)
@@ -93,6 +98,23 @@ def _numbers(summary: Mapping[str, float]) -> str:
         "s, m and l are objects under 32², under 96² and from 96² pixels on; a number behind AR limits boxes an image."
     )
     return f'<section><h2>Numbers</h2><div class="tiles">{tiles}</div><p class="note">{note}</p></section>'
+
+
+def _voc(voc: VocMetrics) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(category.name)}</th><td>{count:,}</td>'
+        f'<td class="bar" style="--width:{max(0.0, 100 * value):.1f}%">{percent(value)}</td></tr>'
+        for category, count, value in zip(voc.categories, voc.num_objects, voc.per_class, strict=True)
+    )
+    head = "<tr><th>class</th><th>objects</th><th>AP</th></tr>"
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    how = {"voc07": "the mean of eleven points (VOC 2007)", "voc12": "the area under the curve (VOC 2010 and later)"}
+    note = (
+        f"At IoU 0.5: {how[voc.interpolation]}; difficult objects and crowd regions count neither way. "
+        f"mAP {percent(voc.mean)}."
+    )
+    folded = _folded(table, len(voc.categories))
+    return f'<section><h2>Pascal VOC</h2><p class="note">{note}</p>{folded}</section>'
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from boxwright.data.augment import Photometric
-from boxwright.data.buckets import Resize
+from boxwright.data.buckets import Resize, ScaleMode, plan_scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,10 @@ class Experiment:
     """Makes the detector, given `num_classes`: a function, or `partial` of one."""
     resize: Resize = field(default_factory=Resize)
     """The size that pictures are brought to, in training and in testing."""
+    scales: tuple[tuple[int, int], ...] | None = None
+    """(short, long) sizes that training pictures are brought to in place of `resize`; each batch draws one."""
+    scale_mode: ScaleMode = "list"
+    """Whether `scales` are all sizes that there are, or the two ends of a range in which each picture draws its own."""
     flip: float = 0.5
     """Probability that a training picture is mirrored left to right."""
     scale_jitter: tuple[float, float] | None = None
@@ -127,6 +131,8 @@ class Experiment:
         for name in (*counts, "given_proposals"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        if self.scales is not None:
+            plan_scales(self.scales, self.scale_mode)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: give a share between 0 and 1, such as 0.999, or none")
         if self.clip_norm is not None and self.clip_norm <= 0:

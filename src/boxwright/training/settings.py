@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,8 @@ from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from boxwright.training.experiment import Experiment, arguments_of, call_name, is_call, is_settings, nearest
+
+_INNER = re.compile(r"\([^()]*\)")
 
 Tree = dict[str, Any]
 """Settings by the parts of their names: {"optimizer": {"": "SGD", "lr": {"": "0.01"}}}; "" is the value itself."""
@@ -23,8 +26,8 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
     Args:
         experiment: what to change; it stays as it is.
         settings: `name=value` each, where dots lead into parts: `model.backbone.depth=101`, `ema_decay=none`,
-            `model.rpn.ratios=0.5,1,2`. Where a field is of a dataclass, its name makes one with its defaults:
-            `optimizer=AdamW`. Settings apply together, the later where two name the same.
+            `model.rpn.ratios=0.5,1,2`, `scales=(640,1333),(800,1333)`. Where a field is of a dataclass, its name makes
+            one with its defaults: `optimizer=AdamW`. Settings apply together, the later where two name the same.
 
     Raises:
         ValueError: there is no such name, or the value is not of its type; the message names the nearest right one.
@@ -118,7 +121,7 @@ def _read(text: str, wanted: Any) -> Any:
         return float(text)
     elif wanted is str:
         return text
-    elif isinstance(origin or wanted, type) and issubclass(origin or wanted, Sequence):
+    elif _is_sequence(wanted):
         return _read_tuple(text, choices)
     elif isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and text == wanted.__name__:
         return _with_defaults(wanted)
@@ -126,12 +129,22 @@ def _read(text: str, wanted: Any) -> Any:
 
 
 def _read_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    elements = [element.strip() for element in text.strip("()[]").split(",") if element.strip()]
+    if any(_is_sequence(kind) for kind in kinds):
+        elements, rest = _INNER.findall(text), _INNER.sub("", text)
+        if rest.strip("()[], "):
+            raise ValueError(text)
+    else:
+        elements = [element.strip() for element in text.strip("()[]").split(",") if element.strip()]
     if not kinds:
         kinds = (Any,) * len(elements)
     elif len(kinds) == 1 or kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(elements)
     return tuple(_read(element, kind) for element, kind in zip(elements, kinds, strict=True))
+
+
+def _is_sequence(wanted: Any) -> bool:
+    kind = get_origin(wanted) or wanted
+    return isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str
 
 
 def _with_defaults(wanted: type) -> Any:
@@ -151,8 +164,10 @@ def _type_text(wanted: Any) -> str:
     if wanted in (int, float, bool, str, types.NoneType):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         return words.get(wanted, "none")
-    if isinstance(origin or wanted, type) and issubclass(origin or wanted, Sequence):
+    if _is_sequence(wanted):
         inner = [choice for choice in choices if choice is not Ellipsis]
+        if inner and _is_sequence(inner[0]):
+            return f"groups in parentheses, each of {_type_text(inner[0])}"
         count = f"{len(inner)} values" if len(inner) > 1 else "values"
         return f"{count} with commas between, each {_type_text(inner[0])}" if inner else "values with commas between"
     if dataclasses.is_dataclass(wanted):
@@ -186,5 +201,5 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(_text(element) for element in value)
+        return ",".join(f"({_text(part)})" if isinstance(part, tuple) else _text(part) for part in value)
     return str(value)

@@ -1,0 +1,54 @@
+"""RetinaNet: one stage, every anchor classified and refined."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
+from boxwright.detectors.detector import PixelNormalizer
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.retina_head import RetinaConfig, RetinaHead
+from boxwright.structures import Batch, Detections
+
+
+class RetinaNet(nn.Module):
+    """A backbone and a head at every level."""
+
+    def __init__(self, *, backbone: Backbone, head: RetinaHead, pixel_stats: PixelStats) -> None:
+        super().__init__()
+        self.num_classes = head.num_classes
+        self.normalize = PixelNormalizer(pixel_stats)
+        self.backbone = backbone
+        self.head = head
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`retina_class` and `retina_box`; see `RetinaHead.losses`."""
+        assert batch.targets is not None, "losses need targets"
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        return self.head.losses(self.head(features, batch.images.shape[-2:]), batch.targets)
+
+    def detect(self, batch: Batch) -> Detections:
+        """The head's detections; see `RetinaHead.detect`."""
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        return self.head.detect(self.head(features, batch.images.shape[-2:]), batch.image_sizes)
+
+
+def retinanet(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    retina: RetinaConfig = RetinaConfig(),
+) -> RetinaNet:
+    """Build a RetinaNet (Lin et al., 2017) on a feature pyramid.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels; P3 to P7 in the paper.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        retina: the numbers.
+    """
+    head = RetinaHead(backbone.channels[0], backbone.strides, num_classes, retina, conventions)
+    return RetinaNet(backbone=backbone, head=head, pixel_stats=pixel_stats)

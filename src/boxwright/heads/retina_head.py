@@ -1,0 +1,224 @@
+"""RetinaNet's head: a class and a box at every anchor, learnt from all anchors at once.
+
+B images, L levels, A anchors a position, N anchors of all levels together, C classes, G object slots, D detections.
+
+Source: Lin et al., Focal Loss for Dense Object Detection (2017), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.assign.match import IGNORED, POSITIVE, match
+from boxwright.backbones.resnet import make_norm
+from boxwright.geometry import boxes as box_geometry
+from boxwright.geometry.anchors import octave_sizes
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
+from boxwright.losses import sigmoid_focal_loss, smooth_l1, weighted_mean
+from boxwright.ops.nms import nms
+from boxwright.structures import Detections, Targets, take_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaConfig:
+    """The numbers of a RetinaNet; the defaults are the 2018 toolbox's."""
+
+    num_convs: int = 4
+    """3x3 convolutions before the last one, in each of the two branches."""
+    norm: Literal["gn"] | None = None
+    """Normalises after each of them; None normalises nowhere."""
+    anchor_scale: float = 4.0
+    """The smallest anchor's side in units of its level's stride."""
+    scales_per_octave: int = 3
+    """Anchor sizes a level, evenly spaced in log scale up to the next level's."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width of the anchors of each size."""
+    positive_iou: float = 0.5
+    """An anchor with at least this IoU with an object is positive."""
+    negative_iou: float = 0.4
+    """An anchor with less than this IoU with every object is negative; those between are ignored."""
+    low_quality: float | None = 0.0
+    """IoU from which the best anchors of each object are positive anyway; None turns that off."""
+    prior: float = 0.01
+    """The score that every class starts from at every anchor, so that negatives do not drown the first steps."""
+    focal_alpha: float = 0.25
+    """Weight of "yes" in the focal loss; that of "no" is 1 less this."""
+    focal_gamma: float = 2.0
+    """How much the focal loss turns from what is right already."""
+    smooth_l1_beta: float = 0.11
+    """Where the box loss turns from square to linear; 0 for plain L1."""
+    pre_nms_per_level: int = 1000
+    """The best scores of each level that become candidates."""
+    score_threshold: float = 0.05
+    """Detections must score more."""
+    nms_iou: float = 0.5
+    """Of two detections of a class that overlap more than this, the worse goes."""
+    max_detections: int = 100
+    """Detections an image."""
+
+
+class RetinaOutput(NamedTuple):
+    """The head's answer at every anchor."""
+
+    logits: tuple[Tensor, ...]
+    """L x [B, N_l, C] as computed, finest level first. They stay apart because they are large."""
+    deltas: Tensor
+    """[B, N, 4] float32, the box relative to its anchor, levels one after another."""
+    anchors: Tensor
+    """[N, 4] float32, xyxy in pixels of the canvas."""
+    level_lengths: tuple[int, ...]
+    """Anchors of each of the L levels; they sum to N."""
+
+
+class RetinaHead(nn.Module):
+    """Two branches of 3x3 convolutions, shared by all levels, with their losses and their detections."""
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        config: RetinaConfig = RetinaConfig(),
+        conventions: Conventions = MODERN,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            channels: channels of every level.
+            strides: pixels of the canvas a feature position stands for, one a level, finest first.
+            num_classes: C, background not counted.
+            config: the numbers.
+            conventions: the geometry that the weights were or will be trained with.
+        """
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.conventions = conventions
+        sizes = [
+            octave_sizes(config.anchor_scale * stride, config.scales_per_octave, conventions.anchor_rounding)
+            for stride in strides
+        ]
+        self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
+        num_anchors = config.scales_per_octave * len(config.ratios)
+        self.class_convs = _branch(channels, config)
+        self.class_logits = nn.Conv2d(channels, num_anchors * num_classes, 3, padding=1)
+        self.box_convs = _branch(channels, config)
+        self.box_deltas = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        assert self.class_logits.bias is not None
+        nn.init.constant_(self.class_logits.bias, math.log(config.prior / (1 - config.prior)))
+
+    def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RetinaOutput:
+        """Classify and refine every anchor.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first.
+            canvas: (height, width) in pixels that the features were computed from.
+        """
+        logits = [by_anchor(self.class_logits(self.class_convs(x)), self.num_classes) for x in features]
+        deltas = [by_anchor(self.box_deltas(self.box_convs(x)), 4).float() for x in features]
+        return RetinaOutput(
+            logits=tuple(logits),
+            deltas=torch.cat(deltas, 1),
+            anchors=torch.cat(self.anchors(features, canvas)),
+            level_lengths=tuple(level.shape[1] for level in logits),
+        )
+
+    def losses(self, output: RetinaOutput, targets: Targets) -> dict[str, Tensor]:
+        """Focal loss of classes and smooth L1 of boxes, both over the number of positive anchors of the batch.
+
+        Args:
+            output: the head's answer.
+            targets: the batch's ground truth.
+
+        Returns:
+            `retina_class` and `retina_box`, scalars. Without objects the first learns background and the second is 0.
+        """
+        config, plus_one = self.config, self.conventions.plus_one
+        matches = match(
+            output.anchors,
+            targets,
+            positive_iou=config.positive_iou,
+            negative_iou=config.negative_iou,
+            low_quality=config.low_quality,
+            plus_one=plus_one,
+        )
+        positive, counts = matches.labels == POSITIVE, matches.labels != IGNORED
+        labels = torch.where(positive, take_slots(targets.labels, matches.matched), self.num_classes)
+        class_loss = [
+            sigmoid_focal_loss(logits, own, valid, alpha=config.focal_alpha, gamma=config.focal_gamma)
+            for logits, own, valid in zip(
+                output.logits, *(rows.split(output.level_lengths, 1) for rows in (labels, counts)), strict=True
+            )
+        ]
+        objects = torch.where(positive[..., None], take_slots(targets.boxes, matches.matched), output.anchors)
+        wanted = box_geometry.encode(objects, output.anchors, DELTA_STDS, plus_one=plus_one)
+        box_loss = smooth_l1(output.deltas, wanted, config.smooth_l1_beta, positive[..., None]).sum(-1)
+        return {
+            "retina_class": weighted_mean(torch.cat(class_loss, 1), counts, over=positive),
+            "retina_box": weighted_mean(box_loss, positive),
+        }
+
+    @torch.no_grad()
+    def detect(self, output: RetinaOutput, image_sizes: Tensor) -> Detections:
+        """The best scores of each level, then NMS within each class over all levels.
+
+        Args:
+            output: the head's answer.
+            image_sizes: [B, 2] (height, width), to which boxes are clipped.
+
+        Returns:
+            Detections in D = `max_detections` slots (fewer where there are fewer candidates).
+        """
+        config, plus_one = self.config, self.conventions.plus_one
+        logits, indices, labels, start = [], [], [], 0
+        for level, length in zip(output.logits, output.level_lengths, strict=True):
+            # The best scores lie at the anchors of the best maxima, and those are far fewer to sort.
+            anchors = level.amax(2).topk(min(config.pre_nms_per_level, length)).indices
+            rows = take_slots(level, anchors).flatten(1)
+            best, places = rows.topk(min(config.pre_nms_per_level, rows.shape[1]))
+            logits.append(best.float())
+            indices.append(anchors.gather(1, places // self.num_classes) + start)
+            labels.append(places % self.num_classes)
+            start += length
+        scores, candidates, classes = torch.cat(logits, 1).sigmoid(), torch.cat(indices, 1), torch.cat(labels, 1)
+        boxes = box_geometry.decode(
+            take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
+        )
+        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        kept, valid = nms(
+            boxes,
+            scores,
+            classes,
+            scores > config.score_threshold,
+            iou_threshold=config.nms_iou,
+            max_keep=min(config.max_detections, scores.shape[1]),
+            plus_one=plus_one,
+        )
+        return Detections(
+            boxes=take_slots(boxes, kept),
+            scores=take_slots(scores, kept),
+            labels=take_slots(classes, kept),
+            valid=valid,
+        )
+
+
+def _branch(channels: int, config: RetinaConfig) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(config.num_convs):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=config.norm is None))
+        if config.norm is not None:
+            layers.append(make_norm(config.norm, channels))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)

@@ -1,0 +1,151 @@
+"""RetinaNet (Lin et al., Focal Loss for Dense Object Detection, 2017) on P3 to P7."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from boxwright.backbones.backbone import CAFFE
+from boxwright.detectors.retinanet import retinanet
+from boxwright.heads.retina_head import RetinaConfig
+from boxwright.recipes.common import (
+    R50,
+    R50_CAFFE,
+    R101,
+    R101_CAFFE,
+    SMALL_BACKBONE,
+    X101_32X4D,
+    X101_64X4D,
+    Model,
+    one_x,
+    small,
+    two_x,
+)
+from boxwright.training.experiment import SGD, Experiment
+
+
+def _retinanet(backbone: Any, **arguments: Any) -> Model:
+    """The model on P3 to P5 of a backbone's, with P6 and P7 made of C5."""
+    p3_to_p7: Any = partial(backbone, out_stages=(3, 4, 5), extra="c5")
+    return partial(retinanet, backbone=p3_to_p7, **arguments)
+
+
+def _one_x(model: Model) -> Experiment:
+    """Half the usual learning rate, as in 2018."""
+    return replace(one_x(model), optimizer=SGD(lr=0.01))
+
+
+def _two_x(model: Model) -> Experiment:
+    return replace(two_x(model), optimizer=SGD(lr=0.01))
+
+
+def retinanet_r50_fpn_1x() -> Experiment:
+    """RetinaNet, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+
+    boxwright train retinanet_r50_fpn_1x --data coco --out runs/retinanet_r50_fpn_1x
+    """
+    return _one_x(_retinanet(R50))
+
+
+def retinanet_r50_fpn_2x() -> Experiment:
+    """RetinaNet, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+
+    boxwright train retinanet_r50_fpn_2x --data coco --out runs/retinanet_r50_fpn_2x
+    """
+    return _two_x(_retinanet(R50))
+
+
+def retinanet_r50_caffe_fpn_1x() -> Experiment:
+    """RetinaNet, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+
+    boxwright train retinanet_r50_caffe_fpn_1x --data coco --out runs/retinanet_r50_caffe_fpn_1x
+    """
+    return _one_x(_retinanet(R50_CAFFE, pixel_stats=CAFFE))
+
+
+def retinanet_r101_fpn_1x() -> Experiment:
+    """RetinaNet, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_r101_fpn_1x --data coco --out runs/retinanet_r101_fpn_1x
+    """
+    return _one_x(_retinanet(R101))
+
+
+def retinanet_r101_fpn_2x() -> Experiment:
+    """RetinaNet, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_r101_fpn_2x --data coco --out runs/retinanet_r101_fpn_2x
+    """
+    return _two_x(_retinanet(R101))
+
+
+def retinanet_r101_caffe_fpn_1x() -> Experiment:
+    """RetinaNet, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_r101_caffe_fpn_1x --data coco --out runs/retinanet_r101_caffe_fpn_1x
+    """
+    return _one_x(_retinanet(R101_CAFFE, pixel_stats=CAFFE))
+
+
+def retinanet_x101_32x4d_fpn_1x() -> Experiment:
+    """RetinaNet, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_x101_32x4d_fpn_1x --data coco --out runs/retinanet_x101_32x4d_fpn_1x
+    """
+    return _one_x(_retinanet(X101_32X4D))
+
+
+def retinanet_x101_32x4d_fpn_2x() -> Experiment:
+    """RetinaNet, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_x101_32x4d_fpn_2x --data coco --out runs/retinanet_x101_32x4d_fpn_2x
+    """
+    return _two_x(_retinanet(X101_32X4D))
+
+
+def retinanet_x101_64x4d_fpn_1x() -> Experiment:
+    """RetinaNet, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_x101_64x4d_fpn_1x --data coco --out runs/retinanet_x101_64x4d_fpn_1x
+    """
+    return _one_x(_retinanet(X101_64X4D))
+
+
+def retinanet_x101_64x4d_fpn_2x() -> Experiment:
+    """RetinaNet, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright train retinanet_x101_64x4d_fpn_2x --data coco --out runs/retinanet_x101_64x4d_fpn_2x
+    """
+    return _two_x(_retinanet(X101_64X4D))
+
+
+def retinanet_r18_fpn_small() -> Experiment:
+    """RetinaNet, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
+
+    Made for some hundred pictures: 200 take about 1000 steps. Its levels are P2 to P6, since small pictures hold small
+    objects: anchors start at 16 pixels. Ours: not yet measured.
+
+    boxwright train retinanet_r18_fpn_small --data bccd --out runs/retinanet_r18_fpn_small
+    """
+    return small(partial(retinanet, backbone=SMALL_BACKBONE, retina=RetinaConfig(num_convs=2, norm="gn")))
