@@ -9,13 +9,13 @@ import torch
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
-from boxwright.detectors.rcnn import faster_rcnn, mask_rcnn
+from boxwright.detectors.rcnn import fast_rcnn, faster_rcnn, mask_rcnn
 from boxwright.detectors.retinanet import retinanet
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.structures import Batch, Masks, Targets
+from boxwright.structures import Batch, Masks, Proposals, Targets
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -25,13 +25,14 @@ SMALL_RPN = RPNConfig(
     test_pre_nms_per_level=100,
     test_num_proposals=50,
 )
+NUM_PROPOSALS = 40
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 # A low threshold, so that an untrained head detects something.
 SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
 
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
-DETECTORS = ("rpn", "faster_rcnn", "mask_rcnn", "retinanet")
+DETECTORS = ("rpn", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -40,6 +41,7 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     backbone = resnet_fpn(depth=18, norm="gn", channels=32, frozen_stages=0)
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
+        "fast_rcnn": partial(fast_rcnn, box=SMALL_BOX),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
         "retinanet": partial(retinanet, retina=SMALL_RETINA),
         "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
@@ -69,6 +71,25 @@ def random_targets(
     )
 
 
+def random_proposals(targets: Targets, num_slots: int, canvas: tuple[int, int]) -> Proposals:
+    """Boxes around objects and anywhere, every fifth slot invalid; NaN in the invalid ones."""
+    height, width = canvas
+    num_images = len(targets.valid)
+    chosen = torch.arange(num_slots) % targets.valid.shape[1]
+    near = targets.boxes[:, chosen] + 6 * torch.rand(num_images, num_slots, 4) - 3
+    corner = torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.6, height * 0.6])
+    side = 8 + torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.3, height * 0.3])
+    around = targets.valid[:, chosen] & (torch.arange(num_slots) < num_slots // 2)
+    valid = (torch.arange(num_slots) % 5 != 4).expand(num_images, num_slots)
+    boxes = torch.where(around[..., None], near, torch.cat([corner, corner + side], -1))
+    return Proposals(
+        boxes=torch.where(valid[..., None], boxes, torch.nan),
+        scores=torch.where(valid, torch.linspace(0.9, 0.1, num_slots), torch.nan),
+        valid=valid.clone(),
+        sources=torch.arange(num_slots).repeat(num_images, 1),
+    )
+
+
 def random_batch(
     *,
     num_images: int = 2,
@@ -77,8 +98,9 @@ def random_batch(
     num_objects: int = 3,
     num_classes: int = 3,
 ) -> Batch:
-    """Noise pictures that fill all of the canvas but its last rows and columns."""
+    """Noise pictures that fill all of the canvas but its last rows and columns, with objects and proposals."""
     height, width = canvas
+    targets = random_targets(num_images, num_slots, num_objects, (height - 8, width - 16), num_classes)
     sizes = torch.tensor([[height - 8, width - 16]]).repeat(num_images, 1)
     return Batch(
         images=torch.randint(256, (num_images, 3, height, width), dtype=torch.uint8),
@@ -87,5 +109,6 @@ def random_batch(
         transforms=torch.eye(2, 3).repeat(num_images, 1, 1),
         image_ids=torch.arange(num_images),
         seeds=torch.arange(num_images) + 11,
-        targets=random_targets(num_images, num_slots, num_objects, (height - 8, width - 16), num_classes),
+        targets=targets,
+        proposals=random_proposals(targets, NUM_PROPOSALS, (height - 8, width - 16)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from PIL import Image
 from torch import nn
 
 import boxwright
+from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
+from boxwright.detectors.rcnn import fast_rcnn
+from boxwright.heads.box_head import BoxConfig
 from boxwright.predictor import Predictor
 from boxwright.recipes.common import small
 from boxwright.structures import Batch, Detections
+from boxwright.training.experiment import build
 from boxwright.weights.ours import load_weights, save_weights
-from small_model import small_run
+from small_model import BACKBONE, small_run
 
 CATEGORIES = [Category(id=4, name="cell"), Category(id=2, name="dust")]
 
@@ -151,3 +156,29 @@ def test_a_file_whose_parts_were_not_made_for_each_other_is_named(run: Path, tmp
         save_weights(path, tensors, {**metadata, **change})
         with pytest.raises(ValueError, match=r"odd\.safetensors: the model cannot be rebuilt"):
             boxwright.load(path)
+
+
+def test_a_model_without_an_rpn_takes_proposals(picture: Path) -> None:
+    model = partial(fast_rcnn, backbone=BACKBONE, box=BoxConfig(width=32, score_threshold=0.0))
+    experiment = replace(small(model), resize=Resize(short=96, long=160))
+    torch.manual_seed(0)
+    detector = build(experiment.model, num_classes=2)
+    predictor = Predictor(detector, experiment=experiment, categories=CATEGORIES)
+    proposals = np.array([[10, 20, 200, 220], [300, 100, 500, 400], [-50, -50, -10, -10]])
+    found = predictor.predict(picture, proposals=proposals)
+    assert 0 < len(found) <= 4, "two classes on the two boxes that lie in the picture"
+    again = predictor.predict([picture, picture], proposals=[proposals[::-1], proposals[:0]])
+    np.testing.assert_allclose(again[0].boxes, found.boxes, atol=1e-3)
+    assert len(again[1]) == 0
+    with pytest.raises(ValueError, match="so they must be given"):
+        predictor.predict(picture)
+    with pytest.raises(ValueError, match="1 arrays of proposals for 2 pictures"):
+        predictor.predict([picture, picture], proposals=[proposals])
+    for wrong in (np.zeros((2, 5)), np.full((2, 4), np.nan), np.array([["a"] * 4])):
+        with pytest.raises(ValueError, match="no set of proposals"):
+            predictor.predict(picture, proposals=wrong)
+
+
+def test_a_model_with_an_rpn_takes_none(run: Path, picture: Path) -> None:
+    with pytest.raises(ValueError, match="the model makes its own"):
+        boxwright.load(run).predict(picture, proposals=np.zeros((1, 4)))

@@ -18,7 +18,8 @@ from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
-from boxwright.detectors.detector import Detector
+from boxwright.data.proposals import GivenProposals
+from boxwright.detectors.detector import Detector, require_proposals
 from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
@@ -80,13 +81,25 @@ class Predictor:
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, image: Image, *, score: float = 0.0, native: bool = False
+        self, image: Image, *, score: float = 0.0, native: bool = False, proposals: np.ndarray | None = None
     ) -> Prediction: ...
     @overload
-    def predict(self, image: Sequence[Image], *, score: float = 0.0, native: bool = False) -> list[Prediction]: ...
+    def predict(
+        self,
+        image: Sequence[Image],
+        *,
+        score: float = 0.0,
+        native: bool = False,
+        proposals: Sequence[np.ndarray] | None = None,
+    ) -> list[Prediction]: ...
 
     def predict(
-        self, image: Image | Sequence[Image], *, score: float = 0.0, native: bool = False
+        self,
+        image: Image | Sequence[Image],
+        *,
+        score: float = 0.0,
+        native: bool = False,
+        proposals: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> Prediction | list[Prediction]:
         """Detect objects.
 
@@ -95,15 +108,22 @@ class Predictor:
             score: Detections below it are left out.
             native: Take pictures at their own size, padded to a multiple of 32, instead of resizing them as in
                 training.
+            proposals: [n, 4] xyxy in pixels of the picture, for a model without a network of its own for them; one
+                such array a picture where there is a sequence.
 
         Raises:
-            ValueError: A file cannot be read or decoded, or an array is no RGB picture.
+            ValueError: A file cannot be read or decoded, an array is no RGB picture, or proposals are missing, have no
+                use or are no boxes.
         """
+        require_proposals(self.detector, proposals is not None)
         if isinstance(image, Sequence) and not isinstance(image, str | bytes):
-            return [self._predict_one(item, score, native) for item in image]
-        return self._predict_one(image, score, native)
+            given = [None] * len(image) if proposals is None else proposals
+            if len(given) != len(image):
+                raise ValueError(f"{len(given)} arrays of proposals for {len(image)} pictures: give one for each")
+            return [self._predict_one(item, score, native, own) for item, own in zip(image, given, strict=True)]
+        return self._predict_one(image, score, native, proposals)
 
-    def _predict_one(self, image: Image, score: float, native: bool) -> Prediction:
+    def _predict_one(self, image: Image, score: float, native: bool, proposals: Any) -> Prediction:
         pixels = decode_image(image) if isinstance(image, str | Path) else _checked(image)
         original = (pixels.shape[0], pixels.shape[1])
         size = original if native else self.experiment.resize.size(*original)
@@ -117,7 +137,9 @@ class Predictor:
             object_ids=np.zeros(0, np.int64),
         )
         canvas = (round_up(size[0]), round_up(size[1]))
-        batch = collate([PlacedSample(sample, place(original, size), 0)], 1, canvas, None)
+        given = None if proposals is None else _checked_proposals(proposals)
+        slots = None if given is None else max(len(given.boxes), 1)
+        batch = collate([PlacedSample(sample, place(original, size), 0, given)], 1, canvas, None, slots)
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
             detections = cast(Detector, self.detector).detect(to_device(batch, self.device))
         scores = detections.scores[0].float().cpu()
@@ -145,6 +167,17 @@ def _checked(image: np.ndarray) -> np.ndarray:
             f"an array of {image.dtype} {list(image.shape)} is no picture: give uint8 [height, width, 3] in RGB order"
         )
     return image
+
+
+def _checked_proposals(boxes: Any) -> GivenProposals:
+    """The array as proposals, if it is one of boxes. They stand in the order given, which plays no part."""
+    array = np.asarray(boxes)
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
+        raise ValueError(
+            f"an array of {array.dtype} {list(array.shape)} is no set of proposals: give finite numbers [n, 4], "
+            "x1, y1, x2, y2 in pixels of the picture"
+        )
+    return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:

@@ -141,6 +141,35 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
         assert torch.equal(given_boxes.masks, wanted_boxes.masks)
 
 
+def test_what_padding_of_given_proposals_holds_changes_nothing() -> None:
+    detector, batch = small_detector("fast_rcnn"), random_batch()
+    given = batch.proposals
+    padded = ~given.valid
+    other = replace(
+        given,
+        boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), given.boxes),
+        scores=torch.where(padded, 1.0, given.scores),
+        sources=torch.where(padded, 3, given.sources),
+    )
+    wider = map_tensors(other, lambda t: torch.cat([t, torch.zeros_like(t[:, :9])], 1))
+    for proposals in (other, wider):
+        changed = replace(batch, proposals=proposals)
+        losses, wanted = detector.losses(changed), detector.losses(batch)
+        assert all(torch.allclose(losses[name], wanted[name], rtol=1e-5) for name in wanted)
+        detections, expected = detector.detect(changed), detector.detect(batch)
+        assert torch.equal(detections.valid, expected.valid)
+        assert expected.valid.any()
+        torch.testing.assert_close(detections.boxes[expected.valid], expected.boxes[expected.valid])
+
+
+def test_the_order_of_given_proposals_changes_no_loss() -> None:
+    detector, batch = small_detector("fast_rcnn"), random_batch()
+    turned = replace(batch, proposals=map_tensors(batch.proposals, lambda t: t.flip(1)))
+    losses, wanted = detector.losses(turned), detector.losses(batch)
+    for name in wanted:
+        torch.testing.assert_close(losses[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_more_object_slots_change_nothing(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)

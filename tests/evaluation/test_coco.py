@@ -273,7 +273,7 @@ def test_packed_metrics_come_back_the_same(yolox: tuple[AnnotationFile, Path]) -
 def test_proposal_recall_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
     dataset, path = yolox
     results = read_results(path, dataset.categories, dataset.image_ids)
-    recalls = proposal_recall(GroundTruth(dataset), results)
+    recalls = proposal_recall(dataset, results)
     evaluator = oracle(dataset.annotations, path, use_cats=False, maxDets=[100, 300, 1000])
     names = iter(recalls.items())
     for area, suffix in enumerate(("", "s", "m", "l")):
@@ -352,3 +352,31 @@ def test_categories_that_share_a_name_keep_their_order() -> None:
     assert match_categories(categories, categories) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"Only in the model \(3 categories\): cell\."):
         match_categories(categories, categories[1:])
+
+
+def test_proposal_recall_of_many_boxes_equals_pycocotools_to_the_last_bit(data_dir: Path, tmp_path: Path) -> None:
+    """Proposals around objects that overlap one another and crowds, many with equal scores, on 30 crowded images."""
+    page = json.loads((data_dir / "coco_mini" / "annotations" / "instances_val2017.json").read_bytes())
+    crowded = {thing["image_id"] for thing in page["annotations"] if thing["iscrowd"]}
+    page["images"].sort(key=lambda image: image["id"] not in crowded)
+    page["images"] = page["images"][:30]
+    kept = {image["id"] for image in page["images"]}
+    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    rng = np.random.default_rng(0)
+    rows = []
+    for image in page["images"]:
+        boxes = np.array([thing["bbox"] for thing in page["annotations"] if thing["image_id"] == image["id"]])
+        for number in range(320):
+            x, y, width, height = boxes[rng.integers(len(boxes))] * np.exp(rng.normal(0, 0.15, 4))
+            bbox = [round(x, 2), round(y, 2), round(width, 2), round(height, 2)]
+            row = {"image_id": image["id"], "category_id": 1, "bbox": bbox, "score": 1 - number // 4 / 100}
+            rows.append(row)
+    annotations, path = tmp_path / "annotations.json", tmp_path / "results.json"
+    annotations.write_text(json.dumps(page))
+    path.write_text(json.dumps(rows))
+    dataset = AnnotationFile(annotations)
+    recalls = proposal_recall(dataset, read_results(path, dataset.categories, dataset.image_ids))
+    recall = oracle(annotations, path, use_cats=False, maxDets=[100, 300, 1000]).eval["recall"][:, 0]
+    wanted = [recall[:, area, m].mean() for area in range(4) for m in range(3)]
+    assert list(recalls.values()) == wanted
+    assert 0.1 < recalls["AR@100"] < recalls["AR@300"] < 0.9

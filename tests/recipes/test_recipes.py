@@ -61,6 +61,7 @@ def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
         "r18_fpn_small",
     )
     wanted = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
+    wanted += [f"fast_rcnn_{rest}" for rest in rests if "x101" not in rest]
     assert sorted(RECIPES) == sorted([*wanted, "mask_rcnn_r18_fpn_dense"])
 
 
@@ -150,6 +151,20 @@ def test_rpn_has_torchvision_s_parameters(depth: int) -> None:
     ours, other = built(f"rpn_r{depth}_fpn_1x", 1), theirs(depth)
     assert num_parameters(ours.rpn) == num_parameters(other.rpn)
     assert num_parameters(ours.backbone) == num_parameters(built(f"faster_rcnn_r{depth}_fpn_1x", 1).backbone)
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+def test_fast_rcnn_is_faster_rcnn_without_its_rpn(depth: int) -> None:
+    fast, faster = built(f"fast_rcnn_r{depth}_fpn_1x", 80), built(f"faster_rcnn_r{depth}_fpn_1x", 80)
+    assert num_parameters(fast) == num_parameters(faster) - num_parameters(faster.rpn)
+    assert set(fast.state_dict()) == {name for name in faster.state_dict() if not name.startswith("rpn.")}
+
+
+def test_fast_rcnn_says_how_to_get_its_proposals() -> None:
+    for name in (name for name in RECIPES if name.startswith("fast_rcnn_")):
+        doc = RECIPES[name].__doc__
+        assert "boxwright propose runs/rpn_" in doc
+        assert "--proposals" in doc
 
 
 def test_small_ones_train_everything() -> None:

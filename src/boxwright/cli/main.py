@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data, predict, test, train
+from boxwright.cli import data, predict, propose, test, train
 
 
 class _OneLineErrors(TyperGroup):
@@ -59,6 +59,7 @@ def _root(
 
 app.command("train")(train.train)
 app.command("test")(test.measure)
+app.command("propose")(propose.propose)
 app.command("predict")(predict.predict)
 app.add_typer(data.app, name="data")
 

@@ -24,6 +24,9 @@ def measure(
         Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where results.json and report.html go; the model's own folder if left out.")
     ] = None,
@@ -52,9 +55,12 @@ def measure(
 
     Start it by torchrun to share the images out over several devices.
     """
+    from boxwright.cli.console import ImageProgress, print_numbers
     from boxwright.data.coco import CocoDataset
     from boxwright.data.layout import Split, find_layout
     from boxwright.data.loader import EvaluationLoader
+    from boxwright.data.proposals_foreign import open_proposals
+    from boxwright.detectors.detector import require_proposals
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
     from boxwright.evaluation.results import match_categories, write_results
@@ -75,7 +81,10 @@ def measure(
     out = weights_file(model).parent if out is None else out
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, trusted_modules=trust or ())
+        require_proposals(predictor.detector, proposals is not None)
         dataset = CocoDataset(*chosen_split)
+        limit = predictor.experiment.given_proposals
+        given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
         if is_proposals and metric != "coco":
@@ -86,13 +95,14 @@ def measure(
             dataset,
             batch_size=batch_size,
             resize=predictor.experiment.resize,
+            proposals=given,
             num_workers=workers,
             rank=rank(),
             world_size=world_size(),
         )
         metrics: CocoMetrics | dict[str, float]
         common: dict[str, Any] = {"device": chosen, "precision": predictor.experiment.precision}
-        with _Progress(len(dataset), world_size(), shown=rank() == 0) as progress:
+        with ImageProgress("testing", len(dataset), world_size(), shown=rank() == 0) as progress:
             if is_proposals:
                 results, metrics = evaluate_proposals(detector, dataset, loader, progress=progress.advance, **common)
             else:
@@ -116,59 +126,24 @@ def measure(
         report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts, voc=voc)
         if voc is not None:
             _print_classes("class", voc.categories, voc.num_objects, ("AP",), voc.per_class[:, None])
-            _print_numbers({f"mAP of {metric}": voc.mean})
+            print_numbers({f"mAP of {metric}": voc.mean})
         else:
             _print_metrics(metrics)
         typer.echo(f"{out / 'results.json'}\n{report}")
 
 
-class _Progress:
-    """One line that tells how far the images are and how fast they go."""
-
-    def __init__(self, total: int, num_ranks: int, *, shown: bool) -> None:
-        from rich import progress
-
-        columns = (
-            progress.TextColumn("testing"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[speed]}"),
-            progress.TimeRemainingColumn(),
-        )
-        self._progress = progress.Progress(*columns, disable=not shown)
-        # The ranks go at about the same pace, so the first one's images stand for all.
-        self._total, self._num_ranks, self._num_done = total, num_ranks, 0
-        self._task = self._progress.add_task("testing", total=total, speed="")
-
-    def __enter__(self) -> _Progress:
-        from time import perf_counter
-
-        self._start = perf_counter()
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, num_images: int) -> None:
-        from time import perf_counter
-
-        self._num_done = min(self._num_done + num_images * self._num_ranks, self._total)
-        speed = self._num_done / (perf_counter() - self._start)
-        self._progress.update(self._task, completed=self._num_done, speed=f"{speed:.1f} images/s")
-
-
 def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     """The numbers, and a row a class."""
+    from boxwright.cli.console import print_numbers
     from boxwright.evaluation.coco import CLASS_COLUMNS
 
     if isinstance(metrics, dict):
-        _print_numbers(metrics)
+        print_numbers(metrics)
         return
     parts = [("class", metrics)] if metrics.masks is None else [("boxes of", metrics), ("masks of", metrics.masks)]
     for title, part in parts:
         _print_classes(title, part.categories, part.num_objects, CLASS_COLUMNS, part.per_class)
-        _print_numbers(part.summary)
+        print_numbers(part.summary)
 
 
 def _print_classes(
@@ -187,13 +162,3 @@ def _print_classes(
     for category, count, values in zip(categories, num_objects, per_class, strict=True):
         table.add_row(category.name, str(count), *map(percent, values))
     Console().print(table)
-
-
-def _print_numbers(numbers: dict[str, float]) -> None:
-    """Six numbers a line."""
-    from boxwright.report.html import percent
-
-    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
-    width = max(map(len, cells)) + 2
-    for start in range(0, len(cells), 6):
-        typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from boxwright.data.coco import CocoDataset
     from boxwright.data.dataset import Dataset
     from boxwright.data.layout import Split
+    from boxwright.data.proposals import ProposalFile
     from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
     from boxwright.evaluation.results import Results
@@ -51,6 +52,12 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="WEIGHTS", help="Start from the tensors of this weights file that fit.")
     ] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
+    ] = None,
+    val_proposals: Annotated[
+        Path | None, typer.Option(help="That of the images to evaluate on.", show_default="the same as --proposals")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Processes that read images, for each device.", show_default="one a core, at most 8"),
@@ -80,6 +87,7 @@ def train(
     """
     from boxwright.data.coco import CocoDataset
     from boxwright.data.concat import ConcatDataset
+    from boxwright.data.proposals_foreign import open_proposals
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
     from boxwright.training.experiment import Experiment
@@ -112,7 +120,10 @@ def train(
         empty = sum(int((first == last).sum()) for first, last in offsets)
         objects = f"{num_objects:,} objects on {len(dataset):,} images"
         say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
-        validation = Validation(experiment, dataset, val, num_workers) if val else None
+        limit, val_file = experiment.given_proposals, val_proposals or proposals
+        given = open_proposals(proposals, dataset.image_ids, split="train", limit=limit) if proposals else None
+        val_given = open_proposals(val_file, val.image_ids, split="val", limit=limit) if val_file and val else None
+        validation = Validation(experiment, dataset, val, num_workers, val_given) if val else None
         training = Training(
             experiment,
             dataset,
@@ -121,6 +132,7 @@ def train(
             evaluate=validation,
             resume=resume,
             init=init,
+            proposals=given,
             num_workers=num_workers,
             log_every=log_every,
             checkpoint_every=checkpoint_every,
@@ -144,7 +156,14 @@ def train(
 class Validation:
     """Measures a detector on the validation split, all ranks together, and keeps the latest results for the report."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset, val: CocoDataset, num_workers: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        val: CocoDataset,
+        num_workers: int,
+        proposals: ProposalFile | None = None,
+    ) -> None:
         """Plan this rank's share.
 
         Raises:
@@ -160,6 +179,7 @@ class Validation:
             val,
             batch_size=experiment.images_per_device,
             resize=experiment.resize,
+            proposals=proposals,
             num_workers=num_workers,
             rank=rank(),
             world_size=world_size(),

@@ -150,12 +150,15 @@ def place_image(image: np.ndarray, placement: Placement) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
-def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+def place_boxes(
+    boxes: np.ndarray, placement: Placement, min_visible: float = MIN_VISIBLE
+) -> tuple[np.ndarray, np.ndarray]:
     """Boxes on the canvas, clipped to what is visible.
 
     Args:
         boxes: float32 [n, 4] xyxy in pixels of the file.
         placement: where the picture lies.
+        min_visible: the share of its area that a crop must leave of a box.
 
     Returns:
         float32 [n, 4] xyxy in pixels of the canvas, and bool [n]: False where the box has no area left or a crop
@@ -165,7 +168,7 @@ def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np
     full = transform_boxes(torch.tensor(boxes)[None], torch.tensor(placement.matrix)[None])[0].numpy()
     visible = full.clip(0, np.array([width, height, width, height], np.float32))
     area = _areas(visible)
-    least = MIN_VISIBLE * _areas(full) if placement.cropped else 0.0
+    least = min_visible * _areas(full) if placement.cropped else 0.0
     return visible, (area > 0) & (area >= least)
 
 

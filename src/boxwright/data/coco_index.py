@@ -145,9 +145,9 @@ def read_index(annotations: Path, cache_dir: Path | None = None) -> CocoIndex:
         FaultyDataError: The file holds something that would corrupt training.
         OSError: The file cannot be read, or no index can be written anywhere.
     """
-    key = f"{_content_hash(annotations)}-{_VERSION}"
+    key = f"{content_hash(annotations)}-{_VERSION}"
     # A given folder is meant: a fault there is told, not worked around.
-    folders = [cache_dir] if cache_dir else _cache_folders()
+    folders = [cache_dir] if cache_dir else cache_folders()
     for folder in folders:
         if index := _open_if_whole(folder / "index" / key):
             return index
@@ -212,7 +212,8 @@ def _map_array(path: Path) -> NDArray[Any]:
     return array
 
 
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
+    """What a file holds, in 32 letters."""
     # Half a second for COCO's 448 MB, so that no stale index is ever taken for a file that was edited.
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     if voc.is_image_set(path):
@@ -226,8 +227,8 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _cache_folders() -> list[Path]:
-    """Where indexes may be kept, the wanted place first."""
+def cache_folders() -> list[Path]:
+    """Where what was read may be kept, the wanted place first."""
     temporary = Path(tempfile.gettempdir()) / f"boxwright-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
     if os.environ.get("BOXWRIGHT_CACHE"):
         return [Path(os.environ["BOXWRIGHT_CACHE"]), temporary]

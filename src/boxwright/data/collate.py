@@ -1,6 +1,6 @@
 """From samples to a padded batch.
 
-B images, G object slots, M cells a side of a mask's grid.
+B images, G object slots, P proposals, M cells a side of a mask's grid.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from boxwright.data.augment import Placement, place_boxes, place_image, place_ma
 from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Sample
 from boxwright.data.mask_grid import GRID_SIZE, Grid, mask_grid
-from boxwright.structures import Batch, Masks, Targets
+from boxwright.data.proposals import GivenProposals
+from boxwright.structures import Batch, Masks, Proposals, Targets
 
 MIN_SLOTS = 8
 
 
 @dataclass(frozen=True)
 class PlacedSample:
-    """A sample, where it goes, and the seed of all that is random about it later."""
+    """A sample, where it goes, the seed of all that is random about it later, and boxes proposed for it before."""
 
     sample: Sample
     placement: Placement
     seed: int
+    proposals: GivenProposals | None = None
 
 
 def slots_for(max_objects: int) -> int:
@@ -38,7 +40,13 @@ def slots_for(max_objects: int) -> int:
 
 
 def collate(
-    placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slots: int | None, *, masks: bool = False
+    placed: Iterable[PlacedSample],
+    batch_size: int,
+    canvas: Canvas,
+    slots: int | None,
+    proposal_slots: int | None = None,
+    *,
+    masks: bool = False,
 ) -> Batch:
     """Write samples onto the canvases of one batch.
 
@@ -47,6 +55,7 @@ def collate(
         batch_size: B.
         canvas: (height, width) that all of them fit.
         slots: G, or None for a batch without targets.
+        proposal_slots: P, or None for a batch without proposals.
         masks: whether targets hold masks, M x M bytes a slot.
 
     Returns:
@@ -66,6 +75,7 @@ def collate(
     mask_slots = (slots or 0) if masks else 0
     bitmaps = np.zeros((batch_size, mask_slots, GRID_SIZE, GRID_SIZE), np.uint8)
     frames = np.zeros((batch_size, mask_slots, 4), np.float32)
+    proposals = None if proposal_slots is None else _no_proposals(batch_size, proposal_slots)
     for b, item in enumerate(placed):
         sample, placement = item.sample, item.placement
         height, width = placement.size
@@ -92,6 +102,8 @@ def collate(
                 if grid is not None:
                     bitmaps[b, slot], frames[b, slot] = place_mask(grid, placement)
                     has_mask[b, slot] = True
+        if proposals is not None and item.proposals is not None:
+            _write_proposals(proposals, b, item.proposals, placement)
     targets = None
     if slots is not None:
         targets = Targets(
@@ -113,7 +125,26 @@ def collate(
         image_ids=torch.from_numpy(image_ids),
         seeds=torch.from_numpy(seeds),
         targets=targets,
+        proposals=proposals,
     )
+
+
+def _no_proposals(batch_size: int, slots: int) -> Proposals:
+    return Proposals(
+        boxes=torch.zeros(batch_size, slots, 4),
+        scores=torch.zeros(batch_size, slots),
+        valid=torch.zeros(batch_size, slots, dtype=torch.bool),
+        sources=torch.arange(slots).repeat(batch_size, 1),
+    )
+
+
+def _write_proposals(proposals: Proposals, image: int, given: GivenProposals, placement: Placement) -> None:
+    """Write an image's proposals, each in the slot of its number; those of which nothing is visible are invalid."""
+    boxes, visible = place_boxes(given.boxes, placement, min_visible=0.0)
+    kept, count = torch.from_numpy(visible), len(boxes)
+    proposals.boxes[image, :count] = torch.where(kept[:, None], torch.from_numpy(boxes), 0.0)
+    proposals.scores[image, :count] = torch.where(kept, torch.tensor(given.scores), 0.0)
+    proposals.valid[image, :count] = kept
 
 
 def _grid_of(sample: Sample, index: int) -> Grid | None:

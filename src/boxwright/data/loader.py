@@ -24,6 +24,7 @@ from boxwright.data.augment import Augment, Photometric, seeded
 from boxwright.data.buckets import Resize, Scale, ScaleMode, plan_buckets, plan_scales, round_up
 from boxwright.data.collate import PlacedSample, collate, slots_for
 from boxwright.data.dataset import Dataset, Sample
+from boxwright.data.proposals import ProposalFile
 from boxwright.data.sampler import Step, TrainingSampler, group, image_seed
 from boxwright.structures import Batch
 
@@ -67,6 +68,7 @@ class TrainingLoader:
         crop: float | None = None,
         photometric: Photometric | None = None,
         transform: Callable[[Sample], Sample] | None = None,
+        proposals: ProposalFile | None = None,
         masks: bool = False,
         seed: int,
         num_workers: int,
@@ -87,15 +89,22 @@ class TrainingLoader:
             crop: least share of each side that is kept, see `Augment`.
             photometric: changes of colour; None for none.
             transform: changes a sample before anything else does.
+            proposals: boxes that every batch brings with it. They follow what the loader does to a picture; what
+                `transform` moves they do not.
             masks: whether targets hold masks, which cost time and memory.
             seed: of the run.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that train together.
             world_size: how many processes train together.
             start_method: "fork", "spawn" or "forkserver"; None takes the platform's own.
+
+        Raises:
+            ValueError: an image has no row among the proposals, or a number is out of range.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
+        if proposals is not None:
+            proposals.require(_image_ids(dataset))
         if masks:
             _require_masks(dataset)
         original_sizes, max_objects = _measure(dataset)
@@ -111,6 +120,7 @@ class TrainingLoader:
             augment=Augment(flip=flip, scale_jitter=scale_jitter, crop=crop),
             photometric=photometric,
             transform=transform,
+            proposals=proposals,
             seed=seed,
             slots=slots_for(max_objects),
             masks=masks,
@@ -140,6 +150,7 @@ class EvaluationLoader:
         batch_size: int,
         resize: Resize | None = None,
         native: bool = False,
+        proposals: ProposalFile | None = None,
         num_workers: int,
         rank: int = 0,
         world_size: int = 1,
@@ -152,13 +163,19 @@ class EvaluationLoader:
             batch_size: most pictures in a batch.
             resize: the size that pictures get; leave it out with `native`.
             native: keep the pictures' own sizes, padded to the next multiple of 32.
+            proposals: boxes that every batch brings with it.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that test together.
             world_size: how many processes test together.
             start_method: "fork", "spawn" or "forkserver"; None takes the platform's own.
+
+        Raises:
+            ValueError: an image has no row among the proposals, or `resize` and `native` contradict each other.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
+        if proposals is not None:
+            proposals.require(_image_ids(dataset))
         if (resize is None) != native:
             raise ValueError("give either resize or native=True")
         original_sizes, _ = _measure(dataset, objects=False)
@@ -179,7 +196,7 @@ class EvaluationLoader:
                 for batch in group(order[buckets == k], buckets, canvases, batch_size)
             ]
         self._steps = [Step(0, canvases[bucket][0], indices) for bucket, indices in batches][rank::world_size]
-        self._builder = _Builder(dataset=dataset, scales=scales, augment=Augment(), seed=0)
+        self._builder = _Builder(dataset=dataset, scales=scales, augment=Augment(), proposals=proposals, seed=0)
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:
@@ -202,12 +219,14 @@ class _Builder(TorchDataset[Batch]):
     seed: int
     photometric: Photometric | None = None
     transform: Callable[[Sample], Sample] | None = None
+    proposals: ProposalFile | None = None
     slots: int | None = None
     masks: bool = False
 
     def __getitem__(self, step: Step) -> Batch:
         placed = (self._placed_sample(int(index), step) for index in step.indices)
-        return collate(placed, len(step.indices), step.canvas, self.slots, masks=self.masks)
+        proposal_slots = None if self.proposals is None else self.proposals.slots
+        return collate(placed, len(step.indices), step.canvas, self.slots, proposal_slots, masks=self.masks)
 
     def _placed_sample(self, index: int, step: Step) -> PlacedSample:
         seed = image_seed(self.seed, step.epoch, index)
@@ -226,7 +245,8 @@ class _Builder(TorchDataset[Batch]):
                 )
         if self.photometric is not None:
             sample = replace(sample, image=self.photometric(sample.image, rng))
-        return PlacedSample(sample, placement, seed)
+        given = None if self.proposals is None else self.proposals.of(sample.image_id, (height, width))
+        return PlacedSample(sample, placement, seed, given)
 
 
 @dataclass(frozen=True)
@@ -286,6 +306,12 @@ def _start_worker(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first and then ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _image_ids(dataset: Dataset) -> np.ndarray:
+    """The pictures' ids [N], by a pass over the samples where not stated."""
+    ids = getattr(dataset, "image_ids", None)
+    return np.array([dataset[index].image_id for index in range(len(dataset))] if ids is None else ids, np.int64)
 
 
 def _measure(dataset: Dataset, *, objects: bool = True) -> tuple[np.ndarray, int]:

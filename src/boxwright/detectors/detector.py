@@ -31,6 +31,22 @@ class Detector(Protocol):
         ...
 
 
+def require_proposals(detector: nn.Module, given: bool) -> None:
+    """Check that proposals are given to a detector that needs them, and to no other.
+
+    Raises:
+        ValueError: they are missing, or have no use.
+    """
+    needed = bool(getattr(detector, "needs_proposals", False))
+    if needed and not given:
+        raise ValueError(
+            "the model has no network for proposals, so they must be given: write them with boxwright propose and name "
+            "the file with --proposals (in Python: proposals=)"
+        )
+    if given and not needed:
+        raise ValueError("proposals are given, but the model makes its own: leave them out, or take a Fast R-CNN")
+
+
 class PixelNormalizer(nn.Module):
     """Brings uint8 RGB pixels to the scale and colour order that a backbone was trained with."""
 

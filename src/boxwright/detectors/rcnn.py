@@ -37,6 +37,11 @@ class RCNN(nn.Module):
         self.mask_head = mask_head
         self.needs_masks = mask_head is not None
 
+    @property
+    def needs_proposals(self) -> bool:
+        """Whether proposals must come with the batch."""
+        return self.rpn is None
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of all heads; see `RPNHead.losses`, `BoxHead.losses` and `MaskHead.losses`."""
         assert batch.targets is not None, "losses need targets"
@@ -66,6 +71,27 @@ class RCNN(nn.Module):
         output = self.rpn(features, batch.images.shape[-2:])
         proposals = self.rpn.proposals(output, batch.image_sizes, training=targets is not None)
         return proposals, {} if targets is None else self.rpn.losses(output, batch, targets)
+
+
+def fast_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    box: BoxConfig = BoxConfig(),
+) -> RCNN:
+    """Build a Fast R-CNN (Girshick, 2015) on a feature pyramid; its proposals come with the batch.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        box: the numbers of the box head.
+    """
+    box_head = BoxHead(backbone.channels[0], backbone.strides, num_classes, box, conventions)
+    return RCNN(backbone=backbone, rpn=None, box_head=box_head, pixel_stats=pixel_stats)
 
 
 def faster_rcnn(

@@ -17,11 +17,11 @@ from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
-from boxwright.evaluation.proposals import proposal_recall, recall_names
+from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
 from boxwright.ops.paste import paste_masks
-from boxwright.structures import Batch, Detections, to_device
+from boxwright.structures import Batch, Detections, map_tensors, to_device
 
 Precision = Literal["float32", "bfloat16", "auto"]
 COORDINATE_DECIMALS = 3
@@ -71,8 +71,11 @@ def evaluate_proposals(
     precision: Precision = "float32",
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Results, dict[str, float]]:
-    """As `evaluate`, for a detector of proposals: their average recall by name (see `proposal_recall`)."""
-    results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
+    """As `evaluate`, for a detector of proposals: their average recall by name (see `proposal_recall`).
+
+    The results hold the best 1000 of an image, which are all that it is measured with.
+    """
+    results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress, limit=LIMITS[-1])
     if _is_first_rank():
         recalls = proposal_recall(dataset, results)
     else:
@@ -87,10 +90,12 @@ def detect_dataset(
     device: torch.device | str,
     precision: Precision = "float32",
     progress: Callable[[int], Any] | None = None,
+    limit: int | None = None,
 ) -> Results:
     """What `detector` finds in every image of every rank, in pixels of the files and clipped to them.
 
-    Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`.
+    Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`; of an image
+    the best `limit` are kept, all where it is None.
     """
     device = torch.device(device)
     module = cast(nn.Module, detector)
@@ -101,6 +106,7 @@ def detect_dataset(
     with torch.inference_mode(), autocast(device, precision):
         for batch in batches:
             detections = detector.detect(to_device(batch, device))
+            detections = map_tensors(detections, lambda slots: slots[:, :limit])
             tables.append(_file_table(batch, detections))
             if detections.masks is not None:
                 masks.append(file_masks(batch, detections))

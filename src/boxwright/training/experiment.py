@@ -96,6 +96,8 @@ class Experiment:
     """Training pictures keep a window of at least this share of each side; None keeps all."""
     photometric: Photometric | None = None
     """Random changes of a training picture's colours; None for none."""
+    given_proposals: int = 1000
+    """Of proposals that are read from a file, for a model without an RPN, the best so many an image are used."""
     optimizer: SGD | AdamW = field(default_factory=SGD)
     """What turns gradients into steps."""
     schedule: StepSchedule | CosineSchedule = field(default_factory=StepSchedule)
@@ -125,7 +127,8 @@ class Experiment:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every", "keep_checkpoints"):
+        counts = ("epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every", "keep_checkpoints")
+        for name in (*counts, "given_proposals"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         if self.scales is not None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from boxwright.backbones.resnet import has_untrained_statistics
 from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
+from boxwright.data.proposals import ProposalFile
+from boxwright.detectors.detector import require_proposals
 from boxwright.structures import Batch, to_device
 from boxwright.training import checkpoint
 from boxwright.training.distributed import (
@@ -63,6 +65,7 @@ class Training:
         evaluate: Evaluate | None = None,
         resume: bool = False,
         init: Path | None = None,
+        proposals: ProposalFile | None = None,
         num_workers: int = 2,
         log_every: int | None = None,
         checkpoint_every: int | None = None,
@@ -79,6 +82,7 @@ class Training:
             evaluate: measures the detector every `experiment.evaluate_every` epochs and at the end.
             resume: go on from the newest checkpoint in `out`, if there is one.
             init: weights to start from; tensors whose name or shape is not the model's are left out, with a line.
+            proposals: boxes for the images of `dataset`, for a detector without a network of its own for them.
             num_workers: processes that read images, for each rank.
             log_every: steps; None for 50, or fewer in a short run.
             checkpoint_every: steps; None for once an epoch.
@@ -86,13 +90,14 @@ class Training:
             command: the command line, for the record.
 
         Raises:
-            ValueError: the folder holds another run, the run to resume had another experiment or is damaged, or not all
-                processes see its checkpoints.
+            ValueError: the folder holds another run, the run to resume had another experiment or is damaged, not all
+                processes see its checkpoints, or proposals are missing or have no use.
         """
         self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         torch.manual_seed(experiment.seed)
         self.detector = build(experiment.model, num_classes=len(dataset.categories)).to(self.device).train()
+        require_proposals(self.detector, proposals is not None)
         newest = checkpoint.newest(self.folder.checkpoints) if resume else None
         self._require_agreement(newest)
         if newest is None:
@@ -110,6 +115,7 @@ class Training:
             scale_jitter=experiment.scale_jitter,
             crop=experiment.crop,
             photometric=experiment.photometric,
+            proposals=proposals,
             masks=needs_masks,
             seed=experiment.seed,
             num_workers=num_workers,

@@ -1,0 +1,60 @@
+"""What commands that run a model over images show: how far they are, and numbers."""
+
+from __future__ import annotations
+
+import typer
+
+
+class ImageProgress:
+    """One line that tells how far the images are and how fast they go."""
+
+    def __init__(self, what: str, total: int, num_ranks: int, *, shown: bool) -> None:
+        """Prepare the line.
+
+        Args:
+            what: is being done.
+            total: images of all ranks.
+            num_ranks: how many processes share them.
+            shown: whether this process shows it.
+        """
+        from rich import progress
+
+        columns = (
+            progress.TextColumn(what),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TimeRemainingColumn(),
+        )
+        self._progress = progress.Progress(*columns, disable=not shown)
+        # The ranks go at about the same pace, so the first one's images stand for all.
+        self._total, self._num_ranks, self._num_done = total, num_ranks, 0
+        self._task = self._progress.add_task(what, total=total, speed="")
+
+    def __enter__(self) -> ImageProgress:
+        from time import perf_counter
+
+        self._start = perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, num_images: int) -> None:
+        """Count images that this process has done."""
+        from time import perf_counter
+
+        self._num_done = min(self._num_done + num_images * self._num_ranks, self._total)
+        speed = self._num_done / (perf_counter() - self._start)
+        self._progress.update(self._task, completed=self._num_done, speed=f"{speed:.1f} images/s")
+
+
+def print_numbers(numbers: dict[str, float]) -> None:
+    """Print six numbers a line, in percent."""
+    from boxwright.report.html import percent
+
+    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
+    width = max(map(len, cells)) + 2
+    for start in range(0, len(cells), 6):
+        typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())

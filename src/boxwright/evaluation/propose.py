@@ -1,0 +1,171 @@
+"""The proposals of a whole data set, written into one file by all ranks together.
+
+Each rank writes a part for each split, beside the file; the first joins the parts. So no process ever holds more than
+its own share of one split, and nothing but a few counts travels between them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from boxwright.data.dataset import Dataset
+from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
+from boxwright.detectors.detector import Detector
+from boxwright.evaluation.evaluate import Precision, autocast, file_boxes
+from boxwright.evaluation.proposals import RecallCounter
+from boxwright.structures import Batch, to_device
+
+
+class ProposalWriter:
+    """Collects the splits of a proposals file; all ranks do the same with it."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin a file, in a folder that all ranks see; it appears with `finish`, and nothing else is left behind."""
+        self.path = path
+        self._parts = path.parent / f".{path.name}.parts"
+        self._splits: list[dict[str, Any]] = []
+        self._orders: list[list[int]] = []
+
+    def __enter__(self) -> ProposalWriter:
+        if _rank() == 0:
+            shutil.rmtree(self._parts, ignore_errors=True)
+            self._parts.mkdir(parents=True)  # what cannot be written is told before the work
+        _meet()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if _rank() == 0:
+            shutil.rmtree(self._parts, ignore_errors=True)
+
+    def add(self, name: str, annotations: str, image_ids: Iterable[int], found: Mapping[int, GivenProposals]) -> None:
+        """Add a split.
+
+        Args:
+            name: Of the split, unlike the others'.
+            annotations: The name of its annotation file, for the record.
+            image_ids: Of all its images, in the data set's order.
+            found: This rank's share, by image id.
+        """
+        self._orders.append(list(image_ids))
+        self._splits.append({"name": name, "annotations": annotations, "images": len(self._orders[-1])})
+        write_proposals(
+            self._part(len(self._splits) - 1, _rank()),
+            image_ids=found.keys(),
+            counts=[len(given.boxes) for given in found.values()],
+            images=found.values(),
+            page={"splits": [{"name": name, "images": len(found)}]},
+        )
+
+    def finish(self, page: Mapping[str, Any]) -> tuple[int, int]:
+        """Join the parts on rank 0.
+
+        Args:
+            page: What the file says besides its splits.
+
+        Returns:
+            The numbers of images and of proposals written; zeros on the other ranks.
+        """
+        _meet()
+        total = (0, 0)
+        if _rank() == 0:
+            counts = np.concatenate([self._counts(number) for number in range(len(self._splits))])
+            write_proposals(
+                self.path,
+                image_ids=[image_id for order in self._orders for image_id in order],
+                counts=counts,
+                images=self._images(),
+                page={"splits": self._splits, **page},
+            )
+            total = len(counts), int(counts.sum())
+        _meet()
+        return total
+
+    def _counts(self, number: int) -> np.ndarray:
+        counts: dict[int, int] = {}
+        for part in self._open(number):
+            counts.update(zip(part.image_ids.tolist(), part.counts.tolist(), strict=True))
+        return np.array([counts[image_id] for image_id in self._orders[number]], np.int64)
+
+    def _images(self) -> Iterator[GivenProposals]:
+        for number, order in enumerate(self._orders):
+            parts = self._open(number)
+            owner = {image_id: part for part in parts for image_id in part.image_ids.tolist()}
+            for image_id in order:
+                yield owner[image_id].of(image_id)
+
+    def _open(self, number: int) -> list[ProposalFile]:
+        return [ProposalFile(self._part(number, rank), limit=2**31) for rank in range(_world_size())]
+
+    def _part(self, number: int, rank: int) -> Path:
+        return self._parts / f"split_{number}_rank_{rank}.safetensors"
+
+
+def propose(
+    detector: Detector,
+    dataset: Dataset,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "float32",
+    limit: int = 1000,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[dict[int, GivenProposals], dict[str, float]]:
+    """What a proposal network proposes on this rank's images, and the recall of all ranks' proposals.
+
+    Args:
+        detector: Its training mode is left as found.
+        dataset: The ground truth.
+        batches: This rank's share, as `EvaluationLoader` gives it.
+        device: Where the detector is.
+        precision: What the detector computes in.
+        limit: The best so many of an image are kept.
+        progress: Called with the number of images of each finished batch of this rank.
+
+    Returns:
+        The proposals by image id, in pixels of the files and clipped to them, and the recall by name.
+    """
+    device, module = torch.device(device), cast(nn.Module, detector)
+    was_training = module.training
+    module.eval()
+    found: dict[int, GivenProposals] = {}
+    counter = RecallCounter(dataset)
+    with torch.inference_mode(), autocast(device, precision):
+        for batch in batches:
+            detections = detector.detect(to_device(batch, device))
+            boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
+            for image_id, own, certainty, valid in zip(
+                batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
+            ):
+                given = GivenProposals(own[valid][:limit], certainty[valid][:limit])
+                found[image_id] = given
+                corners = given.boxes.astype(np.float64)
+                counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
+            if progress is not None:
+                progress(len(batch.image_ids))
+    module.train(was_training)
+    if dist.is_initialized():
+        counts = torch.from_numpy(counter.counts)
+        dist.all_reduce(counts)  # in place, on the host
+    return found, counter.recall()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _meet() -> None:
+    """Wait for the others, on the host."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))

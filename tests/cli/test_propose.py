@@ -1,0 +1,164 @@
+"""The whole way: an RPN's proposals into a file, and a Fast R-CNN trained and tested on them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from boxwright.cli.main import app
+from boxwright.data.buckets import Resize
+from boxwright.data.coco import CocoDataset
+from boxwright.data.dataset import Category
+from boxwright.data.layout import find_layout
+from boxwright.data.proposals import ProposalFile
+from boxwright.data.shapes import write_shapes
+from boxwright.detectors.rcnn import fast_rcnn
+from boxwright.heads.box_head import BoxConfig
+from boxwright.recipes.common import small
+from boxwright.training.experiment import Experiment
+from small_model import BACKBONE, small_run
+
+SHAPES = [Category(id=1, name="circle"), Category(id=2, name="square"), Category(id=3, name="triangle")]
+FAST = "cli.test_propose:fast"
+
+
+def fast() -> Experiment:
+    """A Fast R-CNN of few parameters."""
+    model = partial(fast_rcnn, backbone=BACKBONE, box=BoxConfig(width=32, num_sampled=16, score_threshold=0.0))
+    return replace(small(model), resize=Resize(short=96, long=160), epochs=1)
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in `data`, an RPN in `rpn` and its proposals of both splits in `proposals`."""
+    folder = tmp_path_factory.mktemp("propose")
+    write_shapes(folder / "data", train=8, val=5)
+    small_run(folder / "rpn", SHAPES, proposals=True)
+    status, output = run(*command(folder), "--out", folder / "proposals")
+    assert status == 0, output
+    (folder / "output").write_text(output)
+    return folder
+
+
+def command(folder: Path) -> list[str | Path]:
+    return ["propose", folder / "rpn", "--data", folder / "data", "--workers", "0", "--device", "cpu"]
+
+
+def test_both_splits_are_written_and_measured(folder: Path) -> None:
+    output = (folder / "output").read_text()
+    assert len(re.findall(r"^AR@100 ", output, re.MULTILINE)) == 2
+    assert re.search(r"proposals: [\d,]+ proposals of 13 images \(train, val\)", output)
+    layout = find_layout(folder / "data")
+    for name in ("train", "val"):
+        dataset = CocoDataset(*layout[name])
+        file = ProposalFile(folder / "proposals", split=name)
+        file.require(dataset.image_ids)
+        for image_id, size in zip(dataset.image_ids.tolist(), dataset.image_sizes.tolist(), strict=True):
+            assert len(file.of(image_id, size).boxes) > 10
+    page = file.page
+    assert [split["name"] for split in page["splits"]] == ["train", "val"]
+    assert re.fullmatch("[0-9a-f]{64}", page["sha256"])
+
+
+def test_recall_is_what_testing_the_rpn_gives(folder: Path) -> None:
+    status, output = run(
+        "test",
+        folder / "rpn",
+        "--data",
+        folder / "data",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        folder / "tested",
+    )
+    assert status == 0, output
+    tested = re.search(r"^AR@100 +([\d.]+)", output, re.MULTILINE)[1]
+    proposed = re.findall(r"^AR@100 +([\d.]+)", (folder / "output").read_text(), re.MULTILINE)[1]
+    assert float(proposed) == pytest.approx(float(tested), abs=0.11)
+
+
+def test_a_fast_rcnn_is_trained_and_tested_on_them(folder: Path) -> None:
+    data = ["--data", folder / "data", "--workers", "0", "--device", "cpu"]
+    out = folder / "fast"
+    status, output = run("train", FAST, *data, "--out", out, "--proposals", folder / "proposals")
+    assert status == 0, output
+    assert "AP50" in output
+    given = ["--trust", "cli", "--proposals", folder / "proposals"]
+    status, output = run("test", out, *data, *given, "--out", folder / "fast_tested")
+    assert status == 0, output
+    assert "AP50" in output
+    assert (folder / "fast_tested" / "report.html").is_file()
+
+
+def test_two_ranks_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "boxwright", *map(str, command(folder)), "--batch-size", "4"]
+    ranks = [
+        subprocess.Popen(
+            [*words, "--out", str(tmp_path / "both")],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert re.findall(r"^AR.*", outputs[0], re.MULTILINE) == re.findall(
+        r"^AR.*", (folder / "output").read_text(), re.MULTILINE
+    )
+    one, two = load_file(folder / "proposals"), load_file(tmp_path / "both")
+    assert one["image_ids"].tolist() == two["image_ids"].tolist()
+    assert one["offsets"].tolist() == two["offsets"].tolist()
+    np.testing.assert_allclose(one["boxes"], two["boxes"], atol=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+
+
+def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", folder / "data", "--workers", "0", "--device", "cpu"]
+    proposals = folder / "proposals"
+    other = small_run(tmp_path / "faster", SHAPES)
+    only_val = tmp_path / "val"
+    assert run(*command(folder), "--split", "val", "--out", only_val)[0] == 0
+    cases: list[tuple[list[str | Path], str]] = [
+        (["propose", other, *data, "--out", tmp_path / "x"], "is no RPN"),
+        ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test', only train, val"),
+        (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
+        (["test", other, *data, "--proposals", proposals], "the model makes its own"),
+        (["train", FAST, *data, "--out", tmp_path / "x"], "write them with boxwright propose"),
+        (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "No such file"),
+    ]
+    for words, message in cases:
+        status, output = run(*words)
+        assert status == 1, output
+        assert re.search(message, output.splitlines()[-1]), output
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_of_other_images_names_one(folder: Path, tmp_path: Path) -> None:
+    write_shapes(tmp_path / "more", train=9, val=5)
+    words = ["--data", tmp_path / "more", "--workers", "0", "--device", "cpu", "--out", tmp_path / "x"]
+    status, output = run("train", FAST, *words, "--proposals", folder / "proposals")
+    assert status == 1
+    assert re.search(r"no proposals of \d+ of 9 images, image id \d+ for one", output.splitlines()[-1])

@@ -1,0 +1,225 @@
+"""Plain data comes back as it was, of every protocol; nothing else comes back or takes effect."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from boxwright.weights import restricted_pickle
+from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
+
+PROTOCOLS = range(6)
+SHARED = np.arange(6, dtype=np.float32).reshape(2, 3)
+PLAIN = {
+    "list": [1, -5, 255, 65535, 2**40, -(2**70), True, False, None],
+    "numbers": (1.5, -0.0, 1e300, 10**20),
+    "text": ["", "plain", "späß \n 'quoted' \\ ☃", "x" * 300],
+    "bytes": [b"", b"\x00\xff\n", b"y" * 300],
+    ("a", 1): {"deep": [[[]], {}, ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4))]},
+    "arrays": [
+        SHARED,
+        SHARED,
+        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+        np.arange(3, dtype=">i2"),
+        np.zeros((0, 5), np.float32),
+        np.array(True),
+        np.arange(4, dtype=np.uint8)[::2],
+    ],
+    "scalars": [np.float32(0.1), np.int64(-3), np.bool_(True)],
+}
+
+
+def write(folder: Path, data: bytes) -> Path:
+    path = folder / "file.pkl"
+    path.write_bytes(data)
+    return path
+
+
+def assert_same(given: Any, wanted: Any) -> None:
+    assert type(given) is type(wanted)
+    if isinstance(wanted, np.ndarray):
+        assert given.dtype == wanted.dtype
+        assert given.shape == wanted.shape
+        np.testing.assert_array_equal(given, wanted)
+        assert given.flags.writeable
+    elif isinstance(wanted, dict):
+        assert list(given) == list(wanted)
+        for key in wanted:
+            assert_same(given[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(given) == len(wanted)
+        for one, two in zip(given, wanted, strict=True):
+            assert_same(one, two)
+    else:
+        assert given == wanted
+
+
+@pytest.mark.parametrize("old_names", [True, False])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_plain_data_comes_back(protocol: int, old_names: bool, tmp_path: Path) -> None:
+    data = pickle.dumps(PLAIN, protocol)
+    wanted = pickle.loads(data)
+    if old_names:  # as numpy before 2 wrote them; a length stands before the name in protocols from 4 on
+        for module in (b"multiarray", b"numeric"):
+            old, new = b"numpy.core." + module, b"numpy._core." + module
+            data = data.replace(bytes([len(new)]) + new, bytes([len(old)]) + old).replace(new, old)
+    given = read_pickle(write(tmp_path, data))
+    assert_same(given, wanted)
+    assert given["arrays"][0] is given["arrays"][1]
+
+
+def test_python_2_comes_back(tmp_path: Path) -> None:
+    """Written byte by byte, as Python 2's cPickle does with protocol 0 and 2: text and array content are `str`."""
+    content = np.array([[1.5, -2.0]], np.float32).tobytes()
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nI2\ntcnumpy\ndtype\n"
+    array += b"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
+    old = b"(dS'boxes'\n(l" + array + b"S" + repr(content)[1:].encode() + b"\ntbas."
+    newer = b"\x80\x02}U\x05boxes](" + array + b"U" + bytes([len(content)]) + content + b"tbes."
+    for data in (old, newer):
+        given = read_pickle(write(tmp_path, data))
+        assert list(given) == ["boxes"]
+        np.testing.assert_array_equal(given["boxes"][0], np.array([[1.5, -2.0]], np.float32))
+    assert read_pickle(write(tmp_path, b"U\x01\xe9.")) == "é"
+
+
+class Reduces:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Plain:
+    """An object of a class of one's own."""
+
+
+def hostile(folder: Path) -> dict[str, bytes]:
+    """Programs that would make the file `hit`, or bring more than data, if anything ran them."""
+    command = f"touch {folder / 'hit'}"
+    line = command.encode()
+    string = struct.pack("<I", len(line)) + line
+    found = {
+        "global and reduce": b"cos\nsystem\n(S'" + line + b"'\ntR.",
+        "global of posix": b"\x80\x02cposix\nsystem\nX" + string + b"\x85R.",
+        "inst": b"(S'" + line + b"'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nX" + string + b"o.",
+        "build of a global": b"cos\nsystem\n}(S'x'\nI1\nub.",
+        "build of a name": b"cnumpy\nndarray\n}X\x01\x00\x00\x00xK\x01sb.",
+        "build with a slot state": b"](N}X\x01\x00\x00\x00xK\x01stb.",
+        "persistent id": b"P" + line + b"\n.",
+        "binary persistent id": b"X" + string + b"Q.",
+        "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93X" + string + b"\x85R.",
+        "stack global from memory": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x940hK0\x93.",
+        "dotted stack global": b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.",
+        "newobj": b"\x80\x02cbuiltins\nobject\n)\x81.",
+        "newobj of an array": b"\x80\x02cnumpy\nndarray\nK\x05\x85\x81.",
+        "newobj_ex": b"\x80\x04cnumpy\nndarray\n)}\x92.",
+        "extension": b"\x80\x02\x82\x01.",
+        "eval": b"c__builtin__\neval\n(S'1'\ntR.",
+        "getattr": b"cbuiltins\ngetattr\n.",
+        "numpy's load": b"cnumpy\nload\n.",
+        "numpy's f2py": b"cnumpy.testing._private.utils\nrunstring\n.",
+        "a codec that is none": b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        "bytes of any length": b"c__builtin__\nbytes\n(I1000000000000\ntR.",
+        "decode": b"c_codecs\ndecode\n.",
+        "buffer from outside": b"\x80\x05\x97.",
+        "a name as data": b"cnumpy\ndtype\n.",
+        "a mark as data": b"(.",
+        "a hidden name": b"(lcnumpy\nndarray\na.",
+    }
+    for protocol in PROTOCOLS:
+        found[f"os.system {protocol}"] = pickle.dumps(Reduces(os.system, command), protocol)
+        found[f"hidden in a list {protocol}"] = pickle.dumps([1, {"a": (Reduces(os.system, command),)}], protocol)
+        found[f"exec {protocol}"] = pickle.dumps(Reduces(exec, f"import os; os.system({command!r})"), protocol)
+        found[f"object array {protocol}"] = pickle.dumps(np.array([None, "x"], dtype=object), protocol)
+        found[f"structured array {protocol}"] = pickle.dumps(np.zeros(2, dtype=[("a", "f4")]), protocol)
+        found[f"array of text {protocol}"] = pickle.dumps(np.array(["x"]), protocol)
+        found[f"own class {protocol}"] = pickle.dumps(Plain(), protocol)
+        found[f"ordered dict {protocol}"] = pickle.dumps(OrderedDict(a=1), protocol)
+        found[f"set {protocol}"] = pickle.dumps({1, 2}, protocol)
+    return found
+
+
+HOSTILE = list(hostile(Path("x")))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_is_more_than_data_is_refused_without_effect(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, hostile(tmp_path)[name])
+    with pytest.raises(RefusedPickleError, match=r"file\.pkl (is refused|is no sound pickle)"):
+        read_pickle(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.pkl"]
+
+
+def test_the_hostile_programs_do_harm_where_they_are_run(tmp_path: Path) -> None:
+    for name in ("global and reduce", "inst", "obj", "stack global", "os.system 0", "os.system 5"):
+        pickle.loads(hostile(tmp_path)[name])
+        (tmp_path / "hit").unlink()
+
+
+ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n%b"
+ARRAY += b"tcnumpy\ndtype\n(S'f4'\ntRI00\n%btb."
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"(l",
+        b"\x80\x06N.",
+        b"a.",
+        b"h\x05.",
+        b"(K\x01d.",
+        b"}(]K\x01u.",
+        b"NN.",
+        b"\x8e" + b"\xff" * 8 + b"x.",
+        b"\x8b\xff\xff\xff\x7f.",
+        b"I" + b"9" * 5000 + b"\n.",
+        ARRAY % (b"(I4\n", b"C\x04abcd"),
+        ARRAY % (b"(I-1\n", b"C\x04abcd"),
+        ARRAY % (b"(I1000000000\nI1000000000\n", b"C\x04abcd"),
+        ARRAY % (b"(S'x'\n", b"C\x04abcd"),
+    ],
+    ids=range(15),
+)
+def test_damage_is_told(data: bytes, tmp_path: Path) -> None:
+    with pytest.raises(RefusedPickleError, match=r"file\.pkl is"):
+        read_pickle(write(tmp_path, data))
+
+
+def test_an_array_of_the_right_size_is_read(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(
+        read_pickle(write(tmp_path, ARRAY % (b"(I1\n", b"C\x04" + np.float32(2).tobytes()))), np.float32([2])
+    )
+
+
+def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restricted_pickle, "MAX_INSTRUCTIONS", 50)
+    with pytest.raises(RefusedPickleError, match="over 50 instructions"):
+        read_pickle(write(tmp_path, b"]" * 60))
+    # One text, turned into bytes again and again, may not fill the memory.
+    monkeypatch.setattr(restricted_pickle, "MAX_BYTES", 2000)
+    again = (
+        b"(c_codecs\nencode\n(S'" + b"x" * 900 + b"'\np0\nS'latin1'\ntR" + b"c_codecs\nencode\n(g0\nS'latin1'\ntR" * 3
+    )
+    with pytest.raises(RefusedPickleError, match="over 2,000 bytes"):
+        read_pickle(write(tmp_path, again + b"t."))
+    with pytest.raises(RefusedPickleError, match="over the limit of 2,000"):
+        read_pickle(write(tmp_path, b"x" * 3000))
+
+
+def test_a_list_in_itself_is_read(tmp_path: Path) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    given = read_pickle(write(tmp_path, pickle.dumps(circle)))
+    assert given[0] is given
