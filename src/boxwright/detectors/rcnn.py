@@ -151,3 +151,32 @@ def mask_rcnn(
         mask_head=MaskHead(channels, strides, num_classes, mask, conventions),
         pixel_stats=pixel_stats,
     )
+
+
+def fast_mask_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    box: BoxConfig = BoxConfig(),
+    mask: MaskConfig = MaskConfig(),
+) -> RCNN:
+    """Build a Mask R-CNN whose proposals come with the batch, as Fast R-CNN's do.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        box: the numbers of the box head.
+        mask: the numbers of the mask head.
+    """
+    channels, strides = backbone.channels[0], backbone.strides
+    return RCNN(
+        backbone=backbone,
+        rpn=None,
+        box_head=BoxHead(channels, strides, num_classes, box, conventions),
+        mask_head=MaskHead(channels, strides, num_classes, mask, conventions),
+        pixel_stats=pixel_stats,
+    )
