@@ -110,6 +110,14 @@ def test_the_detectors_own_limit_counts() -> None:
     assert "AR100" in metrics.summary
 
 
+def test_the_best_of_an_image_can_be_all_that_is_kept() -> None:
+    everything, best = (detect_dataset(Oracle(), loader(), device="cpu", limit=limit) for limit in (None, 2))
+    assert len(best) < len(everything)
+    for image_id in everything.evaluated:
+        wanted = everything.boxes[everything.image_ids == image_id][:2]
+        np.testing.assert_array_equal(best.boxes[best.image_ids == image_id], wanted)
+
+
 def test_evaluate_maps_categories_by_name() -> None:
     _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
     assert metrics.summary["AP"] == pytest.approx(1)
