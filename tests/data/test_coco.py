@@ -26,6 +26,8 @@ def test_samples(tmp_path: Path) -> None:
     assert isinstance(dataset, Dataset)
     assert dataset.categories == (Category(2, "ant"), Category(90, "zebra"))
     assert (len(dataset), dataset.max_objects, dataset.dropped) == (2, 3, {})
+    # Four objects: polygons, nothing, a crowd region, run lengths.
+    assert (dataset.num_masks, dataset.num_without_mask) == (2, 1)
     np.testing.assert_array_equal(dataset.image_ids, [7, 3])
     np.testing.assert_array_equal(dataset.image_sizes, [[40, 60], [40, 60]])
     sample = dataset[1]
@@ -44,6 +46,18 @@ def test_samples(tmp_path: Path) -> None:
     # A sample is the caller's to change; the index is everyone's.
     sample.boxes[:] = 0
     assert dataset[1].boxes[0, 0] == 10
+
+
+def test_masks_are_those_of_the_file(tmp_path: Path) -> None:
+    dataset = CocoDataset(*write(tmp_path), cache_dir=tmp_path)
+    (none,), (polygons, crowd, runs) = dataset[0].masks, dataset[1].masks
+    assert none is None
+    assert [polygon.tolist() for polygon in polygons] == [
+        [[10, 5], [30, 5], [20, 15]],
+        [[1.5, 2], [3, 4], [5, 6.25], [7, 8]],
+    ]
+    assert runs == b"0X1hY2"
+    assert crowd == b"0X1hY2"
 
 
 def test_pickles_small(tmp_path: Path) -> None:

@@ -104,3 +104,34 @@ def test_repeating_gives_every_sample_as_often_and_changes_it_anew() -> None:
 def test_both_can_be_pickled() -> None:
     joined = pickle.loads(pickle.dumps(RepeatDataset(ConcatDataset([Pictures(2), Pictures(3)]), 2)))
     assert joined[7].image_id == joined.image_ids[7]
+
+
+class Outlined(Pictures):
+    """One that says how many of its objects have a mask."""
+
+    num_masks, num_without_mask = 3, 2
+
+
+class BoxesAlone(Pictures):
+    """One that has none."""
+
+    annotations, num_masks, num_without_mask = "boxes_alone.json", 0, 4
+
+
+def test_masks_are_counted_over_the_parts() -> None:
+    joined = ConcatDataset([Outlined(4), BoxesAlone(4)])
+    assert (joined.num_masks, joined.num_without_mask) == (3, 6)
+    assert (RepeatDataset(joined, 3).num_masks, RepeatDataset(joined, 3).num_without_mask) == (3, 6)
+    unstated = ConcatDataset([Outlined(4), Pictures(4)])
+    assert (unstated.num_masks, unstated.num_without_mask) == (None, 2)
+    settings = {"batch_size": 2, "resize": Resize(64, 107), "seed": 0, "num_workers": 0, "masks": True}
+    TrainingLoader(joined, **settings)
+    with pytest.raises(ValueError, match=r"^boxes_alone.json, boxes_alone.json: no object has a mask"):
+        TrainingLoader(ConcatDataset([BoxesAlone(2), BoxesAlone(3)]), **settings)
+
+
+def test_samples_keep_their_masks() -> None:
+    joined, part = ConcatDataset([Pictures(4), Pictures(4)]), Pictures(4)
+    assert len(joined[7].masks) == 3
+    for mask, wanted in zip(joined[7].masks, part[3].masks, strict=True):
+        np.testing.assert_array_equal(mask, wanted)

@@ -75,6 +75,23 @@ def stumbling_detector(num_classes: int, *, bad_image: int) -> TinyDetector:
     return detector
 
 
+class MaskedDetector(TinyDetector):
+    """One that wants masks."""
+
+    needs_masks = True
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.targets is not None
+        assert batch.targets.masks is not None
+        assert torch.equal(batch.targets.masks.valid, batch.targets.valid)
+        return super().losses(batch)
+
+
+def masked_detector(num_classes: int) -> MaskedDetector:
+    """One that wants masks."""
+    return MaskedDetector(num_classes, dropout=0.0)
+
+
 class Pictures:
     """Random pictures with an object each; those whose position is in `empty` have none, and ids start at 100."""
 

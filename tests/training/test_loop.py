@@ -22,7 +22,7 @@ from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
 from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
 from boxwright.training.non_finite import NonFiniteError, load_batches
-from training.fakes import Pictures, stumbling_detector, tiny_detector
+from training.fakes import Pictures, masked_detector, stumbling_detector, tiny_detector
 from training.runs import assert_same_run, assert_same_tensors, curve, start_python, tiny_experiment
 
 EXPERIMENTS = {
@@ -257,6 +257,19 @@ def test_init_takes_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     run = Training(other, Pictures(), tmp_path / "second", num_workers=0, init=weights)
     trained = Training(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", resume=True)
     assert torch.equal(run.detector.body.weight, trained.detector.body.weight)
+
+
+def test_masks_are_read_where_the_detector_needs_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, experiment = Pictures(), tiny_experiment(epochs=1, model=partial(masked_detector))
+    pictures.num_masks, pictures.num_without_mask = 12, 3
+    train(experiment, pictures, tmp_path / "some", num_workers=0)
+    assert "3 objects have no mask: their boxes are learnt, their masks are not" in capsys.readouterr().out
+    pictures.num_masks = 0
+    train(tiny_experiment(epochs=1), pictures, tmp_path / "boxes", num_workers=0)
+    assert "no mask" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Pictures: no object has a mask"):
+        train(experiment, pictures, tmp_path / "none", num_workers=0)
+    assert not (tmp_path / "none").exists()
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class ConcatDataset:
         """[N, 2] int64, (height, width)."""
         self.max_objects = max(most for _, _, most in facts)
         """Objects of the fullest picture."""
+        self.num_masks, self.num_without_mask = _mask_counts(parts)
+        """Objects with a mask (None where a part does not say), and known to have none."""
         self.image_ids: NDArray[np.int64] = np.zeros(0, np.int64)
         """[N] int64, unique if those of each part are."""
         for _, ids, _ in facts:
@@ -90,6 +92,8 @@ class RepeatDataset:
         self.dataset, self.times = dataset, times
         self.categories: Sequence[Category] = dataset.categories
         sizes, ids, self.max_objects = _facts(dataset)
+        self.num_masks, self.num_without_mask = _mask_counts([dataset])
+        """Of the data set itself: objects with a mask (None where it does not say), and known to have none."""
         self.image_sizes: NDArray[np.int64] = np.tile(sizes, (times, 1))
         """[N, 2] int64, (height, width)."""
         self.image_ids: NDArray[np.int64] = np.tile(ids, times)
@@ -101,6 +105,14 @@ class RepeatDataset:
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position."""
         return self.dataset[position % len(self.dataset)]
+
+
+def _mask_counts(parts: Sequence[Dataset]) -> tuple[int | None, int]:
+    """Objects with a mask, None where a part does not say; and those that are known to have none."""
+    with_mask = [getattr(part, "num_masks", None) for part in parts]
+    stated = [count for count in with_mask if count is not None]
+    total = sum(stated) if len(stated) == len(parts) else None
+    return total, sum(getattr(part, "num_without_mask", 0) for part in parts)
 
 
 def _facts(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:

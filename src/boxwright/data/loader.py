@@ -334,7 +334,9 @@ def _require_masks(dataset: Dataset) -> None:
         samples = (dataset[position] for position in range(len(dataset)))
         known = any(mask is not None for sample in samples for mask in sample.masks or ())
     if not known:
+        parts = getattr(dataset, "parts", [dataset])
+        names = ", ".join(str(getattr(part, "annotations", type(part).__name__)) for part in parts)
         raise ValueError(
-            f"{getattr(dataset, 'annotations', type(dataset).__name__)}: no object has a mask, which this model learns "
+            f"{names}: no object has a mask, which this model learns "
             "besides boxes: add them (`segmentation` in a COCO file), or train a model of boxes alone"
         )

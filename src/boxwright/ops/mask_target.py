@@ -38,12 +38,14 @@ def mask_target(
     rows = matched + num_slots * torch.arange(num_images, device=matched.device)[:, None]
     bitmaps = masks.bitmaps.flatten(0, 1).index_select(0, rows.flatten())
     boxes = torch.where(valid[..., None], boxes, 0.0)
-    frames = torch.where(valid[..., None], take_slots(masks.frames, matched), boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
+    frames = take_slots(masks.frames, matched)
+    corners = torch.where(valid[..., None], frames[..., :2], 0.0)[..., None]
+    lengths = torch.where(valid[..., None], frames[..., 2:] - frames[..., :2], 1.0)[..., None]
     shares = (torch.arange(output_size, device=boxes.device) + 0.5) / output_size
     sides = boxes[..., 2:] - boxes[..., :2] + plus_one
     centres = boxes[..., :2, None] + sides[..., None] * shares
     # [B, P, 2, S] x and y as grid_sample takes them, from -1 to 1 over the frame.
-    x, y = (2 * (centres - frames[..., :2, None]) / (frames[..., 2:] - frames[..., :2])[..., None] - 1).unbind(2)
+    x, y = (2 * (centres - corners) / lengths - 1).unbind(2)
     size = (*x.shape, output_size)
     grid = torch.stack([x[:, :, None].expand(size), y[..., None].expand(size)], -1).flatten(0, 1)
     covered = F.grid_sample(bitmaps[:, None].float(), grid, align_corners=False).view(size)
