@@ -145,6 +145,25 @@ def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
         assert per_class == metrics.per_class.tolist()
 
 
+def _one_picture_on_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    for pictures in (Pictures(1), Pictures(2)):  # without any object, and with one on the second rank
+        batches = EvaluationLoader(
+            pictures, batch_size=2, resize=Resize(90, 120), num_workers=0, rank=rank, world_size=world_size
+        )
+        results, metrics = evaluate(MaskOracle(), pictures, batches, device="cpu")
+        assert results.evaluated.tolist() == [100, 101][: len(pictures)]
+        assert len(results) == len(pictures) - 1
+        assert results.masks is not None
+        assert len(results.masks) == len(results)
+        assert metrics.masks is not None
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_images_or_detections(tmp_path: Path) -> None:
+    multiprocessing.spawn(_one_picture_on_rank, args=(2, str(tmp_path)), nprocs=2)
+
+
 def test_results_files_of_masks(tmp_path: Path) -> None:
     results = detect_dataset(MaskOracle(), loader(), device="cpu")
     assert results.masks is not None
