@@ -13,6 +13,8 @@ import json
 import platform
 import statistics
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from torchvision.ops import roi_align
 
 from boxwright.ops.paste import paste_masks
 
-PICTURE = (800, 1333)
+PICTURE, LARGE_PICTURE = (800, 1333), (3000, 4000)
 CELLS = 28
 
 
@@ -64,32 +66,39 @@ def theirs(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[bytes]:
     return [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))["counts"] for mask in pasted]
 
 
-SIDES = {"Boxwright": ours, "torchvision + pycocotools": theirs}
+Side = Callable[[Tensor, Tensor, tuple[int, int]], list[bytes]]
+SIDES: dict[str, Side] = {"Boxwright": ours, "torchvision + pycocotools": theirs}
 
 
-def measure_time(chosen: list[tuple[np.ndarray, list[float]]], rounds: int) -> None:
+def measure_time(
+    chosen: list[tuple[np.ndarray, list[float]]], size: tuple[int, int], sides: dict[str, Side], rounds: int
+) -> None:
     """All masks at once on one picture."""
-    scales = [(PICTURE[1] / mask.shape[1], PICTURE[0] / mask.shape[0]) for mask, _ in chosen]
+    scales = [(size[1] / mask.shape[1], size[0] / mask.shape[0]) for mask, _ in chosen]
     masks = torch.stack([on_grid(mask, box) for mask, box in chosen])
     corners = [
         (x * right, y * down, (x + width) * right, (y + height) * down)
         for (_, (x, y, width, height)), (right, down) in zip(chosen, scales, strict=True)
     ]
     boxes = torch.tensor(corners, dtype=torch.float32)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    print(f"{len(boxes)} masks; boxes of {sides.prod(1).median().sqrt():.0f} pixels a side in the median, ", end="")
-    print(f"{sides.prod(1).mean() / (PICTURE[0] * PICTURE[1]):.1%} of the picture on average")
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    print(f"{len(boxes)} masks on {size[0]} x {size[1]}; boxes of {areas.median().sqrt():.0f} pixels a side ", end="")
+    print(f"in the median, {areas.mean() / (size[0] * size[1]):.1%} of the picture on average")
     print("| milliseconds | of the clock | of the processor |\n| --- | --- | --- |")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             start, start_processor = time.perf_counter(), time.process_time()
-            side(masks, boxes, PICTURE)
+            side(masks, boxes, size)
             times[name].append((time.perf_counter() - start, time.process_time() - start_processor))
     for name, values in times.items():
         columns = [[seconds * 1000 for seconds in column] for column in zip(*values[1:], strict=True)]
         cells = " | ".join(f"{statistics.median(part):.1f} ({min(part):.1f}-{max(part):.1f})" for part in columns)
         print(f"| {name} | {cells} |")
+    tracemalloc.start()
+    ours(masks, boxes, size)
+    print(f"ours took {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB at most")
+    tracemalloc.stop()
 
 
 def measure_truth(chosen: list[tuple[np.ndarray, list[float]]]) -> None:
@@ -113,14 +122,16 @@ def measure_truth(chosen: list[tuple[np.ndarray, list[float]]]) -> None:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True, help="a COCO file with masks")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    measure_time(objects(arguments.annotations, 100), arguments.rounds)
+    hundred = objects(arguments.annotations, 100)
+    measure_time(hundred, PICTURE, SIDES, arguments.rounds)
+    measure_time(hundred, LARGE_PICTURE, {"Boxwright": ours}, arguments.rounds)  # theirs would take 4.8 GB
     measure_truth(objects(arguments.annotations, 1000))
 
 

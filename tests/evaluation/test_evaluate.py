@@ -134,10 +134,26 @@ def _on_rank(rank: int, world_size: int, folder: str) -> None:
     results, metrics = evaluate(MaskOracle(), PICTURES, loader(rank, world_size), device="cpu")
     write_results(Path(folder) / f"results_{rank}.json", results, PICTURES.categories)
     (Path(folder) / f"metrics_{rank}.json").write_text(json.dumps([metrics.numbers, metrics.per_class.tolist()]))
+    _share_few_pictures(rank, world_size)
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
+def _share_few_pictures(rank: int, world_size: int) -> None:
+    """One picture without objects, and none for the second rank; then two, of which the second has an object."""
+    for count in (1, 2):
+        few = Pictures(count)
+        batches = EvaluationLoader(
+            few, batch_size=2, resize=Resize(90, 120), num_workers=0, rank=rank, world_size=world_size
+        )
+        results, metrics = evaluate(MaskOracle(), few, batches, device="cpu")
+        assert results.evaluated.tolist() == [100, 101][:count]
+        assert len(results) == count - 1
+        assert results.masks is not None
+        assert len(results.masks) == len(results)
+        assert metrics.masks is not None
+
+
+def test_two_ranks_have_what_one_has_even_without_images_or_detections(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
     results, metrics = evaluate(MaskOracle(), PICTURES, loader(), device="cpu")
     assert results.masks is not None

@@ -131,9 +131,8 @@ class GroundTruth:
 
     def masks(self, objects: Sequence[dict[str, Any]]) -> Masks:
         """The masks of objects (from `coco`), the box for those without."""
-        runs = [
-            self.coco_of_masks.ann_to_rle(thing) for thing in self.coco_of_masks.load_anns([o["id"] for o in objects])
-        ]
+        same = self.coco_of_masks.load_anns([thing["id"] for thing in objects])
+        runs = [self.coco_of_masks.ann_to_rle(thing) for thing in same]
         return Masks.of([run["counts"] for run in runs], [run["size"] for run in runs])
 
     def require_images(self, results: Results) -> None:

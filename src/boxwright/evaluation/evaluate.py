@@ -6,6 +6,7 @@ B images, D detections an image; N detections over the data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -202,10 +203,8 @@ def _gather_masks(masks: Sequence[Masks], device: torch.device) -> Masks | None:
         return None
     lengths = _gather_rows(np.array([len(characters) for characters in counts], np.int64), device)
     text = _gather_rows(np.frombuffer(b"".join(counts), np.uint8).copy(), device).tobytes()
-    ends = np.cumsum(lengths).tolist()
-    return Masks.of(
-        [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)], _gather_rows(sizes, device)
-    )
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    return Masks.of([text[start:end] for start, end in pairwise(bounds)], _gather_rows(sizes, device))
 
 
 def shared_metrics(
