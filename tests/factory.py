@@ -9,7 +9,7 @@ import torch
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
-from boxwright.detectors.rcnn import fast_rcnn, faster_rcnn, mask_rcnn
+from boxwright.detectors.rcnn import fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
 from boxwright.detectors.retinanet import retinanet
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
@@ -32,7 +32,7 @@ SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=
 
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
-DETECTORS = ("rpn", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
+DETECTORS = ("rpn", "fast_rcnn", "fast_mask_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -42,6 +42,7 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "fast_rcnn": partial(fast_rcnn, box=SMALL_BOX),
+        "fast_mask_rcnn": partial(fast_mask_rcnn, box=SMALL_BOX, mask=SMALL_MASK),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
         "retinanet": partial(retinanet, retina=SMALL_RETINA),
         "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),

@@ -50,7 +50,7 @@ BODIES = {"r50": (50, 1, 64), "r101": (101, 1, 64), "x101_32x4d": (101, 32, 4), 
 """Depth, groups and width of a group, by the part of a recipe's name."""
 
 
-FAMILIES = ("rpn", "faster_rcnn", "mask_rcnn", "retinanet")
+FAMILIES = ("rpn", "fast_rcnn", "fast_mask_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
 
 
 def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
@@ -61,7 +61,6 @@ def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
         "r18_fpn_small",
     )
     wanted = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
-    wanted += [f"fast_rcnn_{rest}" for rest in rests if "x101" not in rest]
     assert sorted(RECIPES) == sorted([*wanted, "mask_rcnn_r18_fpn_dense"])
 
 
@@ -160,8 +159,15 @@ def test_fast_rcnn_is_faster_rcnn_without_its_rpn(depth: int) -> None:
     assert set(fast.state_dict()) == {name for name in faster.state_dict() if not name.startswith("rpn.")}
 
 
+@pytest.mark.parametrize("depth", [50, 101])
+def test_fast_mask_rcnn_is_mask_rcnn_without_its_rpn(depth: int) -> None:
+    fast, whole = built(f"fast_mask_rcnn_r{depth}_fpn_1x", 80), built(f"mask_rcnn_r{depth}_fpn_1x", 80)
+    assert num_parameters(fast) == num_parameters(whole) - num_parameters(whole.rpn)
+    assert set(fast.state_dict()) == {name for name in whole.state_dict() if not name.startswith("rpn.")}
+
+
 def test_fast_rcnn_says_how_to_get_its_proposals() -> None:
-    for name in (name for name in RECIPES if name.startswith("fast_rcnn_")):
+    for name in (name for name in RECIPES if name.startswith(("fast_rcnn_", "fast_mask_rcnn_"))):
         doc = RECIPES[name].__doc__
         assert "boxwright propose runs/rpn_" in doc
         assert "--proposals" in doc

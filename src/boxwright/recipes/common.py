@@ -15,6 +15,7 @@ from torch import nn
 
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.data.buckets import Resize
+from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.training.experiment import AdamW, CosineSchedule, Experiment, StepSchedule
 
@@ -56,6 +57,10 @@ SMALL_RPN = RPNConfig(
     test_num_proposals=300,
 )
 """Fewer of everything; and anchors over the border train too, as most large ones in a small picture are."""
+
+
+SMALL_MASK = MaskConfig(width=64, num_convs=2)
+"""As wide as the small pyramid, and half as deep."""
 
 
 def small(model: Model) -> Experiment:

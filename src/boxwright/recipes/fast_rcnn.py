@@ -7,7 +7,18 @@ from functools import partial
 from boxwright.backbones.backbone import CAFFE
 from boxwright.detectors.rcnn import fast_rcnn
 from boxwright.heads.box_head import BoxConfig
-from boxwright.recipes.common import R50, R50_CAFFE, R101, R101_CAFFE, SMALL_BACKBONE, one_x, small, two_x
+from boxwright.recipes.common import (
+    R50,
+    R50_CAFFE,
+    R101,
+    R101_CAFFE,
+    SMALL_BACKBONE,
+    X101_32X4D,
+    X101_64X4D,
+    one_x,
+    small,
+    two_x,
+)
 from boxwright.training.experiment import Experiment
 
 
@@ -75,6 +86,50 @@ def fast_rcnn_r101_caffe_fpn_1x() -> Experiment:
     boxwright train fast_rcnn_r101_caffe_fpn_1x --data coco --proposals rpn_r101_caffe_fpn_1x.proposals
     """
     return one_x(partial(fast_rcnn, backbone=R101_CAFFE, pixel_stats=CAFFE))
+
+
+def fast_rcnn_x101_32x4d_fpn_1x() -> Experiment:
+    """Fast R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright propose runs/rpn_x101_32x4d_fpn_1x --data coco --out rpn_x101_32x4d_fpn_1x.proposals
+    boxwright train fast_rcnn_x101_32x4d_fpn_1x --data coco --proposals rpn_x101_32x4d_fpn_1x.proposals
+    """
+    return one_x(partial(fast_rcnn, backbone=X101_32X4D))
+
+
+def fast_rcnn_x101_32x4d_fpn_2x() -> Experiment:
+    """Fast R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright propose runs/rpn_x101_32x4d_fpn_2x --data coco --out rpn_x101_32x4d_fpn_2x.proposals
+    boxwright train fast_rcnn_x101_32x4d_fpn_2x --data coco --proposals rpn_x101_32x4d_fpn_2x.proposals
+    """
+    return two_x(partial(fast_rcnn, backbone=X101_32X4D))
+
+
+def fast_rcnn_x101_64x4d_fpn_1x() -> Experiment:
+    """Fast R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright propose runs/rpn_x101_64x4d_fpn_1x --data coco --out rpn_x101_64x4d_fpn_1x.proposals
+    boxwright train fast_rcnn_x101_64x4d_fpn_1x --data coco --proposals rpn_x101_64x4d_fpn_1x.proposals
+    """
+    return one_x(partial(fast_rcnn, backbone=X101_64X4D))
+
+
+def fast_rcnn_x101_64x4d_fpn_2x() -> Experiment:
+    """Fast R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
+
+    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+
+    boxwright propose runs/rpn_x101_64x4d_fpn_2x --data coco --out rpn_x101_64x4d_fpn_2x.proposals
+    boxwright train fast_rcnn_x101_64x4d_fpn_2x --data coco --proposals rpn_x101_64x4d_fpn_2x.proposals
+    """
+    return two_x(partial(fast_rcnn, backbone=X101_64X4D))
 
 
 def fast_rcnn_r18_fpn_small() -> Experiment:

@@ -9,13 +9,13 @@ from boxwright.backbones.backbone import CAFFE
 from boxwright.data.buckets import Resize
 from boxwright.detectors.rcnn import mask_rcnn
 from boxwright.heads.box_head import BoxConfig
-from boxwright.heads.mask_head import MaskConfig
 from boxwright.recipes.common import (
     R50,
     R50_CAFFE,
     R101,
     R101_CAFFE,
     SMALL_BACKBONE,
+    SMALL_MASK,
     SMALL_RPN,
     X101_32X4D,
     X101_64X4D,
@@ -24,8 +24,6 @@ from boxwright.recipes.common import (
     two_x,
 )
 from boxwright.training.experiment import Experiment
-
-_SMALL_MASK = MaskConfig(width=64, num_convs=2)
 
 
 def mask_rcnn_r50_fpn_1x() -> Experiment:
@@ -136,7 +134,7 @@ def mask_rcnn_r18_fpn_small() -> Experiment:
     boxwright train mask_rcnn_r18_fpn_small --data shapes --out runs/mask_rcnn_r18_fpn_small
     """
     box = BoxConfig(width=256, num_sampled=128)
-    return small(partial(mask_rcnn, backbone=SMALL_BACKBONE, rpn=SMALL_RPN, box=box, mask=_SMALL_MASK))
+    return small(partial(mask_rcnn, backbone=SMALL_BACKBONE, rpn=SMALL_RPN, box=box, mask=SMALL_MASK))
 
 
 def mask_rcnn_r18_fpn_dense() -> Experiment:
@@ -156,5 +154,5 @@ def mask_rcnn_r18_fpn_dense() -> Experiment:
         test_num_proposals=1000,
     )
     box = BoxConfig(width=256, num_sampled=256, max_detections=512)
-    model = partial(mask_rcnn, backbone=SMALL_BACKBONE, rpn=rpn, box=box, mask=_SMALL_MASK)
+    model = partial(mask_rcnn, backbone=SMALL_BACKBONE, rpn=rpn, box=box, mask=SMALL_MASK)
     return replace(small(model), resize=Resize(short=256, long=384), epochs=6)
