@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,8 +24,9 @@ SMALL_RPN = RPNConfig(
     test_num_proposals=50,
 )
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
+OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
 
-DETECTORS = ("rpn", "faster_rcnn")
+DETECTORS = ("rpn", "faster_rcnn", "ohem_rcnn")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -34,6 +36,7 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
+        "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
 

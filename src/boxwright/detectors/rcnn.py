@@ -11,6 +11,7 @@ from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
+from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
@@ -25,12 +26,17 @@ class RCNN(nn.Module):
         self.rpn = rpn
         self.box_head = box_head
 
+    @property
+    def suppression(self) -> Suppression:
+        """How its scored boxes become detections."""
+        return self.box_head.suppression
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of both stages; see `RPNHead.losses` and `BoxHead.losses`."""
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals, losses = self._proposals(features, batch, batch.targets)
-        sampled = self.box_head.sample(proposals, batch.targets, batch.seeds)
+        sampled = self.box_head.sample(proposals, batch.targets, batch.seeds, features)
         return {**losses, **self.box_head.losses(features, sampled, batch.targets)}
 
     def detect(self, batch: Batch) -> Detections:
