@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from boxwright.backbones.fpn import resnet_fpn
+from boxwright.detectors.cascade_rcnn import cascade_rcnn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import faster_rcnn
@@ -26,7 +27,7 @@ SMALL_RPN = RPNConfig(
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
 
-DETECTORS = ("rpn", "faster_rcnn", "ohem_rcnn")
+DETECTORS = ("rpn", "faster_rcnn", "ohem_rcnn", "cascade_rcnn")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -36,6 +37,7 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
+        "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=replace(SMALL_BOX, class_agnostic=True)),
         "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
