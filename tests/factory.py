@@ -8,13 +8,14 @@ from functools import partial
 import torch
 
 from boxwright.backbones.fpn import resnet_fpn
-from boxwright.detectors.cascade_rcnn import cascade_rcnn
+from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
-from boxwright.detectors.rcnn import faster_rcnn
+from boxwright.detectors.rcnn import faster_rcnn, mask_rcnn
 from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.structures import Batch, Targets
+from boxwright.structures import Batch, Masks, Targets
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -26,8 +27,10 @@ SMALL_RPN = RPNConfig(
 )
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
+CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True)
+SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
-DETECTORS = ("rpn", "faster_rcnn", "ohem_rcnn", "cascade_rcnn")
+DETECTORS = ("rpn", "faster_rcnn", "mask_rcnn", "ohem_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -37,8 +40,10 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
-        "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=replace(SMALL_BOX, class_agnostic=True)),
+        "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
         "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
+        "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX),
+        "cascade_mask_rcnn": partial(cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, mask=SMALL_MASK),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
 
@@ -46,16 +51,22 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
 def random_targets(
     num_images: int, num_slots: int, num_objects: int, canvas: tuple[int, int], num_classes: int
 ) -> Targets:
-    """Objects of random place and class in the first `num_objects` slots, NaN boxes in the others."""
+    """Objects of random place, class and mask in the first `num_objects` slots, NaN boxes and frames in the others."""
     height, width = canvas
     corner = torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.6, height * 0.6])
     side = 12 + torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.3, height * 0.3])
     valid = (torch.arange(num_slots) < num_objects).expand(num_images, num_slots)
+    boxes = torch.where(valid[..., None], torch.cat([corner, corner + side], -1), torch.nan)
     return Targets(
-        boxes=torch.where(valid[..., None], torch.cat([corner, corner + side], -1), torch.nan),
+        boxes=boxes,
         labels=torch.randint(num_classes, (num_images, num_slots)),
         valid=valid.clone(),
         crowd=torch.zeros_like(valid),
+        masks=Masks(
+            bitmaps=torch.randint(256, (num_images, num_slots, 8, 8), dtype=torch.uint8),
+            frames=boxes + torch.tensor([-2.0, 1.0, 3.0, -4.0]),
+            valid=valid.clone(),
+        ),
     )
 
 

@@ -48,6 +48,7 @@ class Pictures:
             labels=np.arange(num, dtype=np.int64) % 2,
             crowd=np.arange(num) == 2,
             object_ids=np.arange(num, dtype=np.int64),
+            masks=[[box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2)] for box in boxes],
         )
 
 

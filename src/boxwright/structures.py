@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-Structure = TypeVar("Structure", bound="Batch | Targets | Proposals | Detections")
+Structure = TypeVar("Structure", bound="Batch | Targets | Masks | Proposals | Detections")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masks:
+    """Masks of the objects of `Targets`, each a grid of M x M cells on a frame of its own."""
+
+    bitmaps: Tensor
+    """[B, G, M, M] uint8, the share of each cell that the object covers, in 255ths."""
+    frames: Tensor
+    """[B, G, 4] float32, xyxy in pixels of the canvas, where the grid lies; may reach beyond the picture."""
+    valid: Tensor
+    """[B, G] bool, the slots that hold a mask: not those of crowd regions, nor of objects annotated by a box alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +42,8 @@ class Targets:
     """[B, G] bool, the slots that hold an object."""
     crowd: Tensor
     """[B, G] bool, crowd regions: never learnt as an object; anchors and proposals inside are ignored."""
+    masks: Masks | None = None
+    """The objects' masks; None where no part of the detector learns them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +98,7 @@ class Detections:
     """[B, D, S, S] float32 in 0..1, the probability that the object covers a cell of an S x S grid on its box."""
 
 
-for _structure in (Targets, Batch, Proposals, Detections):
+for _structure in (Masks, Targets, Batch, Proposals, Detections):
     register_dataclass(_structure)
 
 

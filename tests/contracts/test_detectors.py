@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.structures import Batch, map_tensors
+from boxwright.structures import Batch, Masks, map_tensors
 from factory import DETECTORS, random_batch, small_detector
 
 NUM_SLOTS = 8
@@ -123,6 +123,11 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
             boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), targets.boxes),
             labels=torch.where(padded, 2 - targets.labels, targets.labels),
             crowd=targets.crowd | padded,
+            masks=Masks(
+                bitmaps=torch.where(padded[..., None, None], 255 - targets.masks.bitmaps, targets.masks.bitmaps),
+                frames=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), targets.masks.frames),
+                valid=targets.masks.valid | padded,
+            ),
         ),
     )
     assert not torch.equal(batch.images, other.images)
@@ -131,6 +136,8 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
     given_boxes, wanted_boxes = detector.detect(other), detector.detect(batch)
     assert torch.equal(given_boxes.boxes, wanted_boxes.boxes)
     assert torch.equal(given_boxes.scores, wanted_boxes.scores)
+    if wanted_boxes.masks is not None:
+        assert torch.equal(given_boxes.masks, wanted_boxes.masks)
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,44 @@ def test_a_batch_says_what_its_samples_say() -> None:
     x1, y1, x2, y2 = samples[0].boxes[0] * (64 / 50)
     np.testing.assert_allclose(targets.boxes[0, 0], [64 - x2, y1, 64 - x1, y2], rtol=1e-5)
     assert (targets.boxes[~targets.valid] == 0).all()
+    assert targets.masks is None, "nobody pays for masks that are not wanted"
+
+
+def test_masks_follow_flip_scale_and_crop() -> None:
+    """The grid is mirrored; its frame goes where the box goes, but a crop does not cut it."""
+    sample = Pictures(4)[3]
+    triangle = np.array([[10, 5], [40, 30], [10, 45]], np.float32)
+    boxes = np.tile(np.array([10, 5, 40, 45], np.float32), (3, 1))
+    sample = replace(sample, boxes=boxes, masks=[[triangle], None, [triangle]])
+    plain, flipped, cropped = (
+        collate([PlacedSample(sample, placement, 0)], 1, (128, 128), 8, masks=True).targets.masks
+        for placement in (
+            place((50, 50), (50, 50)),
+            place((50, 50), (50, 50), flipped=True),
+            place((50, 50), (100, 100), window=(30, 40, 60, 50)),
+        )
+    )
+    for masks in (plain, flipped, cropped):
+        assert masks.valid[0].tolist() == [True] + [False] * 7, "neither the object without a mask nor the crowd"
+        assert (masks.bitmaps[~masks.valid] == 0).all()
+        assert (masks.frames[~masks.valid] == 0).all()
+    assert plain.frames[0, 0].tolist() == [10, 5, 40, 45]
+    assert flipped.frames[0, 0].tolist() == [10, 5, 40, 45]
+    assert cropped.frames[0, 0].tolist() == [-20, -20, 40, 60]
+    assert torch.equal(flipped.bitmaps[0, 0], plain.bitmaps[0, 0].flip(1))
+    assert not torch.equal(flipped.bitmaps, plain.bitmaps)
+    assert torch.equal(cropped.bitmaps, plain.bitmaps)
+
+
+def test_masks_that_cannot_be_are_named() -> None:
+    sample = Pictures(4)[3]
+    for masks, message in (
+        (sample.masks[:2], r"^3.jpg: 2 masks of 3 boxes"),
+        ([np.ones((4, 4), bool)] * 3, r"^3.jpg: the mask of object 0: its shape is \(4, 4\)"),
+    ):
+        placed = PlacedSample(replace(sample, masks=masks), place((50, 50), (50, 50)), 0)
+        with pytest.raises(ValueError, match=message):
+            collate([placed], 1, (64, 64), 8, masks=True)
 
 
 def test_without_slots_there_are_no_targets() -> None:

@@ -19,7 +19,7 @@ from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Sample
 from boxwright.data.layout import find_layout
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.structures import Batch, Targets
+from boxwright.structures import Batch, Masks, Targets
 from pictures import SIZES, Pictures, StatedPictures
 
 # What torch says on machines of one core, and Python 3.12 of any fork beside threads.
@@ -44,7 +44,7 @@ def training_loader(dataset: Pictures | None = None, **changes: object) -> Train
     return TrainingLoader(Pictures(23) if dataset is None else dataset, **{**settings, **changes})
 
 
-def assert_equal(one: Batch | Targets | None, two: Batch | Targets | None) -> None:
+def assert_equal(one: Batch | Targets | Masks | None, two: Batch | Targets | Masks | None) -> None:
     assert type(one) is type(two)
     if one is None or two is None:
         return
@@ -92,13 +92,36 @@ def test_spawned_workers_give_the_same_batches() -> None:
         assert_equal(one, two)
 
 
+def test_masks_come_from_workers_as_from_here() -> None:
+    here = list(islice(training_loader(masks=True).batches(), 3))
+    for one, two in zip(here, training_loader(masks=True, num_workers=1).batches(), strict=False):
+        assert_equal(one, two)
+        assert torch.equal(one.targets.masks.valid, one.targets.valid & ~one.targets.crowd)
+        frames, boxes = one.targets.masks.frames, one.targets.boxes
+        holds = (frames[..., :2] <= boxes[..., :2] + 1e-4) & (frames[..., 2:] >= boxes[..., 2:] - 1e-4)
+        assert holds[one.targets.masks.valid].all()
+
+
+class WithoutMasks(StatedPictures):
+    annotations = "boxes_alone.json"
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), masks=None)
+
+
+def test_no_masks_at_all_are_told_before_training() -> None:
+    with pytest.raises(ValueError, match=r"^boxes_alone.json: no object has a mask.*`segmentation`"):
+        training_loader(WithoutMasks(5), masks=True)
+    training_loader(WithoutMasks(5))
+
+
 def test_ranks_join_to_what_one_process_would_see() -> None:
     whole = islice(training_loader(batch_size=4).batches(), 8)
     parts = [training_loader(batch_size=2, rank=rank, world_size=2).batches() for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=False):
         assert first.images.shape == second.images.shape
         for field in fields(batch):
-            if field.name != "targets":
+            if field.name not in ("targets", "proposals"):
                 joined = torch.cat([getattr(first, field.name), getattr(second, field.name)])
                 assert torch.equal(getattr(batch, field.name), joined)
 

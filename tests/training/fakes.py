@@ -100,7 +100,14 @@ class Pictures:
             labels=rng.integers(0, 2, n),
             crowd=np.zeros(n, bool),
             object_ids=np.arange(n),
+            masks=[ellipse(box) for box in boxes],
         )
+
+
+def ellipse(box: np.ndarray) -> list[np.ndarray]:
+    """The polygon of the ellipse that fills a box."""
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    return [(box[:2] + box[2:]) / 2 + np.stack([np.cos(angles), np.sin(angles)], 1) * (box[2:] - box[:2]) / 2]
 
 
 MODEL = partial(tiny_detector)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from boxwright.data.buckets import Resize
 from boxwright.recipes.faster_rcnn import faster_rcnn_r18_fpn_small
+from boxwright.recipes.mask_rcnn import mask_rcnn_r18_fpn_small
 from boxwright.recipes.rpn import rpn_r18_fpn_small
 from boxwright.training.experiment import SGD, Experiment, StepSchedule
 from training.fakes import MODEL
@@ -94,5 +95,9 @@ def real_experiments(**changes: Any) -> dict[str, Experiment]:
         "batch_size": 2,
         **changes,
     }
-    recipes = {"rpn": rpn_r18_fpn_small, "faster_rcnn": faster_rcnn_r18_fpn_small}
+    recipes = {
+        "rpn": rpn_r18_fpn_small,
+        "faster_rcnn": faster_rcnn_r18_fpn_small,
+        "mask_rcnn": mask_rcnn_r18_fpn_small,
+    }
     return {name: replace(recipe(), **settings) for name, recipe in recipes.items()}

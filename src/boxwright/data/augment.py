@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from boxwright.data.buckets import Resize
+from boxwright.data.mask_grid import Grid
 from boxwright.geometry.affine import transform_boxes
 
 MIN_VISIBLE = 0.1
@@ -166,6 +167,13 @@ def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np
     area = _areas(visible)
     least = MIN_VISIBLE * _areas(full) if placement.cropped else 0.0
     return visible, (area > 0) & (area >= least)
+
+
+def place_mask(grid: Grid, placement: Placement) -> Grid:
+    """A mask's grid on the canvas; its frame is not clipped."""
+    bitmap, frame = grid
+    placed = transform_boxes(torch.tensor(frame)[None, None], torch.tensor(placement.matrix)[None])[0, 0].numpy()
+    return bitmap[:, ::-1] if placement.flipped else bitmap, placed
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

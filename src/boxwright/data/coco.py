@@ -72,6 +72,12 @@ class CocoDataset:
         if not len(self.rows):
             raise ValueError(f"{self.annotations}: no image is left once those without objects are left out")
         self.max_objects = int(num_objects[self.rows].max())
+        of_kept = np.repeat(kept, num_objects)
+        has_mask = self.index.has_mask[of_kept]
+        self.num_masks = int(has_mask.sum())
+        """Objects with a mask."""
+        self.num_without_mask = int((~has_mask & ~self.index.crowd[of_kept]).sum())
+        """Objects, crowd regions not counted, of which only the box is known."""
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -116,6 +122,7 @@ class CocoDataset:
             labels=self.index.labels[objects].astype(np.int64),
             crowd=np.array(self.index.crowd[objects]),
             object_ids=np.arange(objects.start, objects.stop),
+            masks=[self.index.mask(row) for row in range(objects.start, objects.stop)],
         )
 
     def _too_large(self) -> list[Fault]:

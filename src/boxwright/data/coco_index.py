@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.data.coco_json import RLE, Columns, read_columns
-from boxwright.data.dataset import Category
+from boxwright.data.dataset import Category, Mask
 from boxwright.data.fault import Fault, FaultyDataError
 
 # Part of every cache key: raise it when the arrays or what is accepted change.
@@ -106,6 +106,16 @@ class CocoIndex:
         """An object's mask in COCO's compressed form; empty unless `segmentation` is 2."""
         start, end = self.rle_ranges[object_row]
         return self.rle_bytes[start:end].tobytes()
+
+    def mask(self, object_row: int) -> Mask:
+        """An object's mask, or None where it has none."""
+        return self.rle(object_row) or self.polygons(object_row) or None
+
+    @property
+    def has_mask(self) -> NDArray[np.bool_]:
+        """[M] bool, the objects that have a mask; what crowd regions have is none to learn."""
+        lengths = np.diff(self.polygon_ranges)[:, 0] + np.diff(self.rle_ranges)[:, 0]
+        return (lengths > 0) & ~self.crowd
 
 
 _ARRAYS = [field.name for field in fields(CocoIndex) if field.name not in ("folder", "categories", "dropped")]

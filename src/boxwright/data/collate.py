@@ -1,6 +1,6 @@
 """From samples to a padded batch.
 
-B images, G object slots.
+B images, G object slots, M cells a side of a mask's grid.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from boxwright.data.augment import Placement, place_boxes, place_image
+from boxwright.data.augment import Placement, place_boxes, place_image, place_mask
 from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Sample
-from boxwright.structures import Batch, Targets
+from boxwright.data.mask_grid import GRID_SIZE, Grid, mask_grid
+from boxwright.structures import Batch, Masks, Targets
 
 MIN_SLOTS = 8
 
@@ -36,7 +37,9 @@ def slots_for(max_objects: int) -> int:
     return slots
 
 
-def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slots: int | None) -> Batch:
+def collate(
+    placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slots: int | None, *, masks: bool = False
+) -> Batch:
     """Write samples onto the canvases of one batch.
 
     Args:
@@ -44,12 +47,13 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
         batch_size: B.
         canvas: (height, width) that all of them fit.
         slots: G, or None for a batch without targets.
+        masks: whether targets hold masks, M x M bytes a slot.
 
     Returns:
         A batch whose padding is zero, in pixels as in targets.
 
     Raises:
-        ValueError: a picture does not fit the canvas, or has more objects than slots.
+        ValueError: a picture does not fit the canvas, or has more objects than slots, or a mask is faulty.
     """
     images = torch.zeros(batch_size, 3, *canvas, dtype=torch.uint8)
     pixels = images.numpy()
@@ -58,7 +62,10 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
     image_ids, seeds = np.zeros((2, batch_size), np.int64)
     boxes = np.zeros((batch_size, slots or 0, 4), np.float32)
     labels = np.zeros((batch_size, slots or 0), np.int64)
-    valid, crowd = np.zeros((2, batch_size, slots or 0), bool)
+    valid, crowd, has_mask = np.zeros((3, batch_size, slots or 0), bool)
+    mask_slots = (slots or 0) if masks else 0
+    bitmaps = np.zeros((batch_size, mask_slots, GRID_SIZE, GRID_SIZE), np.uint8)
+    frames = np.zeros((batch_size, mask_slots, 4), np.float32)
     for b, item in enumerate(placed):
         sample, placement = item.sample, item.placement
         height, width = placement.size
@@ -80,6 +87,11 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
                 )
             boxes[b, :count], labels[b, :count] = placed_boxes[kept], sample.labels[kept]
             valid[b, :count], crowd[b, :count] = True, sample.crowd[kept]
+            for slot, index in enumerate(np.flatnonzero(kept).tolist() if masks else ()):
+                grid = _grid_of(sample, index)
+                if grid is not None:
+                    bitmaps[b, slot], frames[b, slot] = place_mask(grid, placement)
+                    has_mask[b, slot] = True
     targets = None
     if slots is not None:
         targets = Targets(
@@ -87,6 +99,11 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
             crowd=torch.from_numpy(crowd),
+            masks=Masks(
+                bitmaps=torch.from_numpy(bitmaps), frames=torch.from_numpy(frames), valid=torch.from_numpy(has_mask)
+            )
+            if masks
+            else None,
         )
     return Batch(
         images=images,
@@ -97,3 +114,19 @@ def collate(placed: Iterable[PlacedSample], batch_size: int, canvas: Canvas, slo
         seeds=torch.from_numpy(seeds),
         targets=targets,
     )
+
+
+def _grid_of(sample: Sample, index: int) -> Grid | None:
+    """The grid of a sample's object, None where there is no mask to learn."""
+    if sample.masks is None or sample.crowd[index]:
+        return None
+    if len(sample.masks) != len(sample.boxes):
+        raise ValueError(
+            f"{sample.file_name}: {len(sample.masks)} masks of {len(sample.boxes)} boxes: what drops a box must drop "
+            "its mask, too; give None for an object without one"
+        )
+    try:
+        height, width = sample.image.shape[:2]
+        return mask_grid(sample.masks[index], (height, width))
+    except ValueError as error:
+        raise ValueError(f"{sample.file_name}: the mask of object {index}: {error}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,11 @@ class Category:
     """The annotation file's id: may start anywhere and leave gaps."""
     name: str
     """What people call it."""
+
+
+Mask: TypeAlias = "Sequence[NDArray[np.floating[Any]]] | NDArray[np.bool_] | bytes | None"
+"""An object's mask: its polygons, each [points, 2] (x, y); or a bitmap [H, W] of the picture's size; or the run lengths
+of one in COCO's compressed form; or None for an object of which the box alone is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +46,17 @@ class Sample:
     """[n] bool, regions that hold many objects."""
     object_ids: NDArray[np.int64]
     """[n] int64, the objects' rows in the data set's index, from which their masks can be read."""
+    masks: Sequence[Mask] | None = None
+    """n masks, in the file's pixels; None where there are none at all."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
     """Pictures with their objects, by position.
 
-    It is pickled into every worker, so it should hold paths and memory maps rather than objects. Three optional
+    It is pickled into every worker, so it should hold paths and memory maps rather than objects. Optional
     attributes spare the loader a pass over all samples: `image_sizes` [N, 2] int (height, width), `image_ids` [N]
-    int64 and `max_objects` (the most objects on one image, crowd regions included).
+    int64, `max_objects` (the most objects on one image, crowd regions included) and `num_masks` (objects with a mask).
     """
 
     @property

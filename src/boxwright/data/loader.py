@@ -65,6 +65,7 @@ class TrainingLoader:
         crop: float | None = None,
         photometric: Photometric | None = None,
         transform: Callable[[Sample], Sample] | None = None,
+        masks: bool = False,
         seed: int,
         num_workers: int,
         rank: int = 0,
@@ -82,6 +83,7 @@ class TrainingLoader:
             crop: least share of each side that is kept, see `Augment`.
             photometric: changes of colour; None for none.
             transform: changes a sample before anything else does.
+            masks: whether targets hold masks, which cost time and memory.
             seed: of the run.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that train together.
@@ -90,6 +92,8 @@ class TrainingLoader:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
+        if masks:
+            _require_masks(dataset)
         original_sizes, max_objects = _measure(dataset)
         canvases = buckets_for(resize, original_sizes)
         buckets = assign_buckets(resize.sizes(original_sizes), canvases)
@@ -102,6 +106,7 @@ class TrainingLoader:
             transform=transform,
             seed=seed,
             slots=slots_for(max_objects),
+            masks=masks,
         )
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._start_method = num_workers, start_method
@@ -188,10 +193,11 @@ class _Builder(TorchDataset[Batch]):
     photometric: Photometric | None = None
     transform: Callable[[Sample], Sample] | None = None
     slots: int | None = None
+    masks: bool = False
 
     def __getitem__(self, step: Step) -> Batch:
         placed = (self._placed_sample(int(index), step.epoch) for index in step.indices)
-        return collate(placed, len(step.indices), step.canvas, self.slots)
+        return collate(placed, len(step.indices), step.canvas, self.slots, masks=self.masks)
 
     def _placed_sample(self, index: int, epoch: int) -> PlacedSample:
         seed = image_seed(self.seed, epoch, index)
@@ -282,3 +288,16 @@ def _measure(dataset: Dataset, *, objects: bool = True) -> tuple[np.ndarray, int
         ]
         sizes, most = [size for size, _ in facts], max(count for _, count in facts)
     return np.asarray(sizes, dtype=np.int64), int(most or 0)
+
+
+def _require_masks(dataset: Dataset) -> None:
+    """Check that there are masks to learn, by a look at the samples up to the first one where it is not stated."""
+    known = getattr(dataset, "num_masks", None)
+    if known is None:
+        samples = (dataset[position] for position in range(len(dataset)))
+        known = any(mask is not None for sample in samples for mask in sample.masks or ())
+    if not known:
+        raise ValueError(
+            f"{getattr(dataset, 'annotations', type(dataset).__name__)}: no object has a mask, which this model learns "
+            "besides boxes: add them (`segmentation` in a COCO file), or train a model of boxes alone"
+        )

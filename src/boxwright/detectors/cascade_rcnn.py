@@ -18,6 +18,7 @@ from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig, BoxHead, SampledBoxes
+from boxwright.heads.mask_head import MaskConfig, MaskHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections, Proposals
@@ -45,7 +46,7 @@ class CascadeConfig:
 
 
 class CascadeRCNN(nn.Module):
-    """A backbone, a region proposal network and a box head a stage."""
+    """A backbone, a region proposal network and a box head a stage, maybe a mask head a stage too."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class CascadeRCNN(nn.Module):
         backbone: Backbone,
         rpn: RPNHead,
         box_heads: Sequence[BoxHead],
+        mask_heads: Sequence[MaskHead] = (),
         loss_weights: Sequence[float],
         pixel_stats: PixelStats,
     ) -> None:
@@ -62,6 +64,7 @@ class CascadeRCNN(nn.Module):
             backbone: gives a pyramid whose levels have equal channels.
             rpn: where the first stage's boxes come from.
             box_heads: one a stage, class-agnostic but for the last.
+            mask_heads: one a stage, or none.
             loss_weights: one a stage.
             pixel_stats: what the backbone expects of pixels.
         """
@@ -71,7 +74,9 @@ class CascadeRCNN(nn.Module):
         self.backbone = backbone
         self.rpn = rpn
         self.box_heads = nn.ModuleList(box_heads)
+        self.mask_heads = nn.ModuleList(mask_heads)
         self.loss_weights = tuple(loss_weights)
+        self.needs_masks = len(self.mask_heads) > 0
 
     @property
     def suppression(self) -> Suppression:
@@ -96,19 +101,23 @@ class CascadeRCNN(nn.Module):
         proposals = self.rpn.proposals(output, batch.image_sizes, training=True)
         stages = self._stages
         for stage, (head, weight) in enumerate(zip(stages, self.loss_weights, strict=True)):
-            if stage > 0:
-                proposals = refined_proposals(stages[stage - 1], sampled, deltas, batch.image_sizes)
             sampled = head.sample(proposals, batch.targets, batch.seeds, features, stage)
             logits, deltas = head(features, sampled.boxes, sampled.valid)
             own = head.losses_of(logits, deltas, sampled, batch.targets)
+            if self.needs_masks:
+                max_positives = head.config.max_positives
+                mask_head = cast(MaskHead, self.mask_heads[stage])
+                own |= mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
             losses |= {f"{name}_{stage + 1}": weight * loss for name, loss in own.items()}
+            if stage + 1 < len(stages):
+                proposals = refined_proposals(head, sampled, deltas, batch.image_sizes)
         return losses
 
     def detect(self, batch: Batch) -> Detections:
-        """The last stage's boxes, scored by all stages.
+        """The last stage's boxes, scored by all stages; their masks are the mean of all stages' probabilities.
 
         As in the 2018 toolbox, the class logits of the stages are averaged and then made probabilities. detectron2
-        averages the probabilities.
+        averages the probabilities, and has a mask head in the last stage alone.
         """
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         output = self.rpn(features, batch.images.shape[-2:])
@@ -121,7 +130,13 @@ class CascadeRCNN(nn.Module):
             all_logits.append(logits)
             refined = head.refine(boxes, deltas, batch.image_sizes)
             boxes = refined[:, :, 0]
-        return stages[-1].best_detections(sum(all_logits) / len(stages), refined, proposals.valid)
+        detections = stages[-1].best_detections(sum(all_logits) / len(stages), refined, proposals.valid)
+        return self._with_masks(features, detections) if self.needs_masks else detections
+
+    def _with_masks(self, features: Sequence[Tensor], detections: Detections) -> Detections:
+        heads = cast(list[MaskHead], list(self.mask_heads))
+        masks = [head(features, detections.boxes, detections.labels, detections.valid).sigmoid() for head in heads]
+        return replace(detections, masks=torch.where(detections.valid[..., None, None], sum(masks) / len(heads), 0.0))
 
 
 @torch.no_grad()
@@ -169,20 +184,64 @@ def cascade_rcnn(
     Raises:
         ValueError: `box` has a box for each class, and so none to hand on to a next stage.
     """
+    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, None)
+
+
+def cascade_mask_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    rpn: RPNConfig = RPNConfig(),
+    box: BoxConfig = BoxConfig(class_agnostic=True),
+    cascade: CascadeConfig = CascadeConfig(),
+    mask: MaskConfig = MaskConfig(),
+) -> CascadeRCNN:
+    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage.
+
+    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019). Of its
+    three forms, the one with masks in every stage, as in the 2018 toolbox.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        rpn: the numbers of the proposals.
+        box: the numbers of the first stage, and of the others but for what `cascade` says.
+        cascade: what is different in the stages behind the first.
+        mask: the numbers of each stage's mask head.
+
+    Raises:
+        ValueError: as `cascade_rcnn`.
+    """
+    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, mask)
+
+
+def _cascade(
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats,
+    conventions: Conventions,
+    rpn: RPNConfig,
+    box: BoxConfig,
+    cascade: CascadeConfig,
+    mask: MaskConfig | None,
+) -> CascadeRCNN:
     channels, strides = backbone.channels[0], backbone.strides
+    stages = _stage_configs(box, cascade)
     return CascadeRCNN(
         backbone=backbone,
         rpn=RPNHead(channels, strides, rpn, conventions),
-        box_heads=[
-            BoxHead(channels, strides, num_classes, config, conventions) for config in stage_configs(box, cascade)
-        ],
+        box_heads=[BoxHead(channels, strides, num_classes, config, conventions) for config in stages],
+        mask_heads=[MaskHead(channels, strides, num_classes, mask, conventions) for _ in stages if mask is not None],
         loss_weights=(1.0, *cascade.loss_weights),
         pixel_stats=pixel_stats,
     )
 
 
-def stage_configs(box: BoxConfig, cascade: CascadeConfig) -> list[BoxConfig]:
-    """The numbers of each stage's box head. Raises as `cascade_rcnn` does."""
+def _stage_configs(box: BoxConfig, cascade: CascadeConfig) -> list[BoxConfig]:
     if cascade.positive_ious and not box.class_agnostic:
         raise ValueError("a cascade hands one box of each proposal on to its next stage: set box.class_agnostic=true")
     later = zip(cascade.positive_ious, cascade.stds, strict=True)

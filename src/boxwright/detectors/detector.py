@@ -13,7 +13,10 @@ from boxwright.structures import Batch, Detections
 
 @runtime_checkable
 class Detector(Protocol):
-    """An `nn.Module` that learns from a batch and detects in a batch; no mode changes what a call returns."""
+    """An `nn.Module` that learns from a batch and detects in a batch; no mode changes what a call returns.
+
+    One with an attribute `needs_masks` that is true finds masks in the targets of its batches.
+    """
 
     num_classes: int
 

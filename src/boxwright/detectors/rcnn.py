@@ -10,21 +10,32 @@ from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
+from boxwright.heads.mask_head import MaskConfig, MaskHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
 class RCNN(nn.Module):
-    """A backbone, a region proposal network (or proposals that come with the batch) and a box head."""
+    """A backbone, a region proposal network (or proposals that come with the batch), a box head, maybe a mask head."""
 
-    def __init__(self, *, backbone: Backbone, rpn: RPNHead | None, box_head: BoxHead, pixel_stats: PixelStats) -> None:
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        rpn: RPNHead | None,
+        box_head: BoxHead,
+        mask_head: MaskHead | None = None,
+        pixel_stats: PixelStats,
+    ) -> None:
         super().__init__()
         self.num_classes = box_head.num_classes
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.rpn = rpn
         self.box_head = box_head
+        self.mask_head = mask_head
+        self.needs_masks = mask_head is not None
 
     @property
     def suppression(self) -> Suppression:
@@ -32,18 +43,23 @@ class RCNN(nn.Module):
         return self.box_head.suppression
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of both stages; see `RPNHead.losses` and `BoxHead.losses`."""
+        """The losses of all heads; see `RPNHead.losses`, `BoxHead.losses` and `MaskHead.losses`."""
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals, losses = self._proposals(features, batch, batch.targets)
         sampled = self.box_head.sample(proposals, batch.targets, batch.seeds, features)
-        return {**losses, **self.box_head.losses(features, sampled, batch.targets)}
+        losses |= self.box_head.losses(features, sampled, batch.targets)
+        if self.mask_head is not None:
+            max_positives = self.box_head.config.max_positives
+            losses |= self.mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
+        return losses
 
     def detect(self, batch: Batch) -> Detections:
-        """The box head's detections on the proposals of testing."""
+        """The box head's detections on the proposals of testing, with masks where there is a head for them."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals, _ = self._proposals(features, batch, None)
-        return self.box_head.detect(features, proposals, batch.image_sizes)
+        detections = self.box_head.detect(features, proposals, batch.image_sizes)
+        return detections if self.mask_head is None else self.mask_head.detect(features, detections)
 
     def _proposals(
         self, features: Sequence[Tensor], batch: Batch, targets: Targets | None
@@ -81,5 +97,36 @@ def faster_rcnn(
         backbone=backbone,
         rpn=RPNHead(channels, strides, rpn, conventions),
         box_head=BoxHead(channels, strides, num_classes, box, conventions),
+        pixel_stats=pixel_stats,
+    )
+
+
+def mask_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    rpn: RPNConfig = RPNConfig(),
+    box: BoxConfig = BoxConfig(),
+    mask: MaskConfig = MaskConfig(),
+) -> RCNN:
+    """Build a Mask R-CNN (He et al., 2017) on a feature pyramid.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        rpn: the numbers of the first stage.
+        box: the numbers of the second stage.
+        mask: the numbers of the mask head.
+    """
+    channels, strides = backbone.channels[0], backbone.strides
+    return RCNN(
+        backbone=backbone,
+        rpn=RPNHead(channels, strides, rpn, conventions),
+        box_head=BoxHead(channels, strides, num_classes, box, conventions),
+        mask_head=MaskHead(channels, strides, num_classes, mask, conventions),
         pixel_stats=pixel_stats,
     )

@@ -69,6 +69,11 @@ class BoxConfig:
     min_size: float = 1e-2
     """Detections with a shorter side, in pixels of the canvas, are dropped."""
 
+    @property
+    def max_positives(self) -> int:
+        """The sampled slots that may hold positives, the first ones."""
+        return int(self.num_sampled * self.positive_fraction)
+
 
 class SampledBoxes(NamedTuple):
     """What the losses of the second stage look at."""

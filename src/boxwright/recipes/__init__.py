@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from boxwright.recipes import faster_rcnn, rpn
+from boxwright.recipes import cascade_rcnn, faster_rcnn, mask_rcnn, rpn
 from boxwright.training.experiment import Experiment, nearest
 
 Recipe = Callable[[], Experiment]
@@ -17,7 +17,8 @@ Recipe = Callable[[], Experiment]
 
 def built_in_recipes() -> dict[str, Recipe]:
     """Boxwright's own recipes by name."""
-    return {**_functions(rpn), **_functions(faster_rcnn)}
+    families = (rpn, faster_rcnn, mask_rcnn, cascade_rcnn)
+    return {name: function for family in families for name, function in _functions(family).items()}
 
 
 def find_recipe(name: str) -> Recipe:

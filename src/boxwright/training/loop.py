@@ -99,6 +99,7 @@ class Training:
             self.folder.require_no_run()
         if init is not None and newest is None:
             _load_init(self.detector, init)
+        needs_masks = getattr(self.detector, "needs_masks", False)
         self.loader = TrainingLoader(
             dataset,
             batch_size=experiment.images_per_device,
@@ -107,11 +108,13 @@ class Training:
             scale_jitter=experiment.scale_jitter,
             crop=experiment.crop,
             photometric=experiment.photometric,
+            masks=needs_masks,
             seed=experiment.seed,
             num_workers=num_workers,
             rank=rank(),
             world_size=world_size(),
         )
+        self.num_without_mask = getattr(dataset, "num_without_mask", 0) if needs_masks else 0
         self.steps_per_epoch = max(1, self.loader.steps_per_epoch // experiment.accumulate)
         self.total_steps = experiment.epochs * self.steps_per_epoch
         self.images_per_step = experiment.images_per_device * world_size() * experiment.accumulate
@@ -364,6 +367,8 @@ class Training:
                 f"learning rate {self.learning_rate:g}: {stated:g} is for {self.experiment.batch_size} images a step, "
                 f"here are {self.images_per_step}"
             )
+        if self.num_without_mask:
+            say(f"{self.num_without_mask:,} objects have no mask: their boxes are learnt, their masks are not")
         if self.step == 0 and has_untrained_statistics(self.detector):
             say(
                 "warning: the backbone's statistics are frozen and untrained, so it will not learn. Start from weights "

@@ -1,0 +1,113 @@
+"""Masks of objects as grids of one size, so that what a batch holds does not depend on the size of pictures.
+
+M cells a side of a grid. A cell holds the share of it that the object covers, and a frame says where the grid lies: a
+flip mirrors the grid, and everything else that happens to a picture moves the frame alone. Which M and which contents
+come nearest to COCO's own rasteriser at the resolution that is learnt is measured in docs/benchmarks/mask_targets.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import hotcoco.mask
+import numpy as np
+from numpy.typing import NDArray
+
+from boxwright.data.dataset import Mask
+from boxwright.data.rle import decompress
+
+GRID_SIZE = 112
+FINER = 2
+"""Polygons are drawn this many times finer than the grid, then averaged over its cells."""
+# COCO's rasteriser walks along every edge, for hours to a point at 1e9: farther than this many grids is drawn nearer.
+_FARTHEST = 16.0
+
+Grid = tuple[NDArray[np.uint8], NDArray[np.float32]]
+"""[M, M] uint8, the share of each cell that the object covers in 255ths, and [4] float32, the frame as xyxy in pixels
+of the file."""
+
+
+def mask_grid(mask: Mask, image_size: tuple[int, int], *, size: int = GRID_SIZE, finer: int = FINER) -> Grid | None:
+    """An object's mask as a grid.
+
+    Polygons fill a grid on their tight extent inside the picture; an object of several is their union. Bitmaps and run
+    lengths of up to M pixels a side lie on the grid pixel by pixel, so that nothing is lost; larger ones are averaged.
+
+    Args:
+        mask: in pixels of the file, in any form that a `Sample` may hold.
+        image_size: (height, width) of the file.
+        size: M.
+        finer: see `FINER`.
+
+    Returns:
+        The grid, or None where the mask covers nothing.
+
+    Raises:
+        ValueError: the mask is not of the picture's size, or no such run lengths.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, bytes):
+        return _pixel_grid(*_crop_runs(mask, image_size), size)
+    if isinstance(mask, np.ndarray):
+        if mask.shape != image_size:
+            raise ValueError(f"its shape is {mask.shape}, that of the picture {image_size}: make both the same")
+        return _pixel_grid(mask.astype(np.uint8), 0, 0, size)
+    return _polygon_grid(mask, image_size, size, finer)
+
+
+def _polygon_grid(
+    polygons: Sequence[NDArray[np.floating]], image_size: tuple[int, int], size: int, finer: int
+) -> Grid | None:
+    polygons = [polygon for polygon in polygons if len(polygon) >= 3]
+    if not polygons:
+        return None
+    points = np.concatenate(polygons).astype(np.float64)
+    low, high = points.min(0).clip(min=0), points.max(0).clip(max=image_size[::-1])
+    if not (low < high).all():
+        return None
+    fine = size * finer
+    scaled = [
+        ((polygon - low) * (fine / (high - low))).clip(-_FARTHEST * fine, _FARTHEST * fine) for polygon in polygons
+    ]
+    runs = hotcoco.mask.frPyObjects([polygon.ravel().tolist() for polygon in scaled], fine, fine)
+    bitmap = 255 * np.ascontiguousarray(hotcoco.mask.decode(hotcoco.mask.merge(runs)))
+    bitmap = _average(bitmap, size)
+    return (bitmap, np.concatenate([low, high]).astype(np.float32)) if bitmap.any() else None
+
+
+def _pixel_grid(pixels: NDArray[np.uint8], left: int, top: int, size: int) -> Grid | None:
+    """The grid of uint8 pixels, 0 or 1, whose first stands at (left, top) of the file."""
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    if not len(rows):
+        return None
+    pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = pixels.shape
+    bitmap = np.zeros((max(height, size), max(width, size)), np.uint8)
+    bitmap[:height, :width] = 255 * pixels
+    corner = np.array([left + columns[0], top + rows[0]])
+    frame = np.concatenate([corner, corner + bitmap.shape[::-1]]).astype(np.float32)
+    return _average(bitmap, size), frame
+
+
+def _average(bitmap: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    return np.asarray(cv2.resize(bitmap, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _crop_runs(characters: bytes, image_size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int]:
+    """The picture's columns that run lengths touch, as pixels [height, columns], with their first column and row."""
+    height, width = image_size
+    runs = decompress(characters)
+    if runs.sum() != height * width:
+        raise ValueError(f"its run lengths add up to {runs.sum()} pixels, the picture has {height} x {width}")
+    filled = 2 * np.flatnonzero(runs[1::2]) + 1
+    if not len(filled):
+        return np.zeros((height, 0), np.uint8), 0, 0
+    ends = runs.cumsum()
+    start, end = int(ends[filled[0] - 1]), int(ends[filled[-1]])
+    left, right = start // height, -(-end // height)
+    pixels = np.zeros((right - left) * height, np.uint8)
+    inner = slice(filled[0], filled[-1] + 1)
+    pixels[start - left * height : end - left * height] = np.repeat((np.arange(len(runs)) & 1)[inner], runs[inner])
+    return pixels.reshape(-1, height).T, left, 0

@@ -1,0 +1,147 @@
+"""The mask of each object: which cells of a grid on its box it covers.
+
+B images, P boxes (positives of the sample, or detections), C classes, G object slots, S cells a side of a mask.
+
+Source: He et al., Mask R-CNN (2017), section 3 and the right half of figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.box_head import SampledBoxes
+from boxwright.losses import binary_cross_entropy, weighted_mean
+from boxwright.ops.mask_target import mask_target
+from boxwright.ops.roi_align import multilevel_roi_align
+from boxwright.structures import Detections, Targets, take_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """The numbers of a mask head; the defaults are the 2018 toolbox's."""
+
+    width: int = 256
+    """Channels of every layer."""
+    num_convs: int = 4
+    """3x3 convolutions before the grid is doubled."""
+    output_size: int = 14
+    """Side of the grid that RoIAlign gives; masks have twice as many cells a side."""
+    sampling_ratio: int = 2
+    """RoIAlign samples this many points a side in each cell of the grid."""
+    num_levels: int = 4
+    """The finest levels that boxes are pooled from; P2 to P5 of five."""
+
+
+class MaskHead(nn.Module):
+    """Convolutions on RoIAlign's grid, a deconvolution that doubles it, and a logit for each class and cell."""
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        config: MaskConfig = MaskConfig(),
+        conventions: Conventions = MODERN,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            channels: channels of every level.
+            strides: pixels of the canvas a feature position stands for, one a level, finest first.
+            num_classes: C.
+            config: the numbers.
+            conventions: the geometry that the weights were or will be trained with.
+        """
+        super().__init__()
+        self.config = config
+        self.strides = tuple(strides)[: config.num_levels]
+        self.conventions = conventions
+        self.convs = nn.ModuleList(
+            nn.Conv2d(config.width if index else channels, config.width, 3, padding=1)
+            for index in range(config.num_convs)
+        )
+        self.upsample = nn.ConvTranspose2d(config.width if self.convs else channels, config.width, 2, stride=2)
+        self.mask_logits = nn.Conv2d(config.width, num_classes, 1)
+        for layer in (*self.convs, self.upsample, self.mask_logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """The masks of boxes, each for one class alone.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first; the first `num_levels` are used.
+            boxes: [B, P, 4] xyxy in pixels of the canvas.
+            labels: [B, P] int64, the class of each, 0 <= label < C.
+            valid: [B, P] bool; the others give numbers without meaning.
+
+        Returns:
+            [B, P, S, S] float32 logits.
+        """
+        grid = multilevel_roi_align(
+            list(features[: len(self.strides)]),
+            boxes,
+            valid,
+            strides=self.strides,
+            output_size=self.config.output_size,
+            sampling_ratio=self.config.sampling_ratio,
+            aligned=self.conventions.roi_align_aligned,
+            plus_one=self.conventions.plus_one,
+            level_epsilon=self.conventions.level_epsilon,
+        )
+        hidden = grid.flatten(0, 1)
+        for conv in self.convs:
+            hidden = conv(hidden).relu()
+        hidden = self.upsample(hidden).relu()
+        # The last layer's rows are picked by class before it is applied: a mask instead of C of them for every box.
+        weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
+        assert self.mask_logits.bias is not None
+        bias = self.mask_logits.bias[labels]
+        logits = torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)).float()
+        return logits.view(*labels.shape, *hidden.shape[-2:]) + bias[..., None, None]
+
+    def losses(
+        self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets, *, max_positives: int
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of each cell of the positives' masks, for the class of their object alone.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first.
+            sampled: from `BoxHead.sample`; no gradient flows into the boxes.
+            targets: the batch's ground truth, with masks.
+            max_positives: how many of the first slots of `sampled` may hold positives.
+
+        Returns:
+            `mask`, scalar: the mean over all cells of the positives whose object has a mask; 0 without any.
+        """
+        assert targets.masks is not None, "a mask head needs masks in its targets"
+        boxes, matched, positive = (field[:, :max_positives] for field in sampled[:3])
+        positive = positive & take_slots(targets.masks.valid, matched)
+        labels = torch.where(positive, take_slots(targets.labels, matched), 0)
+        logits = self(features, boxes, labels, positive)
+        wanted = mask_target(
+            targets.masks,
+            boxes,
+            matched,
+            positive,
+            output_size=logits.shape[-1],
+            plus_one=self.conventions.plus_one,
+        )
+        loss = binary_cross_entropy(logits, wanted, positive[..., None, None]).mean((2, 3))
+        return {"mask": weighted_mean(loss, positive)}
+
+    def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
+        """The detections with their masks, each for its own class; 0 in invalid slots.
+
+        Args:
+            features: L of [B, channels, H_l, W_l], finest first.
+            detections: D slots an image.
+        """
+        logits = self(features, detections.boxes, detections.labels, detections.valid)
+        return replace(detections, masks=torch.where(detections.valid[..., None, None], logits.sigmoid(), 0.0))
