@@ -27,7 +27,8 @@ SMALL_RPN = RPNConfig(
 )
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
-CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True)
+# All proposals are sampled, so that rounding in one stage cannot change which boxes the next ones look at.
+CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True, num_sampled=128)
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
 DETECTORS = ("rpn", "faster_rcnn", "mask_rcnn", "ohem_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
