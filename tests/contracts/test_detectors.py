@@ -84,6 +84,8 @@ def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
 def test_bfloat16_is_close_to_float32(kind: str, count: int) -> None:
     """Weights, losses and boxes stay float32, and the whole gradient points where float32's does."""
     detector = small_detector(kind)
+    # In this batch rounding takes no proposal over the IoU of 0.5, which would change the few positives' loss for good.
+    torch.manual_seed(3)
     batch = random_batch(canvas=(64, 96), num_slots=NUM_SLOTS, num_objects=count)
     wanted = detector.losses(batch)
     sum(wanted.values()).backward()

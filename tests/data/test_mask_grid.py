@@ -87,9 +87,10 @@ def test_run_lengths_are_their_bitmap(seed: int) -> None:
 
 
 def test_a_full_picture_and_its_corners() -> None:
-    for mask in (np.ones(SIZE, bool), np.pad(np.zeros((118, 158), bool), 1, constant_values=True)):
-        _, frame = mask_grid(runs_of(mask), SIZE)
-        assert frame.tolist() == [0, 0, 160, 120]
+    size = (160, 240)
+    for mask in (np.ones(size, bool), np.pad(np.zeros((158, 238), bool), 1, constant_values=True)):
+        _, frame = mask_grid(runs_of(mask), size)
+        assert frame.tolist() == [0, 0, 240, 160]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from boxwright.backbones.backbone import CAFFE, PYTORCH
@@ -39,7 +39,7 @@ def theirs(depth: int) -> FasterRCNN:
         return FasterRCNN(backbone, num_classes=91)
 
 
-def test_names_are_the_2018_toolbox_s_and_those_of_small_ones() -> None:
+def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
     assert sorted(RECIPES) == sorted(
         [
             f"{family}_{rest}"
@@ -120,6 +120,17 @@ def test_faster_rcnn_has_torchvision_s_parameters(depth: int) -> None:
         module.weight.numel() * 2 for module in other.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)
     )
     assert num_parameters(ours) == num_parameters(other) + scales - background_deltas
+
+
+def test_mask_rcnn_has_torchvision_s_parameters() -> None:
+    ours = built("mask_rcnn_r50_fpn_1x", 90)
+    with torch.device("meta"):
+        other = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    # torchvision's mask head also has logits for background, which we have not.
+    background_logits = 256 + 1
+    theirs_in_all = num_parameters(other.roi_heads.mask_head) + num_parameters(other.roi_heads.mask_predictor)
+    assert num_parameters(ours.mask_head) == theirs_in_all - background_logits
+    assert num_parameters(ours) - num_parameters(ours.mask_head) == num_parameters(built("faster_rcnn_r50_fpn_1x", 90))
 
 
 @pytest.mark.parametrize("depth", [50, 101])
