@@ -133,6 +133,7 @@ class EvaluationLoader:
         batch_size: int,
         resize: Resize | None = None,
         native: bool = False,
+        flipped: bool = False,
         num_workers: int,
         rank: int = 0,
         world_size: int = 1,
@@ -145,6 +146,7 @@ class EvaluationLoader:
             batch_size: most pictures in a batch.
             resize: the size that pictures get; leave it out with `native`.
             native: keep the pictures' own sizes, padded to the next multiple of 32.
+            flipped: swap left and right in all of them.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that test together.
             world_size: how many processes test together.
@@ -170,7 +172,7 @@ class EvaluationLoader:
                 for batch in group(order[buckets == k], buckets, canvases, batch_size)
             ]
         self._steps = [Step(0, canvases[bucket], indices) for bucket, indices in batches][rank::world_size]
-        self._builder = _Builder(dataset=dataset, resize=resize, augment=Augment(), seed=0)
+        self._builder = _Builder(dataset=dataset, resize=resize, augment=Augment(flip=float(flipped)), seed=0)
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:

@@ -70,6 +70,7 @@ class CascadeRCNN(nn.Module):
         """
         super().__init__()
         self.num_classes = box_heads[0].num_classes
+        self.max_detections = box_heads[-1].config.max_detections
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.rpn = rpn
