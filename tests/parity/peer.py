@@ -1,16 +1,22 @@
-"""torchvision's Faster R-CNN with weights that are random but behave: activations keep their scale, scores spread."""
+"""torchvision's R-CNNs with weights that are random but behave: activations keep their scale, scores spread."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from boxwright.backbones.backbone import PYTORCH
+from boxwright.data.augment import place
+from boxwright.data.coco import CocoDataset
+from boxwright.data.collate import PlacedSample, collate
+from boxwright.data.layout import find_layout
 from boxwright.structures import Batch, Targets
 
 NUM_CLASSES = 20
@@ -55,6 +61,23 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
     )
 
 
+def real_objects(folder: Path, num_images: int = 2) -> Batch:
+    """Landscape pictures of `coco_mini`'s val2017 on one canvas, with their real objects and masks, several on each."""
+    dataset = CocoDataset(*find_layout(folder / "coco_mini")["val"])
+    placed = []
+    for row in range(len(dataset)):
+        objects = dataset.index.objects(row)
+        height, width = dataset.image_sizes[row].tolist()
+        whole = dataset.index.has_mask[objects].all()
+        if whole and 4 <= objects.stop - objects.start <= 8 and height < width < 1.5 * height:
+            size = (SHORT_SIDE, round(width * SHORT_SIDE / height))
+            placed.append(PlacedSample(dataset[row], place((height, width), size), seed=row))
+    placed = placed[:num_images]
+    canvas = (SHORT_SIDE, max(-(-item.placement.size[1] // 32) * 32 for item in placed))
+    batch = collate(placed, num_images, canvas, 8, masks=True)
+    return replace(batch, targets=replace(batch.targets, labels=batch.targets.labels % NUM_CLASSES))
+
+
 def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1."""
     images = [
@@ -69,7 +92,23 @@ def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
-    """R-50-FPN that resizes nothing and samples everything, in eval mode.
+    """R-50-FPN that resizes nothing and samples everything, in eval mode."""
+    return _peer(FasterRCNN, batch)
+
+
+def peer_mask_rcnn(batch: Batch, num_proposals: int, positive_iou: float) -> MaskRCNN:
+    """The same with a mask head, few proposals in training, whose masks take long, and more of them positive."""
+    return _peer(
+        MaskRCNN,
+        batch,
+        rpn_post_nms_top_n_train=num_proposals,
+        box_fg_iou_thresh=positive_iou,
+        box_bg_iou_thresh=positive_iou,
+    )
+
+
+def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
+    """A model.
 
     Rounding must not hide or fake a difference: one flipped ReLU moves a gradient by more than the tolerance. So the
     peer gets its pixels on our scale and normalises with nn.BatchNorm2d in eval mode, which round as ours do.
@@ -79,7 +118,7 @@ def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
         backbone_name="resnet50", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
     )
     _calibrate(backbone, peer_inputs(batch)[0])
-    model = FasterRCNN(
+    model = kind(
         backbone,
         num_classes=NUM_CLASSES + 1,
         min_size=SHORT_SIDE,
@@ -88,6 +127,7 @@ def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
         image_std=PYTORCH.std,
         rpn_batch_size_per_image=EVERYTHING,
         box_batch_size_per_image=EVERYTHING,
+        **settings,
     )
     with torch.no_grad():
         # The untrained layers start near 0, where all scores are alike.
@@ -114,6 +154,16 @@ def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
     backbone.eval()
 
 
+def gradients_of(peer: nn.Module) -> dict[str, Tensor]:
+    """Of each of its tensors, under our names; zeros where it has none."""
+    parameters = dict(peer.named_parameters())
+    gradients = {}
+    for name, tensor in peer.state_dict().items():
+        gradient = parameters[name].grad if name in parameters else None
+        gradients[name] = torch.zeros_like(tensor) if gradient is None else gradient
+    return converted(gradients)
+
+
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Torchvision's weights under our names, background moved from first to last."""
     renamed = {}
@@ -128,6 +178,8 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = renamed[f"box_head.class_logits.{suffix}"]
         renamed[f"box_head.class_logits.{suffix}"] = torch.cat([logits[1:], logits[:1]])
         renamed[f"box_head.box_deltas.{suffix}"] = renamed[f"box_head.box_deltas.{suffix}"][4:]
+        if f"mask_head.mask_logits.{suffix}" in renamed:
+            renamed[f"mask_head.mask_logits.{suffix}"] = renamed[f"mask_head.mask_logits.{suffix}"][1:]
     return renamed
 
 
@@ -142,4 +194,7 @@ KEYS = {
     "roi_heads.box_head.fc7.": "box_head.fc2.",
     "roi_heads.box_predictor.cls_score.": "box_head.class_logits.",
     "roi_heads.box_predictor.bbox_pred.": "box_head.box_deltas.",
+    **{f"roi_heads.mask_head.{i}.0.": f"mask_head.convs.{i}." for i in range(4)},
+    "roi_heads.mask_predictor.conv5_mask.": "mask_head.upsample.",
+    "roi_heads.mask_predictor.mask_fcn_logits.": "mask_head.mask_logits.",
 }

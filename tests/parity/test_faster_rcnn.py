@@ -14,7 +14,7 @@ from boxwright.geometry.conventions import TORCHVISION
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.structures import Batch
-from parity.peer import EVERYTHING, NUM_CLASSES, converted, peer_faster_rcnn, peer_inputs, real_batch
+from parity.peer import EVERYTHING, NUM_CLASSES, converted, gradients_of, peer_faster_rcnn, peer_inputs, real_batch
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,7 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
         assert given[ours] > 0
     sum(wanted.values()).backward()
     sum(given.values()).backward()
-    gradients = converted(
-        {
-            name: torch.zeros_like(tensor) if parameter is None or parameter.grad is None else parameter.grad
-            for name, tensor in peer.state_dict().items()
-            for parameter in [dict(peer.named_parameters()).get(name)]
-        }
-    )
+    gradients = gradients_of(peer)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()

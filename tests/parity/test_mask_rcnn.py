@@ -1,0 +1,158 @@
+"""Mask R-CNN equals torchvision's with the same weights, on real pictures with their real objects and masks.
+
+One thing differs and is not meant to be equal: torchvision's mask targets are shares of a cell, which RoIAlign reads
+off the whole bitmap half a pixel beside it; ours are yes or no at the cell's centre, as in Detectron2, and are held to
+pycocotools in `tests/ops/test_mask_target.py`. So for losses and gradients torchvision's model gets our targets, and
+its own are compared with ours apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.models.detection import MaskRCNN, roi_heads
+
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.data.coco import CocoDataset
+from boxwright.data.layout import find_layout
+from boxwright.detectors.rcnn import RCNN, mask_rcnn
+from boxwright.geometry.conventions import TORCHVISION
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.ops.mask_target import mask_target
+from boxwright.structures import Batch, map_tensors
+from parity.peer import EVERYTHING, NUM_CLASSES, converted, gradients_of, peer_inputs, peer_mask_rcnn, real_objects
+
+# What numpy 2 says of pycocotools' arrays.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+NUM_PROPOSALS = 100
+POSITIVE_IOU = 0.2
+NUM_SLOTS = NUM_PROPOSALS + 8
+SIZE = 28
+
+
+@pytest.fixture(scope="module")
+def batch(data_dir: Path) -> Batch:
+    return real_objects(data_dir)
+
+
+@pytest.fixture(scope="module")
+def bitmaps(data_dir: Path, batch: Batch) -> list[Tensor]:
+    """Each picture's masks as pixels of the canvas, drawn by pycocotools from the polygons of the file."""
+    index = CocoDataset(*find_layout(data_dir / "coco_mini")["val"]).index
+    drawn = []
+    for image_id, matrix, (height, width) in zip(
+        batch.image_ids.tolist(), batch.transforms.numpy(), batch.image_sizes.tolist(), strict=True
+    ):
+        objects = index.objects(int(np.flatnonzero(index.image_ids == image_id)[0]))
+        picture = []
+        for row in range(objects.start, objects.stop):
+            polygons = [(p @ matrix[:, :2].T + matrix[:, 2]).ravel().tolist() for p in index.polygons(row)]
+            runs = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+            picture.append(torch.from_numpy(coco_mask.decode(runs)))
+        drawn.append(torch.stack(picture))
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def peer(batch: Batch) -> MaskRCNN:
+    return peer_mask_rcnn(batch, NUM_PROPOSALS, POSITIVE_IOU)
+
+
+@pytest.fixture(scope="module")
+def detector(peer: MaskRCNN) -> RCNN:
+    detector = mask_rcnn(
+        backbone=resnet_fpn(depth=50, frozen_stages=0, train_norm_affine=False),
+        num_classes=NUM_CLASSES,
+        conventions=TORCHVISION,
+        rpn=RPNConfig(
+            border=None,
+            low_quality=0.0,
+            num_sampled=EVERYTHING,
+            num_proposals=NUM_PROPOSALS,
+            test_pre_nms_per_level=1000,
+            test_num_proposals=1000,
+        ),
+        # All are sampled, and all may be positive.
+        box=BoxConfig(num_sampled=NUM_SLOTS, positive_fraction=1.0, positive_iou=POSITIVE_IOU, smooth_l1_beta=1 / 9),
+    )
+    missing, unexpected = detector.load_state_dict(converted(peer.state_dict()), strict=False)
+    assert not unexpected
+    assert not missing
+    return detector.eval()
+
+
+@torch.inference_mode()
+def test_masks_of_detections_equal(
+    batch: Batch, peer: MaskRCNN, detector: RCNN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer.transform, "postprocess", lambda detections, *_: detections)  # before pasting
+    wanted = peer.eval()(peer_inputs(batch)[0])
+    given = detector.detect(batch)
+    assert given.masks.dtype == torch.float32
+    for index, theirs in enumerate(wanted):
+        valid = given.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
+        assert len(theirs["labels"].unique()) > 3
+        assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
+        assert theirs["masks"].std() > 0.1, "nor does one of masks that are alike"
+        assert (given.masks[index][valid] - theirs["masks"].squeeze(1)).abs().max() < 1e-3
+        assert (given.masks[index][~valid] == 0).all()
+
+
+def test_losses_and_gradients_equal(
+    batch: Batch, bitmaps: list[Tensor], peer: MaskRCNN, detector: RCNN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_positive = []
+
+    def our_targets(_: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Tensor:
+        image = len(num_positive)
+        num_positive.append(len(boxes))
+        masks = map_tensors(batch.targets.masks, lambda t: t[image : image + 1])
+        valid = torch.ones(1, len(boxes), dtype=torch.bool)
+        return mask_target(masks, boxes[None], matched[None], valid, output_size=size)[0].float()
+
+    monkeypatch.setattr(roi_heads, "project_masks_on_boxes", our_targets)
+    peer.train().backbone.eval()
+    images, targets = peer_inputs(batch)
+    wanted = peer(images, [{**target, "masks": masks} for target, masks in zip(targets, bitmaps, strict=True)])
+    given = detector.losses(batch)
+    assert len(num_positive) == 2
+    num_objects = batch.targets.valid.sum(1).tolist()
+    assert all(n > m for n, m in zip(num_positive, num_objects, strict=True)), "not the objects' own boxes alone"
+    names = {
+        "rpn_objectness": "loss_objectness",
+        "rpn_box": "loss_rpn_box_reg",
+        "box_class": "loss_classifier",
+        "box_regression": "loss_box_reg",
+        "mask": "loss_mask",
+    }
+    for ours, theirs in names.items():
+        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-4), ours
+        assert given[ours] > 0
+    sum(wanted.values()).backward()
+    sum(given.values()).backward()
+    gradients = gradients_of(peer)
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+def test_their_targets_are_ours_but_for_the_half_pixel(batch: Batch, bitmaps: list[Tensor]) -> None:
+    for image, pixels in enumerate(bitmaps):
+        count = len(pixels)
+        boxes, matched = batch.targets.boxes[image, :count], torch.arange(count)
+        masks = map_tensors(batch.targets.masks, lambda t, image=image: t[image : image + 1])
+        ours = mask_target(masks, boxes[None], matched[None], torch.ones(1, count).bool(), output_size=SIZE)[0]
+        # Boxes moved by half a pixel undo what RoIAlign without alignment is beside them.
+        theirs = roi_heads.project_masks_on_boxes(pixels, boxes - 0.5, matched, SIZE) >= 0.5
+        assert count >= 4
+        ious = (ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))
+        assert ious.mean() > 0.95
