@@ -146,3 +146,15 @@ def test_what_does_not_fit_together_is_told() -> None:
         small_cascade(box=SMALL_BOX)
     with pytest.raises(ValueError, match="as many positive_ious as stds"):
         CascadeConfig(positive_ious=(0.6,))
+
+
+@torch.no_grad()
+def test_masks_are_the_mean_of_the_stages_probabilities_on_the_detected_boxes() -> None:
+    detector, batch = small_detector("cascade_mask_rcnn"), random_batch(canvas=CANVAS)
+    detections = detector.detect(batch)
+    features, _ = first_stage(detector, batch, training=False)
+    masks = torch.stack([head.detect(features, detections).masks.double() for head in detector.mask_heads])
+    assert detections.valid.any()
+    assert masks.std(0)[detections.valid].mean() > 0.01, "stages that say the same prove nothing"
+    torch.testing.assert_close(detections.masks.double(), masks.mean(0), rtol=1e-5, atol=1e-6)
+    assert not detections.masks[~detections.valid].any()
