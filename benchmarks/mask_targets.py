@@ -27,7 +27,7 @@ from boxwright.data.coco import CocoDataset
 from boxwright.data.layout import find_layout
 from boxwright.data.mask_grid import mask_grid
 from boxwright.ops.mask_target import mask_target
-from boxwright.structures import Masks
+from boxwright.structures import MaskGrids
 
 TARGET_SIZE = 28
 MIN_IOU = 0.5
@@ -144,7 +144,7 @@ def measure(candidate: Candidate, all_cases: list[Case]) -> tuple[np.ndarray, fl
     blank = np.zeros((candidate.size, candidate.size), np.uint8), np.zeros(4, np.float32)
     bitmaps, frames = zip(*[blank if grid is None else grid for grid in grids], strict=True)
     bitmaps = torch.from_numpy(np.stack(bitmaps))[None]
-    masks = Masks(
+    masks = MaskGrids(
         bitmaps=(bitmaps >= 128) * torch.tensor(255, dtype=torch.uint8) if candidate.binary else bitmaps,
         frames=torch.from_numpy(np.stack(frames))[None],
         valid=torch.tensor([[grid is not None for grid in grids]]),

@@ -1,4 +1,4 @@
-"""Our NMS and multi-level RoIAlign beside torchvision's, on one machine.
+"""Our NMS and multi-level RoIAlign beside torchvision's, and Soft-NMS beside its hard NMS, on one machine.
 
     python benchmarks/ops.py --out ops.json
 
@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -23,6 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms
 
 from boxwright.ops.nms import nms
 from boxwright.ops.roi_align import multilevel_roi_align
+from boxwright.ops.soft_nms import soft_nms
 
 CANVAS = (800, 1344)
 STRIDES = [4, 8, 16, 32]
@@ -43,8 +45,10 @@ def clustered_boxes(num_images: int, num_boxes: int, device: str) -> Tensor:
     return (centres + 0.15 * sides * torch.randn_like(centres)).to(device)
 
 
-def nms_case(boxes: Tensor, num_groups: int, share_valid: float, max_keep: int, threshold: float) -> Case:
-    """One candidate list a group; torchvision gets the valid ones only, as its own models do."""
+def nms_case(
+    boxes: Tensor, num_groups: int, share_valid: float, max_keep: int, threshold: float, *, soft: bool = False
+) -> Case:
+    """One candidate list a group; torchvision gets the valid ones only, as its own models do, and is always hard."""
     num_images, num_boxes, _ = boxes.shape
     device = boxes.device
     scores = torch.rand(num_images, num_boxes).to(device)
@@ -52,6 +56,9 @@ def nms_case(boxes: Tensor, num_groups: int, share_valid: float, max_keep: int, 
     valid = (torch.rand(num_images, num_boxes) < share_valid).to(device)
 
     def ours() -> object:
+        if soft:
+            rule: dict[str, Any] = {"decay": "linear", "sigma": 0.5, "min_score": 0.05}
+            return soft_nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep, **rule)
         return nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep)
 
     def theirs() -> object:
@@ -94,6 +101,10 @@ def cases(device: str) -> dict[str, Case]:
         "NMS, RPN: the same, 50 clusters": nms_case(clustered_boxes(2, 10000, device), 5, 1.0, 2000, 0.7),
         "NMS, box head: 2 x 1000 x 80 classes, 5% valid, keep 100": nms_case(
             clustered_boxes(2, 80000, device), 80, 0.05, 100, 0.5
+        ),
+        "Soft-NMS, box head: the same": nms_case(clustered_boxes(2, 80000, device), 80, 0.05, 100, 0.5, soft=True),
+        "Soft-NMS, box head: the same, all valid": nms_case(
+            clustered_boxes(2, 80000, device), 80, 1.0, 100, 0.5, soft=True
         ),
         "RoIAlign 7 x 7: 2 x 512 boxes, forward": roi_align_case(device, 2, 512, 7, backward=False),
         "RoIAlign 7 x 7: 2 x 512 boxes, forward + backward": roi_align_case(device, 2, 512, 7, backward=True),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from boxwright.backbones.fpn import resnet_fpn
+from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
@@ -15,7 +17,7 @@ from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.structures import Batch, Masks, Proposals, Targets
+from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -30,9 +32,22 @@ SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 # A low threshold, so that an untrained head detects something.
 SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
 
+OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
+# All proposals are sampled, so that rounding in one stage cannot change which boxes the next ones look at.
+CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True, num_sampled=128)
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
-DETECTORS = ("rpn", "fast_rcnn", "fast_mask_rcnn", "faster_rcnn", "mask_rcnn", "retinanet")
+DETECTORS = (
+    "rpn",
+    "fast_rcnn",
+    "fast_mask_rcnn",
+    "faster_rcnn",
+    "mask_rcnn",
+    "ohem_rcnn",
+    "cascade_rcnn",
+    "cascade_mask_rcnn",
+    "retinanet",
+)
 
 
 def small_detector(kind: str, num_classes: int = 3) -> Detector:
@@ -46,6 +61,9 @@ def small_detector(kind: str, num_classes: int = 3) -> Detector:
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
         "retinanet": partial(retinanet, retina=SMALL_RETINA),
         "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
+        "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
+        "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX),
+        "cascade_mask_rcnn": partial(cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, mask=SMALL_MASK),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
 
@@ -64,7 +82,7 @@ def random_targets(
         labels=torch.randint(num_classes, (num_images, num_slots)),
         valid=valid.clone(),
         crowd=torch.zeros_like(valid),
-        masks=Masks(
+        masks=MaskGrids(
             bitmaps=torch.randint(256, (num_images, num_slots, 8, 8), dtype=torch.uint8),
             frames=boxes + torch.tensor([-2.0, 1.0, 3.0, -4.0]),
             valid=valid.clone(),

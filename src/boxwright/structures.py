@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-Structure = TypeVar("Structure", bound="Batch | Targets | Masks | Proposals | Detections")
+Structure = TypeVar("Structure", bound="Batch | Targets | MaskGrids | Proposals | Detections")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Masks:
+class MaskGrids:
     """Masks of the objects of `Targets`, each a grid of M x M cells on a frame of its own."""
 
     bitmaps: Tensor
@@ -42,7 +42,7 @@ class Targets:
     """[B, G] bool, the slots that hold an object."""
     crowd: Tensor
     """[B, G] bool, crowd regions: never learnt as an object; anchors and proposals inside are ignored."""
-    masks: Masks | None = None
+    masks: MaskGrids | None = None
     """The objects' masks; None where no part of the detector learns them."""
 
 
@@ -98,7 +98,7 @@ class Detections:
     """[B, D, S, S] float32 in 0..1, the probability that the object covers a cell of an S x S grid on its box."""
 
 
-for _structure in (Masks, Targets, Batch, Proposals, Detections):
+for _structure in (MaskGrids, Targets, Batch, Proposals, Detections):
     register_dataclass(_structure)
 
 

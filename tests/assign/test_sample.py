@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.assign.sample import Sampled, sample
+from boxwright.assign.sample import Sampled, hardest, sample
 
 
 def labels_of(positives: int, negatives: int, ignored: int) -> Tensor:
@@ -94,3 +94,38 @@ def test_traces_whole_and_runs_on_fake_tensors() -> None:
     assert torch.equal(ours.valid, compiled.valid)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert draw(labels, seeds).indices.shape == (2, 256)
+
+
+def random_losses(shape: tuple[int, ...]) -> Tensor:
+    """Half of them tie, many at exactly 0."""
+    return (torch.rand(shape) * 8).round().clamp(max=4) / 4
+
+
+def the_hardest(labels: Tensor, losses: Tensor, identities: Tensor, num: int, fraction: float) -> list[int]:
+    """The definition for one image: sort, cut, join."""
+    candidates = (labels >= 0).nonzero().flatten().tolist()
+    ranked = sorted(candidates, key=lambda index: (-losses[index].item(), identities[index].item()))
+    positives = [index for index in ranked if labels[index] == 1][: int(num * fraction)]
+    return positives + [index for index in ranked if labels[index] == 0][: num - len(positives)]
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(100, 500), (5, 500), (0, 500), (100, 20), (0, 0)])
+def test_the_hardest_are_those_of_highest_loss_and_ties_go_by_identity(positives: int, negatives: int) -> None:
+    labels = labels_of(positives, negatives, 200)
+    losses = torch.where(labels >= 0, random_losses(labels.shape), torch.nan)
+    losses = torch.where(losses == 0, torch.tensor([0.0, -0.0])[torch.randint(2, labels.shape)], losses)
+    identities = (torch.randperm(labels.shape[1]) * 5 + 2**32 - 5000)[None]
+    taken = hardest(labels, losses, identities, num=128, positive_fraction=0.25)
+    wanted = the_hardest(labels[0], losses[0], identities[0], 128, 0.25)
+    assert taken.indices[0].tolist() == wanted + [0] * (128 - len(wanted))
+    assert taken.positive[0].sum() == min(positives, 32)
+    assert taken.valid[0].sum() == len(wanted)
+
+
+def test_the_order_of_candidates_does_not_change_which_are_hardest() -> None:
+    labels = labels_of(300, 5000, 50)
+    losses, identities = random_losses(labels.shape), torch.randperm(labels.shape[1])[None]
+    order = torch.randperm(labels.shape[1])
+    given = hardest(labels[:, order], losses[:, order], identities[:, order], num=256, positive_fraction=0.5)
+    wanted = hardest(labels, losses, identities, num=256, positive_fraction=0.5)
+    assert torch.equal(order[given.indices], wanted.indices)

@@ -122,3 +122,30 @@ def test_other_categories_are_an_error_that_lists_both(few_cells: Path, tmp_path
     assert "Only in the data set (3 categories): Platelets" in result.stderr
     result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--split", "test"])
     assert "no split 'test', only val" in result.stderr
+
+
+def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", CELLS)
+    arguments = [
+        "test",
+        str(run),
+        "--data",
+        str(few_cells),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--tta-short",
+        "96,128",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--tta"])
+    assert result.exit_code == 0, result.output
+    assert "short sides 96, 96 mirrored, 128, 128 mirrored" in (run / "report.html").read_text()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "give --tta as well" in result.stderr
+    result = CliRunner().invoke(app, [*arguments, "--tta", "--tta-short", "96,high"])
+    assert "--tta-short 96,high: give short sides in pixels" in result.stderr
+    proposals = small_run(tmp_path / "rpn", CELLS, proposals=True)
+    result = CliRunner().invoke(app, ["test", str(proposals), "--data", str(few_cells), "--device", "cpu", "--tta"])
+    assert "test it without test-time augmentation" in result.stderr

@@ -19,7 +19,7 @@ from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Sample
 from boxwright.data.layout import find_layout
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.structures import Batch, Masks, Targets
+from boxwright.structures import Batch, MaskGrids, Targets
 from pictures import SIZES, Pictures, StatedPictures
 
 # What torch says on machines of one core, and Python 3.12 of any fork beside threads.
@@ -44,7 +44,7 @@ def training_loader(dataset: Pictures | None = None, **changes: object) -> Train
     return TrainingLoader(Pictures(23) if dataset is None else dataset, **{**settings, **changes})
 
 
-def assert_equal(one: Batch | Targets | Masks | None, two: Batch | Targets | Masks | None) -> None:
+def assert_equal(one: Batch | Targets | MaskGrids | None, two: Batch | Targets | MaskGrids | None) -> None:
     assert type(one) is type(two)
     if one is None or two is None:
         return

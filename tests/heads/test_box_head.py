@@ -39,7 +39,7 @@ def test_the_order_of_proposals_does_not_change_which_are_sampled(head: BoxHead)
 def test_ground_truth_is_among_the_samples_and_positives_come_first(head: BoxHead) -> None:
     targets = random_targets(2, 8, 3, CANVAS, 3)
     far = replace(random_proposals(), boxes=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 100, 4))
-    boxes, matched, positive, valid = head.sample(far, targets, torch.tensor([5, 6]))
+    boxes, matched, positive, valid, _ = head.sample(far, targets, torch.tensor([5, 6]))
     assert positive.sum(1).tolist() == [3, 3]
     assert positive[:, :3].all()
     assert sorted(matched[0, :3].tolist()) == [0, 1, 2]
@@ -51,7 +51,7 @@ def test_crowds_are_neither_learnt_nor_negative(head: BoxHead) -> None:
     targets = random_targets(1, 1, 1, CANVAS, 3)
     crowd = replace(targets, crowd=torch.ones(1, 1, dtype=torch.bool))
     inside = replace(random_proposals(1), boxes=targets.boxes.expand(1, 100, 4))
-    _, _, positive, valid = head.sample(inside, crowd, torch.tensor([1]))
+    _, _, positive, valid, _ = head.sample(inside, crowd, torch.tensor([1]))
     assert not positive.any()
     assert not valid.any()
 
@@ -63,3 +63,76 @@ def test_few_proposals_leave_slots_unused(head: BoxHead, num_valid: int) -> None
     detections = head.detect(features, proposals, torch.tensor([CANVAS, CANVAS]))
     assert detections.valid.sum(1).max() <= num_valid * 3
     assert detections.boxes.isfinite().all()
+
+
+def pyramid(num_images: int = 2) -> list[torch.Tensor]:
+    return [torch.rand(num_images, 8, CANVAS[0] // stride, CANVAS[1] // stride) for stride in (4, 8, 16, 32)]
+
+
+def with_config(**changes: object) -> BoxHead:
+    torch.manual_seed(0)
+    return BoxHead(8, (4, 8, 16, 32), num_classes=3, config=BoxConfig(width=16, num_sampled=24, **changes))
+
+
+def test_class_agnostic_boxes_are_those_of_a_head_that_says_the_same_for_every_class() -> None:
+    one, each = with_config(class_agnostic=True), with_config()
+    torch.nn.init.normal_(one.box_deltas.weight, std=0.1)
+    state = one.state_dict()
+    assert state["box_deltas.weight"].shape == (4, 16)
+    each.load_state_dict(
+        state
+        | {
+            name: state[name].repeat(3, *[1] * (state[name].ndim - 1))
+            for name in ("box_deltas.weight", "box_deltas.bias")
+        }
+    )
+    features, proposals, targets = pyramid(), random_proposals(), random_targets(2, 8, 3, CANVAS, 3)
+    sizes = torch.tensor([CANVAS, CANVAS])
+    given, wanted = (head.detect(features, proposals, sizes) for head in (one, each))
+    assert given.valid.sum() > 50
+    torch.testing.assert_close(given.boxes, wanted.boxes)
+    assert torch.equal(given.scores, wanted.scores)
+    assert torch.equal(given.labels, wanted.labels)
+    sampled = one.sample(proposals, targets, torch.tensor([5, 6]))
+    given_losses, wanted_losses = (head.losses(features, sampled, targets) for head in (one, each))
+    assert given_losses["box_regression"] > 0
+    torch.testing.assert_close(given_losses, wanted_losses)
+
+
+def test_hard_examples_are_those_that_the_head_judges_worst() -> None:
+    head = with_config(hard_examples=True)
+    torch.nn.init.normal_(head.class_logits.weight, std=1.0)
+    features, proposals, targets = pyramid(), random_proposals(), random_targets(2, 8, 3, CANVAS, 3)
+    sampled = head.sample(proposals, targets, torch.tensor([5, 6]), features)
+    everything = replace(head.config, num_sampled=108, positive_fraction=1.0, hard_examples=False)
+    head.config = everything
+    candidates = head.sample(proposals, targets, torch.tensor([5, 6]))
+    logits, _ = head(features, candidates.boxes, candidates.valid)
+    labels = torch.where(candidates.positive, targets.labels.gather(1, candidates.matched), 3)
+    losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").detach()
+    for image in range(2):
+        positive, valid = candidates.positive[image], candidates.valid[image]
+        wanted = []
+        for kind, count in ((positive, 6), (valid & ~positive, 24 - int(min(positive.sum(), 6)))):
+            hardest = losses[image].where(kind, -1.0).topk(min(count, int(kind.sum()))).indices
+            wanted += candidates.sources[image, hardest].tolist()
+        assert sampled.sources[image][sampled.valid[image]].tolist() == wanted
+
+
+def test_hard_examples_are_chosen_without_a_gradient() -> None:
+    head = with_config(hard_examples=True)
+    features = [feature.requires_grad_() for feature in pyramid()]
+    sampled = head.sample(random_proposals(), random_targets(2, 8, 3, CANVAS, 3), torch.tensor([5, 6]), features)
+    assert not sampled.boxes.requires_grad
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_keeps_the_best_and_lowers_the_rest(method: str) -> None:
+    features, proposals = pyramid(), random_proposals()
+    sizes = torch.tensor([CANVAS, CANVAS])
+    hard = with_config(max_detections=300).detect(features, proposals, sizes)
+    soft = with_config(max_detections=300, nms=method).detect(features, proposals, sizes)
+    assert torch.equal(soft.boxes[:, 0], hard.boxes[:, 0])
+    assert torch.equal(soft.scores[:, 0], hard.scores[:, 0])
+    assert (soft.scores[soft.valid] > 0.05).all()
+    assert soft.valid.sum() != hard.valid.sum()

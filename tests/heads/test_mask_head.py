@@ -31,7 +31,8 @@ def sampled_objects(targets: Targets, num_positive: int, num_slots: int = 6) -> 
     matched = torch.arange(num_slots).expand(2, -1) % targets.labels.shape[1]
     positive = (torch.arange(num_slots) < num_positive).expand(2, -1)
     boxes = torch.where(positive[..., None], targets.boxes[:, :num_slots], torch.nan)
-    return SampledBoxes(boxes, torch.where(positive, matched, 0), positive, torch.ones_like(positive))
+    matched = torch.where(positive, matched, 0)
+    return SampledBoxes(boxes, matched, positive, torch.ones_like(positive), sources=matched)
 
 
 def test_the_loss_is_the_mean_over_all_cells_of_the_positives(head: MaskHead) -> None:

@@ -15,7 +15,7 @@ from boxwright.data.dataset import Sample
 from boxwright.data.mask_grid import FINER, GRID_SIZE
 from boxwright.geometry.affine import transform_boxes
 from boxwright.ops.mask_target import mask_target
-from boxwright.structures import Masks
+from boxwright.structures import MaskGrids
 
 # What numpy 2 says of pycocotools' arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -89,7 +89,7 @@ def test_pixels_of_a_bitmap_come_back() -> None:
 
 
 def test_boxes_beside_the_mask_read_nothing() -> None:
-    masks = Masks(
+    masks = MaskGrids(
         bitmaps=torch.full((1, 2, 8, 8), 255, dtype=torch.uint8),
         frames=torch.tensor([[[10.0, 10.0, 20.0, 30.0], [0.0, 0.0, 4.0, 4.0]]]),
         valid=torch.ones(1, 2, dtype=torch.bool),
@@ -102,7 +102,7 @@ def test_boxes_beside_the_mask_read_nothing() -> None:
 
 
 def test_what_invalid_slots_hold_does_not_matter() -> None:
-    masks = Masks(
+    masks = MaskGrids(
         bitmaps=torch.full((1, 8, 8, 8), 200, dtype=torch.uint8),
         frames=torch.full((1, 8, 4), torch.nan),
         valid=torch.zeros(1, 8, dtype=torch.bool),

@@ -1,4 +1,4 @@
-"""The few positives and negatives of an image that a loss looks at, chosen at random.
+"""The few positives and negatives of an image that a loss looks at, chosen at random or by how badly they are judged.
 
 B images, N candidates, S sampled. The random order is a hash of (seed of the image, stage, candidate), so an image
 draws the same sample compiled or not, on any device, in any batch and on any number of ranks.
@@ -53,8 +53,35 @@ def sample(
     Returns:
         S = min(num, N) slots.
     """
+    return _highest(_random_keys(seeds, salt, labels.shape[1], identities), labels, num, positive_fraction)
+
+
+@torch.no_grad()
+def hardest(labels: Tensor, losses: Tensor, identities: Tensor, *, num: int, positive_fraction: float) -> Sampled:
+    """Take the positives and the negatives of highest loss: online hard example mining (OHEM).
+
+    Source: Shrivastava et al., Training Region-based Object Detectors with Online Hard Example Mining (2016), section
+    4. As in the 2018 toolbox, positives and negatives are ranked apart, and nothing suppresses near-copies.
+
+    Args:
+        labels: [B, N] int64 from `match`; ignored candidates are not taken.
+        losses: [B, N] float32, at least 0; those of ignored candidates may be anything.
+        identities: [B, N] int64 in 0..2^32 - 1, different for all candidates of an image that are not ignored: of
+            equal losses the lower identity is taken first, wherever it stands.
+        num: candidates to take an image; negatives fill what positives leave.
+        positive_fraction: share of `num` that positives may take.
+
+    Returns:
+        S = min(num, N) slots; positives and negatives each by falling loss.
+    """
+    # The bits of floats that are not negative rank as the floats do. abs() because -0.0 has a negative number's bits.
+    rank = losses.float().abs().view(torch.int32).to(torch.int64)
+    return _highest(rank << 32 | (_32_BITS - identities), labels, num, positive_fraction)
+
+
+def _highest(keys: Tensor, labels: Tensor, num: int, positive_fraction: float) -> Sampled:
+    """The positives of highest key (at most their share of `num`), then the negatives of highest key; keys are >= 0."""
     size = min(num, labels.shape[1])
-    keys = _random_keys(seeds, salt, labels.shape[1], identities)
     slots = torch.arange(size, device=labels.device)
     drawn_positive = _first(keys, labels == POSITIVE, min(int(num * positive_fraction), size))
     drawn_negative = _first(keys, labels == NEGATIVE, size)
@@ -68,9 +95,9 @@ def sample(
 
 
 def _first(keys: Tensor, wanted: Tensor, count: int) -> Tensor:
-    """[B, count] the wanted candidates with the highest keys, then -1. A key ends in its candidate's index."""
-    highest = torch.where(wanted, keys, -1).topk(count, dim=1).values
-    return torch.where(highest >= 0, highest & _INDEX_BITS, -1)
+    """[B, count] the wanted candidates with the highest keys, then -1."""
+    highest = torch.where(wanted, keys, -1).topk(count, dim=1)
+    return torch.where(highest.values >= 0, highest.indices, -1)
 
 
 def _random_keys(seeds: Tensor, salt: int, count: int, identities: Tensor | None) -> Tensor:

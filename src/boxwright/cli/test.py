@@ -50,6 +50,15 @@ def measure(
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
+    tta: Annotated[
+        bool,
+        typer.Option("--tta", help="Test-time augmentation: look at each image several times, merge what is found."),
+    ] = False,
+    tta_short: Annotated[
+        str | None,
+        typer.Option(help="With --tta, the short sides to look at, as 640,800,960; the model's own if left out."),
+    ] = None,
+    tta_flip: Annotated[bool, typer.Option(help="With --tta, whether to look at mirrored images too.")] = True,
 ) -> None:
     """Measure a model: AP of boxes and masks (or AR of proposals), results.json and report.html.
 
@@ -62,8 +71,9 @@ def measure(
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.detectors.detector import require_proposals
     from boxwright.detectors.proposal_network import ProposalNetwork
-    from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
+    from boxwright.evaluation.evaluate import evaluate_proposals
     from boxwright.evaluation.results import match_categories, write_results
+    from boxwright.evaluation.views import View, evaluate_views, view_suppression, views_of
     from boxwright.evaluation.voc import voc_metrics
     from boxwright.predictor import load, weights_file
     from boxwright.report.html import write_report
@@ -78,6 +88,9 @@ def measure(
         chosen_split = layout[split]
     else:
         raise ValueError("give either --data FOLDER, or --annotations FILE and --images FOLDER")
+    if not tta and (tta_short is not None or not tta_flip):
+        raise ValueError("--tta-short and --no-tta-flip say how to augment in testing: give --tta as well")
+    shorts = _short_sides(tta_short)
     out = weights_file(model).parent if out is None else out
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, trusted_modules=trust or ())
@@ -91,25 +104,36 @@ def measure(
             raise ValueError(f"--metric {metric}: {model} only proposes boxes, which are measured by their recall")
         if not is_proposals:  # before the work rather than after it
             match_categories(predictor.categories, dataset.categories)
-        loader = EvaluationLoader(
-            dataset,
-            batch_size=batch_size,
-            resize=predictor.experiment.resize,
-            proposals=given,
-            num_workers=workers,
-            rank=rank(),
-            world_size=world_size(),
-        )
+        resize = predictor.experiment.resize
+        views = [View(resize)]
+        if tta:
+            view_suppression(detector)
+            views = views_of(resize, shorts, flip=tta_flip)
+        loaders = [
+            EvaluationLoader(
+                dataset,
+                batch_size=batch_size,
+                resize=view.resize,
+                flipped=view.flipped,
+                proposals=given,
+                num_workers=workers,
+                rank=rank(),
+                world_size=world_size(),
+            )
+            for view in views
+        ]
         metrics: CocoMetrics | dict[str, float]
         common: dict[str, Any] = {"device": chosen, "precision": predictor.experiment.precision}
-        with ImageProgress("testing", len(dataset), world_size(), shown=rank() == 0) as progress:
+        with ImageProgress("testing", len(dataset) * len(views), world_size(), shown=rank() == 0) as progress:
             if is_proposals:
-                results, metrics = evaluate_proposals(detector, dataset, loader, progress=progress.advance, **common)
+                results, metrics = evaluate_proposals(
+                    detector, dataset, loaders[0], progress=progress.advance, **common
+                )
             else:
-                results, metrics = evaluate(
+                results, metrics = evaluate_views(
                     detector,
                     dataset,
-                    loader,
+                    loaders,
                     categories=predictor.categories,
                     max_detections=None if max_detections is None else (1, 10, max_detections),
                     progress=progress.advance,
@@ -119,6 +143,9 @@ def measure(
             return
         write_results(out / "results.json", results, dataset.categories)
         facts = {"model": str(model), "data": str(chosen_split.annotations)}
+        if tta:
+            shown = (f"{view.resize.short}{' mirrored' if view.flipped else ''}" for view in views)
+            facts["test-time augmentation"] = f"short sides {', '.join(shown)}"
         if "step" in predictor.metadata:
             facts["step"] = f"{predictor.metadata['step']:,}"
         run = weights_file(model).parent
@@ -130,6 +157,14 @@ def measure(
         else:
             _print_metrics(metrics)
         typer.echo(f"{out / 'results.json'}\n{report}")
+
+
+def _short_sides(text: str | None) -> list[int]:
+    """The numbers of `--tta-short`."""
+    sides = [] if text is None else [side.strip() for side in text.split(",")]
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--tta-short {text}: give short sides in pixels with commas between, such as 640,800,960")
+    return [int(side) for side in sides]
 
 
 def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:

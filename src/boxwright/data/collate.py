@@ -16,7 +16,7 @@ from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Sample
 from boxwright.data.mask_grid import GRID_SIZE, Grid, mask_grid
 from boxwright.data.proposals import GivenProposals
-from boxwright.structures import Batch, Masks, Proposals, Targets
+from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 
 MIN_SLOTS = 8
 
@@ -111,7 +111,7 @@ def collate(
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
             crowd=torch.from_numpy(crowd),
-            masks=Masks(
+            masks=MaskGrids(
                 bitmaps=torch.from_numpy(bitmaps), frames=torch.from_numpy(frames), valid=torch.from_numpy(has_mask)
             )
             if masks

@@ -150,6 +150,7 @@ class EvaluationLoader:
         batch_size: int,
         resize: Resize | None = None,
         native: bool = False,
+        flipped: bool = False,
         proposals: ProposalFile | None = None,
         num_workers: int,
         rank: int = 0,
@@ -163,6 +164,7 @@ class EvaluationLoader:
             batch_size: most pictures in a batch.
             resize: the size that pictures get; leave it out with `native`.
             native: keep the pictures' own sizes, padded to the next multiple of 32.
+            flipped: swap left and right in all of them.
             proposals: boxes that every batch brings with it.
             num_workers: processes that build batches; 0 builds them in this one.
             rank: of this process among those that test together.
@@ -196,7 +198,8 @@ class EvaluationLoader:
                 for batch in group(order[buckets == k], buckets, canvases, batch_size)
             ]
         self._steps = [Step(0, canvases[bucket][0], indices) for bucket, indices in batches][rank::world_size]
-        self._builder = _Builder(dataset=dataset, scales=scales, augment=Augment(), proposals=proposals, seed=0)
+        augment = Augment(flip=float(flipped))
+        self._builder = _Builder(dataset=dataset, scales=scales, augment=augment, proposals=proposals, seed=0)
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.mask_head import MaskConfig, MaskHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
+from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
@@ -42,12 +43,17 @@ class RCNN(nn.Module):
         """Whether proposals must come with the batch."""
         return self.rpn is None
 
+    @property
+    def suppression(self) -> Suppression:
+        """How its scored boxes become detections."""
+        return self.box_head.suppression
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of all heads; see `RPNHead.losses`, `BoxHead.losses` and `MaskHead.losses`."""
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals, losses = self._proposals(features, batch, batch.targets)
-        sampled = self.box_head.sample(proposals, batch.targets, batch.seeds)
+        sampled = self.box_head.sample(proposals, batch.targets, batch.seeds, features)
         losses |= self.box_head.losses(features, sampled, batch.targets)
         if self.mask_head is not None:
             max_positives = self.box_head.config.max_positives

@@ -8,6 +8,7 @@ from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.retina_head import RetinaConfig, RetinaHead
+from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections
 
 
@@ -17,9 +18,15 @@ class RetinaNet(nn.Module):
     def __init__(self, *, backbone: Backbone, head: RetinaHead, pixel_stats: PixelStats) -> None:
         super().__init__()
         self.num_classes = head.num_classes
+        self.max_detections = head.config.max_detections
         self.normalize = PixelNormalizer(pixel_stats)
         self.backbone = backbone
         self.head = head
+
+    @property
+    def suppression(self) -> Suppression:
+        """How its scored boxes become detections."""
+        return self.head.suppression
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`retina_class` and `retina_box`; see `RetinaHead.losses`."""

@@ -154,8 +154,11 @@ def file_masks(batch: Batch, detections: Detections) -> Masks:
     assert detections.masks is not None
     valid = detections.valid.cpu()
     sizes = batch.original_sizes.cpu()[:, None].expand(*valid.shape, 2)
+    # The columns of a mirrored picture's masks run against those of its file.
+    mirrored = (batch.transforms[:, 0, 0] < 0).cpu()[:, None, None, None]
+    masks = detections.masks.cpu().float()
     return paste_masks(
-        detections.masks.cpu().float()[valid].numpy(),
+        torch.where(mirrored, masks.flip(-1), masks)[valid].numpy(),
         file_boxes(batch, detections)[valid].numpy(),
         sizes[valid].numpy(),
     )

@@ -66,6 +66,22 @@ class _Mask(msgspec.Struct):
     counts: str | list[int]
 
 
+def join(parts: Sequence[Results]) -> Results:
+    """The detections of several results over the same images, one after the other; all have masks or none has."""
+    first, masks = parts[0], [part.masks for part in parts if part.masks is not None]
+    assert len(masks) in (0, len(parts))
+    return Results(
+        image_ids=np.concatenate([part.image_ids for part in parts]),
+        boxes=np.concatenate([part.boxes for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        evaluated=first.evaluated,
+        masks=Masks(np.concatenate([part.counts for part in masks]), np.concatenate([part.sizes for part in masks]))
+        if masks
+        else None,
+    )
+
+
 class _Row(msgspec.Struct):
     """One entry of a COCO results file; whatever else an entry holds is passed over.
 

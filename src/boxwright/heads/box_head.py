@@ -1,6 +1,7 @@
 """The second stage: the class of each proposal, and its box once more.
 
-B images, P proposals, S sampled proposals, C classes, G object slots, D detections.
+B images, P proposals, S sampled proposals, C classes, K boxes a proposal (C, or 1 where they are class-agnostic),
+G object slots, D detections.
 
 Source: Girshick, Fast R-CNN (2015); on a pyramid: Lin et al., Feature Pyramid Networks (2017), section 4.2.
 """
@@ -9,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from boxwright.assign.match import match
-from boxwright.assign.sample import sample
+from boxwright.assign.match import POSITIVE, Matches, match
+from boxwright.assign.sample import hardest, sample
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.suppression import Suppression
 from boxwright.losses import cross_entropy, smooth_l1, weighted_mean
-from boxwright.ops.nms import nms
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Detections, Proposals, Targets, take_slots
 
@@ -50,10 +51,19 @@ class BoxConfig:
     """Where the box loss turns from square to linear."""
     stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
     """Box deltas are divided by these, so that their loss weighs as much as the class's."""
+    class_agnostic: bool = False
+    """Whether a proposal gets one refined box for all classes, in place of one for each."""
+    hard_examples: bool = False
+    """Whether the losses look at the positives and negatives of highest classification loss (OHEM) rather than at
+    random ones. Costs a pass of the head over all proposals."""
     score_threshold: float = 0.05
     """Detections must score more."""
+    nms: Literal["hard", "linear", "gaussian"] = "hard"
+    """Of overlapping detections of a class, the worse goes ("hard"), or loses score (Soft-NMS, see `ops.soft_nms`)."""
     nms_iou: float = 0.5
-    """Of two detections of a class that overlap more than this, the worse goes."""
+    """Detections of a class that overlap more than this compete; "gaussian" takes any overlap."""
+    nms_sigma: float = 0.5
+    """How gently "gaussian" lowers scores."""
     max_detections: int = 100
     """Detections an image."""
     min_size: float = 1e-2
@@ -76,10 +86,12 @@ class SampledBoxes(NamedTuple):
     """[B, S] bool, the slots that hold a box of an object, the first ones."""
     valid: Tensor
     """[B, S] bool, the slots that hold a box."""
+    sources: Tensor
+    """[B, S] int64, the proposal's source, or `FIRST_OBJECT_SOURCE` + slot for a box that is ground truth itself."""
 
 
 class BoxHead(nn.Module):
-    """Two fully connected layers on RoIAlign's grid, then class logits and class-specific box deltas."""
+    """Two fully connected layers on RoIAlign's grid, then class logits and box deltas for each class or for all."""
 
     def __init__(
         self,
@@ -106,7 +118,8 @@ class BoxHead(nn.Module):
         self.fc1 = nn.Linear(channels * config.output_size**2, config.width)
         self.fc2 = nn.Linear(config.width, config.width)
         self.class_logits = nn.Linear(config.width, num_classes + 1)
-        self.box_deltas = nn.Linear(config.width, num_classes * 4)
+        self.num_boxes = 1 if config.class_agnostic else num_classes
+        self.box_deltas = nn.Linear(config.width, self.num_boxes * 4)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.class_logits.weight, std=0.01)
@@ -124,7 +137,7 @@ class BoxHead(nn.Module):
 
         Returns:
             logits: [B, P, C + 1] float32, background last.
-            deltas: [B, P, C, 4] float32, relative to `boxes`, in units of `stds`.
+            deltas: [B, P, K, 4] float32, relative to `boxes`, in units of `stds`.
         """
         grid = multilevel_roi_align(
             list(features[: len(self.strides)]),
@@ -138,43 +151,71 @@ class BoxHead(nn.Module):
             level_epsilon=self.conventions.level_epsilon,
         )
         hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()
-        return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_classes, 4))
+        return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_boxes, 4))
 
-    def sample(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> SampledBoxes:
+    def sample(
+        self,
+        proposals: Proposals,
+        targets: Targets,
+        seeds: Tensor,
+        features: Sequence[Tensor] | None = None,
+        stage: int = 0,
+    ) -> SampledBoxes:
         """Choose what the losses look at, among the proposals and the ground truth itself.
 
         Args:
             proposals: P slots an image.
             targets: ground truth.
             seeds: [B] int64 of the batch.
+            features: L of [B, channels, H_l, W_l], finest first; wanted only with `hard_examples`.
+            stage: tells the stages of a cascade apart, so that they draw independently.
         """
+        config = self.config
         boxes = torch.cat([proposals.boxes, targets.boxes], 1)
         valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
         boxes = torch.where(valid[..., None], boxes, 0.0)
         object_sources = FIRST_OBJECT_SOURCE + torch.arange(targets.labels.shape[1], device=boxes.device)
+        sources = torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1)
         matches = match(
             boxes,
             targets,
-            positive_iou=self.config.positive_iou,
-            negative_iou=self.config.positive_iou,
+            positive_iou=config.positive_iou,
+            negative_iou=config.positive_iou,
             low_quality=None,
             candidates_valid=valid,
             plus_one=self.conventions.plus_one,
         )
-        sampled = sample(
-            matches.labels,
-            seeds,
-            num=self.config.num_sampled,
-            positive_fraction=self.config.positive_fraction,
-            salt=SAMPLING_SALT,
-            identities=torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1),
-        )
+        if config.hard_examples:
+            assert features is not None, "hard examples are found by looking at features"
+            losses = self._class_losses(features, boxes, valid, targets, matches)
+            sampled = hardest(
+                matches.labels, losses, sources, num=config.num_sampled, positive_fraction=config.positive_fraction
+            )
+        else:
+            sampled = sample(
+                matches.labels,
+                seeds,
+                num=config.num_sampled,
+                positive_fraction=config.positive_fraction,
+                salt=SAMPLING_SALT + stage,
+                identities=sources,
+            )
         return SampledBoxes(
             boxes=take_slots(boxes, sampled.indices),
             matched=torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0),
             positive=sampled.positive,
             valid=sampled.valid,
+            sources=take_slots(sources, sampled.indices),
         )
+
+    @torch.no_grad()
+    def _class_losses(
+        self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, targets: Targets, matches: Matches
+    ) -> Tensor:
+        """[B, P + G] the classification loss of every candidate as the head is now."""
+        logits, _ = self(features, boxes, valid)
+        labels = torch.where(matches.labels == POSITIVE, take_slots(targets.labels, matches.matched), self.num_classes)
+        return cross_entropy(logits, labels, valid)
 
     def losses(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
         """Cross-entropy of classes and smooth L1 of boxes, both over the number of sampled boxes.
@@ -187,20 +228,39 @@ class BoxHead(nn.Module):
         Returns:
             `box_class` and `box_regression`, scalars. Without objects the first learns background and the second is 0.
         """
-        boxes, matched, positive, valid = sampled
-        logits, deltas = self(features, boxes, valid)
+        logits, deltas = self(features, sampled.boxes, sampled.valid)
+        return self.losses_of(logits, deltas, sampled, targets)
+
+    def losses_of(self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
+        """`losses` of what the head said of the sampled boxes, [B, S, C + 1] and [B, S, K, 4] (see `forward`)."""
+        boxes, matched, positive, valid, _ = sampled
         labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
         class_loss = cross_entropy(logits, labels, valid)
 
         objects = torch.where(positive[..., None], take_slots(targets.boxes, matched), boxes)
         wanted = box_geometry.encode(objects, boxes, self.config.stds, plus_one=self.conventions.plus_one)
-        own_class = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
-        given = deltas.gather(2, own_class).squeeze(2)
+        own_box = labels.clamp(max=self.num_boxes - 1)[..., None, None].expand(*labels.shape, 1, 4)
+        given = deltas.gather(2, own_box).squeeze(2)
         box_loss = smooth_l1(given, wanted, self.config.smooth_l1_beta, positive[..., None]).sum(-1)
         return {
             "box_class": weighted_mean(class_loss, valid),
             "box_regression": weighted_mean(box_loss, valid),
         }
+
+    def refine(self, boxes: Tensor, deltas: Tensor, image_sizes: Tensor) -> Tensor:
+        """Move boxes as the head said, and clip them to their pictures.
+
+        Args:
+            boxes: [B, P, 4] xyxy in pixels of the canvas.
+            deltas: [B, P, K, 4] from `forward`.
+            image_sizes: [B, 2] (height, width).
+
+        Returns:
+            [B, P, K, 4] xyxy in pixels of the canvas.
+        """
+        plus_one = self.conventions.plus_one
+        refined = box_geometry.decode(deltas, boxes[:, :, None], self.config.stds, plus_one=plus_one)
+        return box_geometry.clip(refined, image_sizes, plus_one=plus_one)
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Score every proposal for every class, then NMS within each class.
@@ -213,28 +273,34 @@ class BoxHead(nn.Module):
         Returns:
             Detections in D = `max_detections` slots (fewer where there are fewer than D proposals x classes).
         """
-        config, plus_one = self.config, self.conventions.plus_one
-        proposal_boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
-        logits, deltas = self(features, proposal_boxes, proposals.valid)
+        boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
+        logits, deltas = self(features, boxes, proposals.valid)
+        return self.best_detections(logits, self.refine(boxes, deltas, image_sizes), proposals.valid)
+
+    def best_detections(self, logits: Tensor, boxes: Tensor, valid: Tensor) -> Detections:
+        """The detections that refined boxes come to.
+
+        Args:
+            logits: [B, P, C + 1], background last.
+            boxes: [B, P, K, 4] from `refine`.
+            valid: [B, P] bool.
+        """
         scores = logits.softmax(-1)[..., :-1].flatten(1)
-        boxes = box_geometry.decode(deltas, proposal_boxes[:, :, None], config.stds, plus_one=plus_one).flatten(1, 2)
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
-        sides = boxes[..., 2:] - boxes[..., :2] + plus_one
-        labels = torch.arange(self.num_classes, device=scores.device).repeat(proposals.valid.shape[1])
-        labels = labels.expand_as(scores)
-        candidates = proposals.valid.repeat_interleave(self.num_classes, 1)
-        kept, valid = nms(
-            boxes,
-            scores,
-            labels,
-            candidates & (scores > config.score_threshold) & (sides >= config.min_size).all(-1),
+        boxes = boxes.expand(-1, -1, self.num_classes, -1).flatten(1, 2)
+        sides = boxes[..., 2:] - boxes[..., :2] + self.conventions.plus_one
+        labels = torch.arange(self.num_classes, device=scores.device).repeat(valid.shape[1]).expand_as(scores)
+        candidates = valid.repeat_interleave(self.num_classes, 1) & (sides >= self.config.min_size).all(-1)
+        return self.suppression(boxes, scores, labels, candidates)
+
+    @property
+    def suppression(self) -> Suppression:
+        """How scored boxes become detections."""
+        config = self.config
+        return Suppression(
+            score_threshold=config.score_threshold,
             iou_threshold=config.nms_iou,
-            max_keep=min(config.max_detections, scores.shape[1]),
-            plus_one=plus_one,
-        )
-        return Detections(
-            boxes=take_slots(boxes, kept),
-            scores=take_slots(scores, kept),
-            labels=take_slots(labels, kept),
-            valid=valid,
+            max_detections=config.max_detections,
+            method=config.nms,
+            sigma=config.nms_sigma,
+            plus_one=self.conventions.plus_one,
         )

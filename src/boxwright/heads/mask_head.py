@@ -121,7 +121,7 @@ class MaskHead(nn.Module):
             `mask`, scalar: the mean over all cells of the positives whose object has a mask; 0 without any.
         """
         assert targets.masks is not None, "a mask head needs masks in its targets"
-        boxes, matched, positive, _ = (field[:, :max_positives] for field in sampled)
+        boxes, matched, positive = (field[:, :max_positives] for field in sampled[:3])
         positive = positive & take_slots(targets.masks.valid, matched)
         labels = torch.where(positive, take_slots(targets.labels, matched), 0)
         logits = self(features, boxes, labels, positive)

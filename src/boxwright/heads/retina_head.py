@@ -21,8 +21,8 @@ from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
+from boxwright.heads.suppression import Suppression
 from boxwright.losses import sigmoid_focal_loss, smooth_l1, weighted_mean
-from boxwright.ops.nms import nms
 from boxwright.structures import Detections, Targets, take_slots
 
 
@@ -197,20 +197,16 @@ class RetinaHead(nn.Module):
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
         boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
-        kept, valid = nms(
-            boxes,
-            scores,
-            classes,
-            scores > config.score_threshold,
-            iou_threshold=config.nms_iou,
-            max_keep=min(config.max_detections, scores.shape[1]),
-            plus_one=plus_one,
-        )
-        return Detections(
-            boxes=take_slots(boxes, kept),
-            scores=take_slots(scores, kept),
-            labels=take_slots(classes, kept),
-            valid=valid,
+        return self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+
+    @property
+    def suppression(self) -> Suppression:
+        """How scored boxes become detections."""
+        return Suppression(
+            score_threshold=self.config.score_threshold,
+            iou_threshold=self.config.nms_iou,
+            max_detections=self.config.max_detections,
+            plus_one=self.conventions.plus_one,
         )
 
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxwright.structures import Masks, take_slots
+from boxwright.structures import MaskGrids, take_slots
 
 
 @torch.no_grad()
 def mask_target(
-    masks: Masks, boxes: Tensor, matched: Tensor, valid: Tensor, *, output_size: int, plus_one: float = 0.0
+    masks: MaskGrids, boxes: Tensor, matched: Tensor, valid: Tensor, *, output_size: int, plus_one: float = 0.0
 ) -> Tensor:
     """Whether the centre of each of S x S cells of a box lies on its object.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from boxwright.recipes import fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn, retinanet, rpn
+from boxwright.recipes import cascade_rcnn, fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn, retinanet, rpn
 from boxwright.training.experiment import Experiment, nearest
 
 Recipe = Callable[[], Experiment]
@@ -17,7 +17,7 @@ Recipe = Callable[[], Experiment]
 
 def built_in_recipes() -> dict[str, Recipe]:
     """Boxwright's own recipes by name."""
-    families = (rpn, fast_rcnn, fast_mask_rcnn, faster_rcnn, mask_rcnn, retinanet)
+    families = (rpn, fast_rcnn, fast_mask_rcnn, faster_rcnn, mask_rcnn, cascade_rcnn, retinanet)
     return {name: recipe for family in families for name, recipe in _functions(family).items()}
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from boxwright.structures import Batch, Masks, Proposals, Targets
+from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 from boxwright.training.distributed import gather, rank
 
 
@@ -54,7 +54,7 @@ def load_batches(path: Path) -> list[Batch]:
     return [_rebuilt(Batch, tensors) for _, tensors in sorted(parts.items())]
 
 
-_NESTED: dict[str, Any] = {"targets": Targets, "masks": Masks, "proposals": Proposals}
+_NESTED: dict[str, Any] = {"targets": Targets, "masks": MaskGrids, "proposals": Proposals}
 
 
 def _rebuilt(kind: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -69,7 +69,7 @@ def _rebuilt(kind: Any, tensors: Mapping[str, Tensor]) -> Any:
     return kind(**{name: _rebuilt(_NESTED[name], v) if isinstance(v, dict) else v for name, v in arguments.items()})
 
 
-def _named_tensors(structure: Batch | Targets | Masks | Proposals, prefix: str = "") -> dict[str, Tensor]:
+def _named_tensors(structure: Batch | Targets | MaskGrids | Proposals, prefix: str = "") -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for field in fields(structure):
         value = getattr(structure, field.name)

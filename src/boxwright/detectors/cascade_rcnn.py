@@ -1,0 +1,249 @@
+"""Cascade R-CNN: box heads one after another, each refining the boxes of the one before and asking for more overlap.
+
+B images, P proposals, S sampled boxes, C classes.
+
+Source: Cai & Vasconcelos, Cascade R-CNN: Delving into High Quality Object Detection (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
+from boxwright.detectors.detector import PixelNormalizer
+from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig, BoxHead, SampledBoxes
+from boxwright.heads.mask_head import MaskConfig, MaskHead
+from boxwright.heads.rpn_head import RPNConfig, RPNHead
+from boxwright.heads.suppression import Suppression
+from boxwright.structures import Batch, Detections, Proposals
+
+Stds = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """What differs from stage to stage; the defaults are the paper's and the 2018 toolbox's.
+
+    The first stage is the box head as it stands, so that these are of the stages behind it.
+    """
+
+    positive_ious: tuple[float, ...] = (0.6, 0.7)
+    """A box with at least this IoU with an object is positive in the stage."""
+    stds: tuple[Stds, ...] = ((0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+    """Box deltas of the stage are divided by these: the boxes of a later stage are nearer to their objects."""
+    loss_weights: tuple[float, ...] = (0.5, 0.25)
+    """What the stage's losses are multiplied by; the first stage's by 1."""
+
+    def __post_init__(self) -> None:
+        if not len(self.positive_ious) == len(self.stds) == len(self.loss_weights):
+            raise ValueError(f"{self}: give as many positive_ious as stds and loss_weights, one a stage but the first")
+
+
+class CascadeRCNN(nn.Module):
+    """A backbone, a region proposal network and a box head a stage, maybe a mask head a stage too."""
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        rpn: RPNHead,
+        box_heads: Sequence[BoxHead],
+        mask_heads: Sequence[MaskHead] = (),
+        loss_weights: Sequence[float],
+        pixel_stats: PixelStats,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            backbone: gives a pyramid whose levels have equal channels.
+            rpn: where the first stage's boxes come from.
+            box_heads: one a stage, class-agnostic but for the last.
+            mask_heads: one a stage, or none.
+            loss_weights: one a stage.
+            pixel_stats: what the backbone expects of pixels.
+        """
+        super().__init__()
+        self.num_classes = box_heads[0].num_classes
+        self.max_detections = box_heads[-1].config.max_detections
+        self.normalize = PixelNormalizer(pixel_stats)
+        self.backbone = backbone
+        self.rpn = rpn
+        self.box_heads = nn.ModuleList(box_heads)
+        self.mask_heads = nn.ModuleList(mask_heads)
+        self.loss_weights = tuple(loss_weights)
+        self.needs_masks = len(self.mask_heads) > 0
+
+    @property
+    def suppression(self) -> Suppression:
+        """How its scored boxes become detections."""
+        return self._stages[-1].suppression
+
+    @property
+    def _stages(self) -> list[BoxHead]:
+        return cast(list[BoxHead], list(self.box_heads))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The RPN's losses and, with the stage's number behind their names, each stage's, weighted.
+
+        As in the 2018 toolbox, the boxes that a stage looked at are refined by it, and the next one samples anew among
+        them and the ground truth; the refined ground truth itself is dropped. detectron2 instead adds ground truth
+        before the first stage alone, refines it too, and looks at the same boxes in all stages.
+        """
+        assert batch.targets is not None, "losses need targets"
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        output = self.rpn(features, batch.images.shape[-2:])
+        losses = self.rpn.losses(output, batch, batch.targets)
+        proposals = self.rpn.proposals(output, batch.image_sizes, training=True)
+        stages = self._stages
+        for stage, (head, weight) in enumerate(zip(stages, self.loss_weights, strict=True)):
+            sampled = head.sample(proposals, batch.targets, batch.seeds, features, stage)
+            logits, deltas = head(features, sampled.boxes, sampled.valid)
+            own = head.losses_of(logits, deltas, sampled, batch.targets)
+            if self.needs_masks:
+                max_positives = head.config.max_positives
+                mask_head = cast(MaskHead, self.mask_heads[stage])
+                own |= mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
+            losses |= {f"{name}_{stage + 1}": weight * loss for name, loss in own.items()}
+            if stage + 1 < len(stages):
+                proposals = refined_proposals(head, sampled, deltas, batch.image_sizes)
+        return losses
+
+    def detect(self, batch: Batch) -> Detections:
+        """The last stage's boxes, scored by all stages; their masks are the mean of all stages' probabilities.
+
+        As in the 2018 toolbox, the class logits of the stages are averaged and then made probabilities. detectron2
+        averages the probabilities, and has a mask head in the last stage alone.
+        """
+        features = self.backbone(self.normalize(batch.images, batch.image_sizes))
+        output = self.rpn(features, batch.images.shape[-2:])
+        proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
+        boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
+        stages = self._stages
+        all_logits = []
+        for head in stages:
+            logits, deltas = head(features, boxes, proposals.valid)
+            all_logits.append(logits)
+            refined = head.refine(boxes, deltas, batch.image_sizes)
+            boxes = refined[:, :, 0]
+        detections = stages[-1].best_detections(sum(all_logits) / len(stages), refined, proposals.valid)
+        return self._with_masks(features, detections) if self.needs_masks else detections
+
+    def _with_masks(self, features: Sequence[Tensor], detections: Detections) -> Detections:
+        heads = cast(list[MaskHead], list(self.mask_heads))
+        masks = [head(features, detections.boxes, detections.labels, detections.valid).sigmoid() for head in heads]
+        return replace(detections, masks=torch.where(detections.valid[..., None, None], sum(masks) / len(heads), 0.0))
+
+
+@torch.no_grad()
+def refined_proposals(head: BoxHead, sampled: SampledBoxes, deltas: Tensor, image_sizes: Tensor) -> Proposals:
+    """The next stage's proposals: the boxes that this stage looked at, as it would have them, without ground truth.
+
+    Args:
+        head: the stage, class-agnostic.
+        sampled: what it looked at, S slots.
+        deltas: [B, S, 1, 4] what it said.
+        image_sizes: [B, 2] (height, width).
+
+    Returns:
+        S slots, known by the sources that they were made from; their order and scores mean nothing.
+    """
+    return Proposals(
+        boxes=head.refine(sampled.boxes, deltas, image_sizes)[:, :, 0],
+        scores=torch.zeros_like(sampled.boxes[..., 0]),
+        valid=sampled.valid & (sampled.sources < FIRST_OBJECT_SOURCE),
+        sources=sampled.sources,
+    )
+
+
+def cascade_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    rpn: RPNConfig = RPNConfig(),
+    box: BoxConfig = BoxConfig(class_agnostic=True),
+    cascade: CascadeConfig = CascadeConfig(),
+) -> CascadeRCNN:
+    """Build a Cascade R-CNN on a feature pyramid.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        rpn: the numbers of the proposals.
+        box: the numbers of the first stage, and of the others but for what `cascade` says.
+        cascade: what is different in the stages behind the first.
+
+    Raises:
+        ValueError: `box` has a box for each class, and so none to hand on to a next stage.
+    """
+    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, None)
+
+
+def cascade_mask_rcnn(
+    *,
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats = PYTORCH,
+    conventions: Conventions = MODERN,
+    rpn: RPNConfig = RPNConfig(),
+    box: BoxConfig = BoxConfig(class_agnostic=True),
+    cascade: CascadeConfig = CascadeConfig(),
+    mask: MaskConfig = MaskConfig(),
+) -> CascadeRCNN:
+    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage.
+
+    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019). Of its
+    three forms, the one with masks in every stage, as in the 2018 toolbox.
+
+    Args:
+        backbone: gives a pyramid whose levels have equal channels.
+        num_classes: object classes, background not counted.
+        pixel_stats: what the backbone expects of pixels.
+        conventions: the geometry that the weights were or will be trained with.
+        rpn: the numbers of the proposals.
+        box: the numbers of the first stage, and of the others but for what `cascade` says.
+        cascade: what is different in the stages behind the first.
+        mask: the numbers of each stage's mask head.
+
+    Raises:
+        ValueError: as `cascade_rcnn`.
+    """
+    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, mask)
+
+
+def _cascade(
+    backbone: Backbone,
+    num_classes: int,
+    pixel_stats: PixelStats,
+    conventions: Conventions,
+    rpn: RPNConfig,
+    box: BoxConfig,
+    cascade: CascadeConfig,
+    mask: MaskConfig | None,
+) -> CascadeRCNN:
+    channels, strides = backbone.channels[0], backbone.strides
+    stages = _stage_configs(box, cascade)
+    return CascadeRCNN(
+        backbone=backbone,
+        rpn=RPNHead(channels, strides, rpn, conventions),
+        box_heads=[BoxHead(channels, strides, num_classes, config, conventions) for config in stages],
+        mask_heads=[MaskHead(channels, strides, num_classes, mask, conventions) for _ in stages if mask is not None],
+        loss_weights=(1.0, *cascade.loss_weights),
+        pixel_stats=pixel_stats,
+    )
+
+
+def _stage_configs(box: BoxConfig, cascade: CascadeConfig) -> list[BoxConfig]:
+    if cascade.positive_ious and not box.class_agnostic:
+        raise ValueError("a cascade hands one box of each proposal on to its next stage: set box.class_agnostic=true")
+    later = zip(cascade.positive_ious, cascade.stds, strict=True)
+    return [box, *(replace(box, positive_iou=iou, stds=stds) for iou, stds in later)]
