@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from boxwright.cli.main import app
 from boxwright.recipes import built_in_recipes, find_recipe
+from boxwright.training.experiment import build
 from boxwright.training.settings import with_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,9 +117,20 @@ def test_python_parses_and_imports_what_is_there(page: Path) -> None:
                 assert not missing, f"{page.name}: {node.module} has no {missing}"
 
 
-def test_recipes_on_their_page_are_those_that_exist() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipes.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(rows) == sorted(built_in_recipes()), "docs/recipes.md has a row for each recipe and no other"
+def test_models_page_has_each_recipe_once_with_its_parameters() -> None:
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    rows = [re.findall(r"`(\w+_fpn_\w+)`|(?<=\| )(\d+\.\d\d)(?= \|)", line) for line in page.splitlines()]
+    stated = {row[0][0]: [float(number) for _, number in row[1:]] for row in rows if row and row[0][0]}
+    recipes = built_in_recipes()
+    assert sorted(stated) == sorted(recipes), "docs/models.md has a row for each recipe and no other"
+    for name, recipe in recipes.items():
+        with torch.device("meta"):
+            parameters = list(build(recipe().model, num_classes=80).parameters())
+        counts = [sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)]
+        wanted = [round(count / 1e6, 2) for count in counts]
+        assert stated[name][0] == wanted[0], name
+        if "_r18_" not in name:
+            assert stated[name][1] == wanted[1], name
 
 
 def test_mistakes_on_a_page_are_found(tmp_path: Path) -> None:

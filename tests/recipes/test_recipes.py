@@ -175,6 +175,25 @@ def test_fast_rcnn_says_how_to_get_its_proposals() -> None:
         assert "--proposals" in doc
 
 
+PUBLISHED = {
+    "retinanet_r50_fpn_1x": 37.7,
+    "retinanet_r101_fpn_1x": 56.7,
+    "retinanet_x101_32x4d_fpn_1x": 56.4,
+    "retinanet_x101_64x4d_fpn_1x": 95.5,
+    "mask_rcnn_r50_fpn_1x": 44.2,
+    "mask_rcnn_r101_fpn_1x": 63.2,
+    "mask_rcnn_x101_32x4d_fpn_1x": 62.8,
+    "mask_rcnn_x101_64x4d_fpn_1x": 101.9,
+}
+"""Millions of parameters that learn, 80 classes: Wang et al., Pyramid Vision Transformer (2021), tables 3 and 4."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_has_the_published_number_of_parameters(name: str) -> None:
+    trained = sum(parameter.numel() for parameter in built(name, 80).parameters() if parameter.requires_grad)
+    assert round(trained / 1e6, 1) == PUBLISHED[name]
+
+
 def test_cascades_have_the_published_numbers_of_parameters() -> None:
     """Those of the later 2018 toolbox for R-50-FPN and 80 classes, in millions: 69.17 and 77.1; frozen ones apart."""
     box, with_masks = (built(f"{family}_r50_fpn_1x", 80) for family in ("cascade_rcnn", "cascade_mask_rcnn"))

@@ -26,7 +26,7 @@ def _twenty_epochs(model: Model) -> Experiment:
 def cascade_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Cascade R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 40.5, 3.9 GB, 0.464 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.5, 3.9 GB, 0.464 s/iter. Ours: not yet measured.
 
     boxwright train cascade_rcnn_r50_caffe_fpn_1x --data coco --out runs/cascade_rcnn_r50_caffe_fpn_1x
     """
@@ -36,7 +36,7 @@ def cascade_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def cascade_rcnn_r50_fpn_1x() -> Experiment:
     """Cascade R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 40.4, 4.1 GB, 0.455 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.4, 4.1 GB, 0.455 s/iter. Ours: not yet measured.
 
     boxwright train cascade_rcnn_r50_fpn_1x --data coco --out runs/cascade_rcnn_r50_fpn_1x
     """
@@ -46,7 +46,7 @@ def cascade_rcnn_r50_fpn_1x() -> Experiment:
 def cascade_rcnn_r50_fpn_20e() -> Experiment:
     """Cascade R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox: box AP 41.1. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 41.1. Ours: not yet measured.
 
     boxwright train cascade_rcnn_r50_fpn_20e --data coco --out runs/cascade_rcnn_r50_fpn_20e
     """
@@ -56,7 +56,7 @@ def cascade_rcnn_r50_fpn_20e() -> Experiment:
 def cascade_rcnn_r101_fpn_1x() -> Experiment:
     """Cascade R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 42.0, 6.0 GB, 0.584 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.0, 6.0 GB, 0.584 s/iter. Ours: not yet measured.
 
     boxwright train cascade_rcnn_r101_fpn_1x --data coco --out runs/cascade_rcnn_r101_fpn_1x
     """
@@ -66,7 +66,7 @@ def cascade_rcnn_r101_fpn_1x() -> Experiment:
 def cascade_rcnn_r101_fpn_20e() -> Experiment:
     """Cascade R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox: box AP 42.5. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.5. Ours: not yet measured.
 
     boxwright train cascade_rcnn_r101_fpn_20e --data coco --out runs/cascade_rcnn_r101_fpn_20e
     """
@@ -86,7 +86,7 @@ def cascade_rcnn_r18_fpn_small() -> Experiment:
 def cascade_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 40.9, mask AP 35.5, 5.1 GB, 0.692 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.9, mask AP 35.5, 5.1 GB, 0.692 s/iter. Ours: not yet measured.
 
     boxwright train cascade_mask_rcnn_r50_caffe_fpn_1x --data coco --out runs/cascade_mask_rcnn_r50_caffe_fpn_1x
     """
@@ -96,7 +96,7 @@ def cascade_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r50_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 41.2, mask AP 35.7, 5.3 GB, 0.683 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 41.2, mask AP 35.7, 5.3 GB, 0.683 s/iter. Ours: not yet measured.
 
     boxwright train cascade_mask_rcnn_r50_fpn_1x --data coco --out runs/cascade_mask_rcnn_r50_fpn_1x
     """
@@ -106,7 +106,7 @@ def cascade_mask_rcnn_r50_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r50_fpn_20e() -> Experiment:
     """Cascade Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox: box AP 42.3, mask AP 36.6. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.3, mask AP 36.6. Ours: not yet measured.
 
     boxwright train cascade_mask_rcnn_r50_fpn_20e --data coco --out runs/cascade_mask_rcnn_r50_fpn_20e
     """
@@ -116,7 +116,7 @@ def cascade_mask_rcnn_r50_fpn_20e() -> Experiment:
 def cascade_mask_rcnn_r101_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 42.6, mask AP 37.0, 7.2 GB, 0.807 s/iter. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.6, mask AP 37.0, 7.2 GB, 0.807 s/iter. Ours: not yet measured.
 
     boxwright train cascade_mask_rcnn_r101_fpn_1x --data coco --out runs/cascade_mask_rcnn_r101_fpn_1x
     """
@@ -126,7 +126,7 @@ def cascade_mask_rcnn_r101_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r101_fpn_20e() -> Experiment:
     """Cascade Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox: box AP 43.3, mask AP 37.6. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 43.3, mask AP 37.6. Ours: not yet measured.
 
     boxwright train cascade_mask_rcnn_r101_fpn_20e --data coco --out runs/cascade_mask_rcnn_r101_fpn_20e
     """

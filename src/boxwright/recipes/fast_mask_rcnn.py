@@ -59,7 +59,7 @@ def fast_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def fast_mask_rcnn_r101_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.9, mask AP 35.8, 5.4 GB, 0.462 s/iter. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_fpn_1x --data coco --out rpn_r101_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r101_fpn_1x --data coco --proposals rpn_r101_fpn_1x.proposals
@@ -70,7 +70,7 @@ def fast_mask_rcnn_r101_fpn_1x() -> Experiment:
 def fast_mask_rcnn_r101_fpn_2x() -> Experiment:
     """Fast Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.9, mask AP 36.4. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_fpn_2x --data coco --out rpn_r101_fpn_2x.proposals
     boxwright train fast_mask_rcnn_r101_fpn_2x --data coco --proposals rpn_r101_fpn_2x.proposals
@@ -81,7 +81,7 @@ def fast_mask_rcnn_r101_fpn_2x() -> Experiment:
 def fast_mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.4, mask AP 36.1, 5.2 GB, 0.429 s/iter. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_caffe_fpn_1x --data coco --out rpn_r101_caffe_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r101_caffe_fpn_1x --data coco --proposals rpn_r101_caffe_fpn_1x.proposals

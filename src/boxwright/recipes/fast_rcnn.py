@@ -58,7 +58,7 @@ def fast_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def fast_rcnn_r101_fpn_1x() -> Experiment:
     """Fast R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.1, 5.4 GB, 0.388 s/iter. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_fpn_1x --data coco --out rpn_r101_fpn_1x.proposals
     boxwright train fast_rcnn_r101_fpn_1x --data coco --proposals rpn_r101_fpn_1x.proposals
@@ -69,7 +69,7 @@ def fast_rcnn_r101_fpn_1x() -> Experiment:
 def fast_rcnn_r101_fpn_2x() -> Experiment:
     """Fast R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.8. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_fpn_2x --data coco --out rpn_r101_fpn_2x.proposals
     boxwright train fast_rcnn_r101_fpn_2x --data coco --proposals rpn_r101_fpn_2x.proposals
@@ -80,7 +80,7 @@ def fast_rcnn_r101_fpn_2x() -> Experiment:
 def fast_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Fast R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.6, 5.2 GB, 0.355 s/iter. Ours: not yet measured.
 
     boxwright propose runs/rpn_r101_caffe_fpn_1x --data coco --out rpn_r101_caffe_fpn_1x.proposals
     boxwright train fast_rcnn_r101_caffe_fpn_1x --data coco --proposals rpn_r101_caffe_fpn_1x.proposals

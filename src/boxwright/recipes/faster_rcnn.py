@@ -56,7 +56,7 @@ def faster_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def faster_rcnn_r101_fpn_1x() -> Experiment:
     """Faster R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.5, 5.7 GB, 0.474 s/iter. Ours: not yet measured.
 
     boxwright train faster_rcnn_r101_fpn_1x --data coco --out runs/faster_rcnn_r101_fpn_1x
     """
@@ -66,7 +66,7 @@ def faster_rcnn_r101_fpn_1x() -> Experiment:
 def faster_rcnn_r101_fpn_2x() -> Experiment:
     """Faster R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.4. Ours: not yet measured.
 
     boxwright train faster_rcnn_r101_fpn_2x --data coco --out runs/faster_rcnn_r101_fpn_2x
     """
@@ -76,7 +76,7 @@ def faster_rcnn_r101_fpn_2x() -> Experiment:
 def faster_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Faster R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.8, 5.5 GB, 0.465 s/iter. Ours: not yet measured.
 
     boxwright train faster_rcnn_r101_caffe_fpn_1x --data coco --out runs/faster_rcnn_r101_caffe_fpn_1x
     """
@@ -86,7 +86,7 @@ def faster_rcnn_r101_caffe_fpn_1x() -> Experiment:
 def faster_rcnn_x101_32x4d_fpn_1x() -> Experiment:
     """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.1, 6.9 GB, 0.672 s/iter. Ours: not yet measured.
 
     boxwright train faster_rcnn_x101_32x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_1x
     """
@@ -96,7 +96,7 @@ def faster_rcnn_x101_32x4d_fpn_1x() -> Experiment:
 def faster_rcnn_x101_32x4d_fpn_2x() -> Experiment:
     """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.4. Ours: not yet measured.
 
     boxwright train faster_rcnn_x101_32x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_2x
     """
@@ -106,7 +106,7 @@ def faster_rcnn_x101_32x4d_fpn_2x() -> Experiment:
 def faster_rcnn_x101_64x4d_fpn_1x() -> Experiment:
     """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 41.3, 9.8 GB, 1.040 s/iter. Ours: not yet measured.
 
     boxwright train faster_rcnn_x101_64x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_1x
     """
@@ -116,7 +116,7 @@ def faster_rcnn_x101_64x4d_fpn_1x() -> Experiment:
 def faster_rcnn_x101_64x4d_fpn_2x() -> Experiment:
     """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.7. Ours: not yet measured.
 
     boxwright train faster_rcnn_x101_64x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_2x
     """

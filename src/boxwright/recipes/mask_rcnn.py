@@ -59,7 +59,7 @@ def mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def mask_rcnn_r101_fpn_1x() -> Experiment:
     """Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.4, mask AP 35.9, 5.8 GB, 0.571 s/iter. Ours: not yet measured.
 
     boxwright train mask_rcnn_r101_fpn_1x --data coco --out runs/mask_rcnn_r101_fpn_1x
     """
@@ -69,7 +69,7 @@ def mask_rcnn_r101_fpn_1x() -> Experiment:
 def mask_rcnn_r101_fpn_2x() -> Experiment:
     """Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.3, mask AP 36.5. Ours: not yet measured.
 
     boxwright train mask_rcnn_r101_fpn_2x --data coco --out runs/mask_rcnn_r101_fpn_2x
     """
@@ -79,7 +79,7 @@ def mask_rcnn_r101_fpn_2x() -> Experiment:
 def mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Mask R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.9, mask AP 36.1, 5.7 GB, 0.534 s/iter. Ours: not yet measured.
 
     boxwright train mask_rcnn_r101_caffe_fpn_1x --data coco --out runs/mask_rcnn_r101_caffe_fpn_1x
     """
@@ -89,7 +89,7 @@ def mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
 def mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
     """Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 41.1, mask AP 37.1, 7.1 GB, 0.759 s/iter. Ours: not yet measured.
 
     boxwright train mask_rcnn_x101_32x4d_fpn_1x --data coco --out runs/mask_rcnn_x101_32x4d_fpn_1x
     """
@@ -99,7 +99,7 @@ def mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
 def mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
     """Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 41.4, mask AP 37.1. Ours: not yet measured.
 
     boxwright train mask_rcnn_x101_32x4d_fpn_2x --data coco --out runs/mask_rcnn_x101_32x4d_fpn_2x
     """
@@ -109,7 +109,7 @@ def mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
 def mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
     """Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.1, mask AP 38.0, 10.0 GB, 1.102 s/iter. Ours: not yet measured.
 
     boxwright train mask_rcnn_x101_64x4d_fpn_1x --data coco --out runs/mask_rcnn_x101_64x4d_fpn_1x
     """
@@ -119,7 +119,7 @@ def mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
 def mask_rcnn_x101_64x4d_fpn_2x() -> Experiment:
     """Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 42.0, mask AP 37.7. Ours: not yet measured.
 
     boxwright train mask_rcnn_x101_64x4d_fpn_2x --data coco --out runs/mask_rcnn_x101_64x4d_fpn_2x
     """

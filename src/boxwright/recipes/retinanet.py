@@ -43,7 +43,7 @@ def _two_x(model: Model) -> Experiment:
 def retinanet_r50_fpn_1x() -> Experiment:
     """RetinaNet, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 35.6, 3.6 GB, 0.308 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_r50_fpn_1x --data coco --out runs/retinanet_r50_fpn_1x
     """
@@ -53,7 +53,7 @@ def retinanet_r50_fpn_1x() -> Experiment:
 def retinanet_r50_fpn_2x() -> Experiment:
     """RetinaNet, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 36.4. Ours: not yet measured.
 
     boxwright train retinanet_r50_fpn_2x --data coco --out runs/retinanet_r50_fpn_2x
     """
@@ -63,7 +63,7 @@ def retinanet_r50_fpn_2x() -> Experiment:
 def retinanet_r50_caffe_fpn_1x() -> Experiment:
     """RetinaNet, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    In the 2018 toolbox's first tables, without figures. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 35.8, 3.4 GB, 0.285 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_r50_caffe_fpn_1x --data coco --out runs/retinanet_r50_caffe_fpn_1x
     """
@@ -73,7 +73,7 @@ def retinanet_r50_caffe_fpn_1x() -> Experiment:
 def retinanet_r101_fpn_1x() -> Experiment:
     """RetinaNet, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 37.7, 5.5 GB, 0.429 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_r101_fpn_1x --data coco --out runs/retinanet_r101_fpn_1x
     """
@@ -83,7 +83,7 @@ def retinanet_r101_fpn_1x() -> Experiment:
 def retinanet_r101_fpn_2x() -> Experiment:
     """RetinaNet, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 38.1. Ours: not yet measured.
 
     boxwright train retinanet_r101_fpn_2x --data coco --out runs/retinanet_r101_fpn_2x
     """
@@ -93,7 +93,7 @@ def retinanet_r101_fpn_2x() -> Experiment:
 def retinanet_r101_caffe_fpn_1x() -> Experiment:
     """RetinaNet, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 37.8, 5.3 GB, 0.410 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_r101_caffe_fpn_1x --data coco --out runs/retinanet_r101_caffe_fpn_1x
     """
@@ -103,7 +103,7 @@ def retinanet_r101_caffe_fpn_1x() -> Experiment:
 def retinanet_x101_32x4d_fpn_1x() -> Experiment:
     """RetinaNet, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.0, 6.7 GB, 0.632 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_x101_32x4d_fpn_1x --data coco --out runs/retinanet_x101_32x4d_fpn_1x
     """
@@ -113,7 +113,7 @@ def retinanet_x101_32x4d_fpn_1x() -> Experiment:
 def retinanet_x101_32x4d_fpn_2x() -> Experiment:
     """RetinaNet, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.3. Ours: not yet measured.
 
     boxwright train retinanet_x101_32x4d_fpn_2x --data coco --out runs/retinanet_x101_32x4d_fpn_2x
     """
@@ -123,7 +123,7 @@ def retinanet_x101_32x4d_fpn_2x() -> Experiment:
 def retinanet_x101_64x4d_fpn_1x() -> Experiment:
     """RetinaNet, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 40.0, 9.6 GB, 0.993 s/iter. Ours: not yet measured.
 
     boxwright train retinanet_x101_64x4d_fpn_1x --data coco --out runs/retinanet_x101_64x4d_fpn_1x
     """
@@ -133,7 +133,7 @@ def retinanet_x101_64x4d_fpn_1x() -> Experiment:
 def retinanet_x101_64x4d_fpn_2x() -> Experiment:
     """RetinaNet, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: box AP 39.6. Ours: not yet measured.
 
     boxwright train retinanet_x101_64x4d_fpn_2x --data coco --out runs/retinanet_x101_64x4d_fpn_2x
     """

@@ -55,7 +55,7 @@ def rpn_r50_caffe_fpn_1x() -> Experiment:
 def rpn_r101_fpn_1x() -> Experiment:
     """RPN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 58.6, 5.4 GB, 0.396 s/iter. Ours: not yet measured.
 
     boxwright train rpn_r101_fpn_1x --data coco --out runs/rpn_r101_fpn_1x
     """
@@ -65,7 +65,7 @@ def rpn_r101_fpn_1x() -> Experiment:
 def rpn_r101_fpn_2x() -> Experiment:
     """RPN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 59.1. Ours: not yet measured.
 
     boxwright train rpn_r101_fpn_2x --data coco --out runs/rpn_r101_fpn_2x
     """
@@ -75,7 +75,7 @@ def rpn_r101_fpn_2x() -> Experiment:
 def rpn_r101_caffe_fpn_1x() -> Experiment:
     """RPN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 59.4, 5.2 GB, 0.379 s/iter. Ours: not yet measured.
 
     boxwright train rpn_r101_caffe_fpn_1x --data coco --out runs/rpn_r101_caffe_fpn_1x
     """
@@ -85,7 +85,7 @@ def rpn_r101_caffe_fpn_1x() -> Experiment:
 def rpn_x101_32x4d_fpn_1x() -> Experiment:
     """RPN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 59.4, 6.6 GB, 0.589 s/iter. Ours: not yet measured.
 
     boxwright train rpn_x101_32x4d_fpn_1x --data coco --out runs/rpn_x101_32x4d_fpn_1x
     """
@@ -95,7 +95,7 @@ def rpn_x101_32x4d_fpn_1x() -> Experiment:
 def rpn_x101_32x4d_fpn_2x() -> Experiment:
     """RPN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 59.9. Ours: not yet measured.
 
     boxwright train rpn_x101_32x4d_fpn_2x --data coco --out runs/rpn_x101_32x4d_fpn_2x
     """
@@ -105,7 +105,7 @@ def rpn_x101_32x4d_fpn_2x() -> Experiment:
 def rpn_x101_64x4d_fpn_1x() -> Experiment:
     """RPN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 59.8, 9.5 GB, 0.955 s/iter. Ours: not yet measured.
 
     boxwright train rpn_x101_64x4d_fpn_1x --data coco --out runs/rpn_x101_64x4d_fpn_1x
     """
@@ -115,7 +115,7 @@ def rpn_x101_64x4d_fpn_1x() -> Experiment:
 def rpn_x101_64x4d_fpn_2x() -> Experiment:
     """RPN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    The 2018 toolbox, in 2019: AR1000 60.0. Ours: not yet measured.
 
     boxwright train rpn_x101_64x4d_fpn_2x --data coco --out runs/rpn_x101_64x4d_fpn_2x
     """
