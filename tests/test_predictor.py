@@ -179,6 +179,11 @@ def test_a_model_without_an_rpn_takes_proposals(picture: Path) -> None:
             predictor.predict(picture, proposals=wrong)
 
 
+def test_proposals_are_of_no_class(picture: Path, tmp_path: Path) -> None:
+    predictor = boxwright.load(small_run(tmp_path, CATEGORIES, proposals=True))
+    assert set(predictor.predict(picture).names) == {"object"}
+
+
 def test_a_model_with_an_rpn_takes_none(run: Path, picture: Path) -> None:
     with pytest.raises(ValueError, match="the model makes its own"):
         boxwright.load(run).predict(picture, proposals=np.zeros((1, 4)))

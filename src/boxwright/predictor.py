@@ -20,6 +20,7 @@ from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
+from boxwright.detectors.proposal_network import ProposalNetwork
 from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
@@ -181,7 +182,7 @@ def _checked_proposals(boxes: Any) -> GivenProposals:
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
-    """Load a trained model.
+    """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
         path: A run's folder, or a weights file.
@@ -211,6 +212,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_module
         detector.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{file}: the weights do not fit the model that it names: {error}") from error
+    if isinstance(detector, ProposalNetwork):  # it takes all classes for one
+        categories = [Category(id=1, name="object")]
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
 
 
@@ -219,7 +222,10 @@ def weights_file(path: Path) -> Path:
 
     Raises:
         ValueError: The folder holds none.
+        OSError: There is nothing at the path.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such run: give the folder of one, or a weights file")
     if not path.is_dir():
         return path
     file = path / "weights.safetensors"

@@ -106,6 +106,10 @@ def test_a_fast_rcnn_is_trained_and_tested_on_them(folder: Path) -> None:
     assert status == 0, output
     assert "AP50" in output
     assert (folder / "fast_tested" / "report.html").is_file()
+    status, output = run("predict", out, folder / "data" / "val", "--trust", "cli", "--out", folder / "fast_found")
+    assert status == 1
+    assert "needs boxes to look at" in output
+    assert not (folder / "fast_found").exists()
 
 
 def test_two_ranks_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
@@ -147,7 +151,11 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
         (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
         (["test", other, *data, "--proposals", proposals], "the model makes its own"),
         (["train", FAST, *data, "--out", tmp_path / "x"], "write them with boxwright propose"),
-        (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "No such file"),
+        (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "none: No such file"),
+        ([*command(folder), "--out", folder], "is a folder: give the path of the file"),
+        ([*command(folder), "--out", proposals / "x"], "x cannot be written: "),
+        (["test", folder / "rpn", *data, "--tta"], "--tta: .*rpn only proposes boxes"),
+        (["test", tmp_path / "none", *data], "there is no such run"),
     ]
     for words, message in cases:
         status, output = run(*words)

@@ -205,6 +205,12 @@ class TestForeign:
         with pytest.raises(ValueError, match=message):
             open_proposals(path, [1])
 
+    def test_another_file_is_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "instances_val.json"
+        path.write_text('{"images": []}')
+        with pytest.raises(ValueError, match=r"instances_val.json is refused.* is no proposals file"):
+            open_proposals(path, [1])
+
     def test_hostile_ones_do_nothing(self, tmp_path: Path) -> None:
         path = tmp_path / "x.pkl"
         path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "hit").encode() + b"'\ntR.")

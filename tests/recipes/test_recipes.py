@@ -236,6 +236,7 @@ def test_find_recipe_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("faster_rcnn_r50_fpn_1", "did you mean 'faster_rcnn_r50_fpn_1x'"),
         ("one_x", "there are"),
+        ("retinanet", r"there are (retinanet_\w+(, )?)+ \(a recipe"),
         ("no_such_package.recipes:mine", "no module 'no_such_package'"),
         ("boxwright.recipes.rpn:one_x", "has no function 'one_x'"),
         (":mine", "give a built-in one, or package.module:function"),

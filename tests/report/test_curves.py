@@ -33,6 +33,10 @@ def test_line_chart() -> None:
     assert len(second.get("points", "").split()) == 2
     assert len(figure.findall(".//circle")) == 1
     ElementTree.fromstring(line_chart([Curve("none", [], [])], title="Empty"))
+    single = ElementTree.fromstring(line_chart([Curve("one", [645], [1])], title="One", size=(360, 220)))
+    below = [text for text in single.iter("text") if text.get("text-anchor") == "middle"]
+    assert [text.text for text in below] == ["645"], "no steps between, which there are none of"
+    assert below[0].get("x") == single.find(".//circle").get("cx")
 
 
 def test_matrix_chart() -> None:

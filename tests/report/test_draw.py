@@ -118,3 +118,19 @@ def test_of_very_many_objects_the_masks_are_drawn_alone() -> None:
     assert not seen[cv2.dilate(true.astype(np.uint8), np.ones((5, 5))) == 0].any()
     few = draw_detections(image, boxes[:20], labels[:20], names[:20], scores[:20], masks=as_masks(masks[:20]))
     assert (few[25, 5] > 0).any()
+
+
+def test_labels_do_not_hide_many_small_objects() -> None:
+    image = np.zeros((500, 500, 3), np.uint8)
+    corners = np.stack(np.meshgrid(np.arange(4) * 120, np.arange(4) * 120), axis=-1).reshape(-1, 2)
+    white = [(255, 255, 255)] * 16
+
+    def labels_cover(size: int, count: int) -> int:
+        """Pixels that change with labels on `count` boxes of `size` x `size`."""
+        boxes = np.concatenate([corners, corners + size], axis=1)[:count] + 15
+        plain = draw_boxes(image, boxes, [""] * count, white[:count])
+        return int((draw_boxes(image, boxes, ["cell 0.90"] * count, white[:count]) != plain).any(axis=2).sum())
+
+    assert labels_cover(25, 16) == 0
+    assert labels_cover(25, 3) > 1000, "few never hide others"
+    assert labels_cover(100, 16) > 10_000, "large ones show beside their labels"

@@ -74,7 +74,45 @@ def test_report_of_proposals(data_dir: Path, tmp_path: Path) -> None:
     dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
     path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
     results = read_results(path, dataset.categories)
-    page = write_report(tmp_path, dataset, results, {"AR@100": 0.4, "AR@1000": -1.0}).read_text()
+    recall = {"AR@100": 0.4, "AR@1000": -1.0, "ARs@100": 0.2}
+    line = {"kind": "evaluation", "step": 2, "metrics": recall}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_report(tmp_path, dataset, results, recall).read_text()
     assert "<b>40.0</b><span>AR@100</span>" in page
     assert "<b>-</b>" in page
     assert "<h2>Classes</h2>" not in page
+    assert "AR on the validation split, %" in page
+    assert page.count("ARs@100") == 1, "the curves are of all sizes"
+    assert "precision" not in page
+
+
+def test_a_class_without_masks_leaves_the_curve_of_the_others(data_dir: Path, tmp_path: Path) -> None:
+    """On COCO's pictures, where all that is annotated but the persons' masks was found."""
+    folder = data_dir / "coco_mini"
+    source = find_layout(folder)["val"]
+    document = json.loads(source.annotations.read_text())
+    for thing in document["annotations"]:
+        if thing["category_id"] == 1:
+            del thing["segmentation"]
+    annotations = tmp_path / "instances_val.json"
+    annotations.write_text(json.dumps(document))
+    dataset = CocoDataset(annotations, source.images, cache_dir=tmp_path / "cache")
+    truth = GroundTruth(dataset)
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids.tolist(), iscrowd=False))
+    labels = {category.id: label for label, category in enumerate(dataset.categories)}
+    results = Results(
+        image_ids=np.array([thing["image_id"] for thing in objects]),
+        boxes=np.array([thing["bbox"] for thing in objects]),
+        scores=np.linspace(1, 0.4, len(objects)),
+        labels=np.array([labels[thing["category_id"]] for thing in objects]),
+        evaluated=dataset.image_ids,
+        masks=truth.masks(objects),
+    )
+    metrics = coco_metrics(truth, results)
+    assert metrics.masks is not None
+    assert metrics.masks.per_class[0, 0] == -1
+    page = write_report(tmp_path, dataset, results, metrics, num_pictures=0).read_text()
+    chart = page.split("mean over the classes: masks")[-1].split("</svg>")[0]
+    for points in re.findall(r'points="([^"]*)"', chart):
+        assert {point.split(",")[1] for point in points.split()} == {"8.0"}, "precision is 1 for any recall"
+    assert "<polyline" in chart

@@ -71,6 +71,7 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
+        ({"scale_mode": "range"}, "scale_mode=range: give the ends"),
     ],
 )
 def test_impossible_numbers_are_refused(settings: dict, message: str) -> None:
@@ -115,7 +116,13 @@ def test_json_holds_everything_defaults_included() -> None:
         "norm": "frozen_bn",
         "frozen_stages": 1,
         "train_norm_affine": True,
+        "out_stages": [2, 3, 4, 5],
+        "groups": 1,
+        "width_per_group": 64,
+        "recompute": False,
         "channels": 64,
+        "extra": "pool",
+        "extra_relu": False,
         "fpn_norm": None,
     }
     assert model["arguments"]["box"]["arguments"]["stds"] == [0.1, 0.1, 0.2, 0.2]

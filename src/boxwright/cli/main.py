@@ -28,8 +28,16 @@ class _OneLineErrors(TyperGroup):
             broken_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
             if broken_pipe or os.environ.get("BOXWRIGHT_TRACEBACK"):
                 raise
-            typer.echo(f"boxwright: {error}", err=True)
+            typer.echo(f"boxwright: {_in_words(error)}", err=True)
             raise typer.Exit(1) from None
+
+
+def _in_words(error: ValueError | OSError) -> str:
+    """The error, of the system's own the file first and no number."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    files = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files}: {error.strerror}"
 
 
 app = typer.Typer(

@@ -52,6 +52,11 @@ def predict(
     num_unreadable = 0
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, trusted_modules=trust or ())
+        if getattr(predictor.detector, "needs_proposals", False):
+            raise ValueError(
+                f"{model} has no network for proposals, so that it needs boxes to look at: give them in Python "
+                "(model.predict(picture, proposals=boxes)), or measure it with boxwright test --proposals FILE"
+            )
         for image_id, ((path, name), target) in enumerate(zip(pictures, targets, strict=True), start=1):
             try:
                 image = decode_image(path)

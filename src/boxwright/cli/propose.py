@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 def propose(
     model: Annotated[Path, typer.Argument(help="An RPN: a run's folder, or a weights file.")],
     out: Annotated[Path, typer.Option(help="The proposals file to write.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO-style data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[
         list[str] | None,
         typer.Option(help="Which split of it: train, val or test; may be repeated.", show_default="train and val"),
     ] = None,
-    annotations: Annotated[Path | None, typer.Option(help="A COCO file, in place of --data.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     num_proposals: Annotated[int, typer.Option(min=1, help="The best so many of an image are written.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,

@@ -100,8 +100,9 @@ def measure(
         given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = cast("Detector", predictor.detector)
         is_proposals = isinstance(predictor.detector, ProposalNetwork)
-        if is_proposals and metric != "coco":
-            raise ValueError(f"--metric {metric}: {model} only proposes boxes, which are measured by their recall")
+        unfit = "--tta" if tta else f"--metric {metric}" if metric != "coco" else None
+        if is_proposals and unfit is not None:
+            raise ValueError(f"{unfit}: {model} only proposes boxes, which are measured by their recall: leave it out")
         if not is_proposals:  # before the work rather than after it
             match_categories(predictor.categories, dataset.categories)
         resize = predictor.experiment.resize
@@ -175,7 +176,7 @@ def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
     if isinstance(metrics, dict):
         print_numbers(metrics)
         return
-    parts = [("class", metrics)] if metrics.masks is None else [("boxes of", metrics), ("masks of", metrics.masks)]
+    parts = [("class", metrics)] if metrics.masks is None else [("boxes", metrics), ("masks", metrics.masks)]
     for title, part in parts:
         _print_classes(title, part.categories, part.num_objects, CLASS_COLUMNS, part.per_class)
         print_numbers(part.summary)

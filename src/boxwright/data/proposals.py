@@ -131,7 +131,8 @@ class ProposalFile:
             beyond = np.abs(boxes - boxes.clip(0, np.array([width, height, width, height], np.float32))).max()
             if beyond > _ROUNDING:
                 raise ValueError(
-                    f"{where} reach {beyond:g} pixels beyond its {width} x {height}: they were made for other data"
+                    f"{where} reach {beyond:g} pixels beyond its {width} x {height}: they were made for other data; "
+                    "write a file for these images with boxwright propose"
                 )
         return GivenProposals(boxes, scores)
 

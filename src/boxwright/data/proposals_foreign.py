@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from boxwright.data.coco_index import cache_folders, content_hash
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
-from boxwright.weights.restricted_pickle import read_pickle
+from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
 
 _VERSION = 1
 _XYXY, _XYWH = 0, 1
@@ -85,7 +85,12 @@ def _is_pickle(path: Path) -> bool:
 
 def _from_pickle(path: Path, image_ids: NDArray[np.int64]) -> dict[int, GivenProposals]:
     """The proposals by image id."""
-    content = read_pickle(path)
+    try:
+        content = read_pickle(path)
+    except RefusedPickleError as error:
+        raise ValueError(
+            f"{error}. It is no proposals file: neither one that boxwright propose wrote nor a pickle of plain arrays"
+        ) from None
     if isinstance(content, list):
         return _from_2018(path, content, image_ids)
     if isinstance(content, dict):

@@ -35,9 +35,14 @@ class ProposalWriter:
         self._orders: list[list[int]] = []
 
     def __enter__(self) -> ProposalWriter:
-        if _rank() == 0:
+        if _rank() == 0:  # what cannot be written is told before the work
+            if self.path.is_dir():
+                raise IsADirectoryError(f"{self.path} is a folder: give the path of the file to write")
             shutil.rmtree(self._parts, ignore_errors=True)
-            self._parts.mkdir(parents=True)  # what cannot be written is told before the work
+            try:
+                self._parts.mkdir(parents=True)
+            except OSError as error:
+                raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
         _meet()
         return self
 

@@ -71,9 +71,13 @@ def line_chart(
     if y_range is None:
         y_range = (min(0.0, float(all_y.min())), float(all_y.max())) if len(all_y) else (0.0, 1.0)
     few = size[0] < 300
-    x_ticks, y_ticks = ticks(*x_range, 2 if few else 6), ticks(*y_range, 2 if few else 5)
+    y_ticks = ticks(*y_range, 2 if few else 5)
+    if x_range[1] > x_range[0]:
+        x_ticks = ticks(*x_range, 2 if few else 6)
+    else:  # a single place, which lies in the middle
+        x_ticks, x_range = [x_range[0]], (x_range[0] - 1, x_range[0] + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
-    x_low, x_high = x_range if x_range[1] > x_range[0] else (x_range[0], x_range[0] + 1)
+    x_low, x_high = x_range
 
     def place(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         across = left + (xs - x_low) / (x_high - x_low) * (width - left - right)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,9 +18,22 @@ MIN_LONG_SIDE = 480
 """Smaller pictures are enlarged before they are drawn on, or their labels could not be read."""
 MAX_LABELS = 60
 """Beyond so many objects labels would hide the picture, and so would the boxes of masks: colours alone tell classes."""
+FEW_LABELS = 8
+"""So many labels are always drawn."""
+MAX_LABEL_SHARE = 0.4
+"""More labels than these few are left out where they would cover more than this share of the boxes' area: of many small
+objects they would hide the neighbours."""
 MASK_OPACITY = 0.4
 OUTLINE_WHITE = 0.4
 """Outlines of masks are lighter than what they hold by this share, to stand out on dark ground and among neighbours."""
+
+
+class _Letters(NamedTuple):
+    """The size of labels, as OpenCV and supervision have it."""
+
+    scale: float
+    thickness: int
+    padding: int
 
 
 def class_colour(label: int) -> Colour:
@@ -80,18 +93,28 @@ def draw_boxes(
     if masks is None or len(boxes) <= MAX_LABELS:
         canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
     labelled = np.array([bool(texts[index]) for index in order])
-    if len(boxes) <= MAX_LABELS and labelled.any():
+    names = [texts[index] for index in order if texts[index]]
+    letters = _Letters(max(0.4, side / 1600), max(1, round(side / 1200)), max(2, round(side / 250)))
+    if labelled.any() and len(boxes) <= MAX_LABELS and _leave_room(names, corners[labelled], letters):
         annotator = sv.LabelAnnotator(
             color=palette,
-            text_scale=max(0.4, side / 1600),
-            text_thickness=max(1, round(side / 1200)),
-            text_padding=max(2, round(side / 250)),
+            text_scale=letters.scale,
+            text_thickness=letters.thickness,
+            text_padding=letters.padding,
             smart_position=True,
         )
-        names = [texts[index] for index in order if texts[index]]
         some = sv.Detections(xyxy=corners[labelled], class_id=np.flatnonzero(labelled))
         canvas = annotator.annotate(canvas, some, labels=names)
     return canvas
+
+
+def _leave_room(names: Sequence[str], corners: np.ndarray, letters: _Letters) -> bool:
+    """Whether labels leave the objects at [n, 4] xyxy to be seen."""
+    if len(names) <= FEW_LABELS:
+        return True
+    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, letters.scale, letters.thickness)[0] for name in names]
+    covered = (np.array(sizes) + 2 * letters.padding).prod(axis=1).sum()
+    return bool(covered <= MAX_LABEL_SHARE * (corners[:, 2:] - corners[:, :2]).prod(axis=1).sum())
 
 
 def _draw_mask(

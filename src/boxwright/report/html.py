@@ -94,9 +94,12 @@ def _numbers(summary: Mapping[str, float], masks: CocoMetrics | None) -> str:
     groups = _tiles(summary)
     if masks is not None:
         groups = f"<h3>Boxes</h3>{groups}<h3>Masks</h3>{_tiles(masks.summary)}"
+    what, fixed = "AR is average recall", ""
+    if "AP" in summary:
+        what, fixed = "AP is average precision and AR average recall", "; 50 and 75 fix the IoU"
     note = (
-        "In percent. AP is average precision and AR average recall over IoU 0.50 to 0.95; 50 and 75 fix the IoU; "
-        "s, m and l are objects under 32², under 96² and from 96² pixels on; a number behind AR limits boxes an image."
+        f"In percent. {what} over IoU 0.50 to 0.95{fixed}; s, m and l are objects under 32², under 96² and from 96² "
+        "pixels on; a number behind AR limits boxes an image."
     )
     return f'<section><h2>Numbers</h2>{groups}<p class="note">{note}</p></section>'
 
@@ -142,12 +145,15 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
         )
     if evaluations:
         names = [name for name in ("AP", "AP50", "AP75", "mask_AP") if name in evaluations[-1]["metrics"]]
-        names = names or list(evaluations[-1]["metrics"])[:NUM_COLOURS]
+        what = "AP" if names else "AR"
+        names = names or [name for name in evaluations[-1]["metrics"] if name.startswith("AR@")]
         xs = [line["step"] for line in evaluations]
         curves = [
             Curve(name, xs, [_percent_or_gap(line["metrics"].get(name, -1)) for line in evaluations]) for name in names
         ]
-        charts.insert(1, line_chart(curves, title="AP on the validation split, %", x_label="step", size=TRAINING_SIZE))
+        charts.insert(
+            1, line_chart(curves, title=f"{what} on the validation split, %", x_label="step", size=TRAINING_SIZE)
+        )
     return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>' if charts else ""
 
 
@@ -196,7 +202,10 @@ def _precision_recall(metrics: CocoMetrics) -> str:
     what = "Precision over recall, mean over the classes"
     overall = chart(metrics.precision[:, :, measured].mean(axis=2), what, (520, 280), large=True)
     if metrics.masks is not None:
-        overall += chart(metrics.masks.precision[:, :, measured].mean(axis=2), f"{what}: masks", (520, 280), large=True)
+        precision = metrics.masks.precision
+        precision = precision[:, :, precision[0, 0] > -1]  # a class may have objects and none with a mask
+        if precision.size:
+            overall += chart(precision.mean(axis=2), f"{what}: masks", (520, 280), large=True)
     ordered = sorted(measured, key=lambda row: -metrics.per_class[row, 0])
     small = "".join(
         chart(

@@ -133,6 +133,8 @@ class Experiment:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         if self.scales is not None:
             plan_scales(self.scales, self.scale_mode)
+        elif self.scale_mode != "list":
+            raise ValueError(f"scale_mode={self.scale_mode}: give the ends of the range, scales=(640,1333),(800,1333)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: give a share between 0 and 1, such as 0.999, or none")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -294,6 +296,9 @@ def _inside(module: str, packages: Collection[str]) -> bool:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """The end of an error about a wrong name: the nearest right one if one is near, else all."""
+    """The end of an error about a wrong name: the several names that hold it, or the nearest one, or else all."""
+    holding = [right for right in names if name in right]
     close = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names) or 'none'}"
+    if len(holding) < 2 and close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(holding or names) or 'none'}"
