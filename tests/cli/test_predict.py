@@ -105,7 +105,7 @@ def test_links_that_lead_nowhere_and_names_that_are_no_text(run: Path, data_dir:
     arguments = ["predict", str(run), str(folder), str(folder / "circle.jpg"), "--out", str(out), "--score", "0"]
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 1, result.output
-    assert "1 pictures" in result.stdout
+    assert "1 picture," in result.stdout
     assert "2 could not be read" in result.stdout
     assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"\ufffd.jpg"}
 

@@ -87,7 +87,8 @@ def predict(
                 )
     write_json(out / "detections.json", rows)
     num_done = len(pictures) - num_unreadable
-    typer.echo(f"{num_done} pictures, {len(rows)} detections in {out}; {num_unreadable} could not be read")
+    counted = f"{num_done} picture{'s' * (num_done != 1)}, {len(rows)} detection{'s' * (len(rows) != 1)}"
+    typer.echo(f"{counted} in {out}; {num_unreadable} could not be read")
     if num_unreadable:
         raise typer.Exit(1)
 

@@ -120,12 +120,10 @@ def _voc(voc: VocMetrics) -> str:
     head = "<tr><th>class</th><th>objects</th><th>AP</th></tr>"
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
     how = {"voc07": "the mean of eleven points (VOC 2007)", "voc12": "the area under the curve (VOC 2010 and later)"}
-    note = (
-        f"At IoU 0.5: {how[voc.interpolation]}; difficult objects and crowd regions count neither way. "
-        f"mAP {percent(voc.mean)}."
-    )
+    note = f"At IoU 0.5: {how[voc.interpolation]}; difficult objects and crowd regions count neither way."
     folded = _folded(table, len(voc.categories))
-    return f'<section><h2>Pascal VOC</h2><p class="note">{note}</p>{folded}</section>'
+    mean = _tiles({"mAP": voc.mean})
+    return f'<section><h2>Pascal VOC</h2>{mean}<p class="note">{note}</p>{folded}</section>'
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> str:
