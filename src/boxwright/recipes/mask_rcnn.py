@@ -140,7 +140,8 @@ def mask_rcnn_r18_fpn_small() -> Experiment:
 def mask_rcnn_r18_fpn_dense() -> Experiment:
     """The small one for hundreds of small objects a picture, such as cells: short side 256, anchors from 16 pixels on.
 
-    Up to 512 detections a picture, from up to 1000 proposals. Ours: not yet measured.
+    Up to 512 detections a picture, from up to 1000 proposals. Ours, on nuclei: box AP 48.5, mask AP 48.9, mask
+    AP50 79.9 (docs/benchmarks/nuclei.md).
 
     boxwright train mask_rcnn_r18_fpn_dense --data nuclei --out runs/mask_rcnn_r18_fpn_dense
     """

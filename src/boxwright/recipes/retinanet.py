@@ -144,7 +144,7 @@ def retinanet_r18_fpn_small() -> Experiment:
     """RetinaNet, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
 
     Made for some hundred pictures: 200 take about 1000 steps. Its levels are P2 to P6, since small pictures hold small
-    objects: anchors start at 16 pixels. Ours: not yet measured.
+    objects: anchors start at 16 pixels. Ours, on BCCD: box AP 55.4, AP50 88.3 (docs/benchmarks/bccd.md).
 
     boxwright train retinanet_r18_fpn_small --data bccd --out runs/retinanet_r18_fpn_small
     """
