@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from boxwright.backbones.fpn import resnet_fpn
+from boxwright.backbones.fpn import FPN, resnet_fpn
 from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
@@ -33,8 +33,7 @@ SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
 
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
-# All proposals are sampled, so that rounding in one stage cannot change which boxes the next ones look at.
-CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True, num_sampled=128)
+CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True)
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
 
 DETECTORS = (
@@ -50,10 +49,15 @@ DETECTORS = (
 )
 
 
-def small_detector(kind: str, num_classes: int = 3) -> Detector:
+def small_backbone(*, recompute: bool = False) -> FPN:
+    """P2 to P5 of 32 channels, the last being P4 at every other position."""
+    return resnet_fpn(depth=18, norm="gn", frozen_stages=0, out_stages=(2, 3, 4), channels=32, recompute=recompute)
+
+
+def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) -> Detector:
     """A detector of few parameters, one of DETECTORS, the same at every call."""
     torch.manual_seed(0)
-    backbone = resnet_fpn(depth=18, norm="gn", channels=32, frozen_stages=0)
+    backbone = small_backbone(recompute=recompute)
     build = {
         "rpn": partial(proposal_network, rpn=SMALL_RPN),
         "fast_rcnn": partial(fast_rcnn, box=SMALL_BOX),
@@ -112,7 +116,7 @@ def random_proposals(targets: Targets, num_slots: int, canvas: tuple[int, int]) 
 def random_batch(
     *,
     num_images: int = 2,
-    canvas: tuple[int, int] = (128, 160),
+    canvas: tuple[int, int] = (64, 96),
     num_slots: int = 8,
     num_objects: int = 3,
     num_classes: int = 3,

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 import boxwright.assign.match as module
 from boxwright.assign.match import Matches, match
 from boxwright.geometry.anchors import base_anchors, grid_anchors
-from boxwright.geometry.boxes import area, intersection_over_area, iou
+from boxwright.geometry.boxes import area, intersection, iou
 from boxwright.structures import Targets
 
 RPN = {"positive_iou": 0.7, "negative_iou": 0.3}
@@ -76,7 +76,8 @@ def rule_by_hand(
     crowds = [s for s in range(targets.valid.shape[1]) if targets.valid[image, s] and targets.crowd[image, s]]
     boxes = targets.boxes[image].double()
     table = iou(boxes[slots], candidates.double(), plus_one).tolist()
-    inside = intersection_over_area(candidates.double(), boxes[crowds], plus_one).tolist()
+    shared = intersection(candidates.double(), boxes[crowds], plus_one)
+    inside = (shared / area(candidates.double(), plus_one).clamp(min=1e-300)[:, None]).tolist()
     best_of_object = [max(row) for row in table]
     result = []
     for n in range(len(candidates)):

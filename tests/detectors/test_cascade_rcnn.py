@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.cascade_rcnn import CascadeConfig, CascadeRCNN, cascade_rcnn, refined_proposals
 from boxwright.geometry.boxes import iou
 from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig
 from boxwright.structures import Batch
-from factory import SMALL_BOX, SMALL_RPN, random_batch, small_detector
+from factory import SMALL_BOX, SMALL_RPN, random_batch, small_backbone, small_detector
 
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 CANVAS = (64, 96)
@@ -23,8 +22,7 @@ def small_cascade(
 ) -> CascadeRCNN:
     """Three stages, the last layers of which say something."""
     torch.manual_seed(0)
-    backbone = resnet_fpn(depth=18, norm="gn", channels=32, frozen_stages=0)
-    detector = cascade_rcnn(backbone=backbone, num_classes=3, rpn=SMALL_RPN, box=box, cascade=cascade)
+    detector = cascade_rcnn(backbone=small_backbone(), num_classes=3, rpn=SMALL_RPN, box=box, cascade=cascade)
     for head in detector.box_heads:
         torch.nn.init.normal_(head.class_logits.weight, std=1.0)
         torch.nn.init.normal_(head.box_deltas.weight, std=1.0)
@@ -53,9 +51,8 @@ def decoded(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], height: floa
 
 def test_one_stage_is_faster_rcnn_bit_for_bit() -> None:
     faster = small_detector("faster_rcnn")
-    backbone = resnet_fpn(depth=18, norm="gn", channels=32, frozen_stages=0)
     one = CascadeConfig(positive_ious=(), stds=(), loss_weights=())
-    single = cascade_rcnn(backbone=backbone, num_classes=3, rpn=SMALL_RPN, box=SMALL_BOX, cascade=one)
+    single = cascade_rcnn(backbone=small_backbone(), num_classes=3, rpn=SMALL_RPN, box=SMALL_BOX, cascade=one)
     state = faster.state_dict()
     single.load_state_dict({name.replace("box_head.", "box_heads.0."): tensor for name, tensor in state.items()})
     batch = random_batch(canvas=CANVAS)

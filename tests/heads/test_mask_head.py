@@ -27,7 +27,7 @@ def features() -> list[Tensor]:
 
 
 def sampled_objects(targets: Targets, num_positive: int, num_slots: int = 6) -> SampledBoxes:
-    """The first objects' own boxes, then the last object's as negatives; NaN-like garbage in what is not positive."""
+    """The first objects' own boxes as positives, then NaN."""
     matched = torch.arange(num_slots).expand(2, -1) % targets.labels.shape[1]
     positive = (torch.arange(num_slots) < num_positive).expand(2, -1)
     boxes = torch.where(positive[..., None], targets.boxes[:, :num_slots], torch.nan)

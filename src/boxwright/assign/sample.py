@@ -101,7 +101,7 @@ def _first(keys: Tensor, wanted: Tensor, count: int) -> Tensor:
 
 
 def _random_keys(seeds: Tensor, salt: int, count: int, identities: Tensor | None) -> Tensor:
-    """[B, count] int64 >= 0: 32 random bits above 30 bits of the index, which keep keys apart where hashes collide."""
+    """[B, count] int64 >= 0: 32 random bits, which differ where identities do, above 30 bits of the index."""
     assert count <= _INDEX_BITS
     image = _mix(_mix((seeds & _32_BITS) ^ salt) ^ (seeds >> 32 & _32_BITS))
     index = torch.arange(count, device=seeds.device)

@@ -66,21 +66,6 @@ def iou(a: Tensor, b: Tensor, plus_one: float = 0.0) -> Tensor:
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def intersection_over_area(a: Tensor, b: Tensor, plus_one: float = 0.0) -> Tensor:
-    """The share of each box of `a` that lies in each box of `b`: how COCO measures boxes against crowd regions.
-
-    Args:
-        a: [..., N, 4] xyxy.
-        b: [..., M, 4] xyxy; leading dimensions broadcast with those of `a`.
-        plus_one: 1 for the 2018 geometry.
-
-    Returns:
-        [..., N, M] in 0..1; 0 where a box of `a` has no area.
-    """
-    own = area(a, plus_one)[..., :, None]
-    return intersection(a, b, plus_one) / own.clamp(min=torch.finfo(own.dtype).tiny)
-
-
 def _centres_and_sizes(boxes: Tensor, plus_one: float) -> tuple[Tensor, Tensor]:
     upper_left, lower_right = boxes[..., :2], boxes[..., 2:]
     return (upper_left + lower_right) / 2, lower_right - upper_left + plus_one

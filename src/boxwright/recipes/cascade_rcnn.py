@@ -11,8 +11,7 @@ from functools import partial
 from boxwright.backbones.backbone import CAFFE
 from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.heads.box_head import BoxConfig
-from boxwright.heads.mask_head import MaskConfig
-from boxwright.recipes.common import R50, R50_CAFFE, R101, SMALL_BACKBONE, SMALL_RPN, Model, one_x, small
+from boxwright.recipes.common import R50, R50_CAFFE, R101, SMALL_BACKBONE, SMALL_MASK, SMALL_RPN, Model, one_x, small
 from boxwright.training.experiment import Experiment, StepSchedule
 
 _SMALL_BOX = BoxConfig(class_agnostic=True, width=256, num_sampled=128)
@@ -140,12 +139,4 @@ def cascade_mask_rcnn_r18_fpn_small() -> Experiment:
 
     boxwright train cascade_mask_rcnn_r18_fpn_small --data shapes --out runs/cascade_mask_rcnn_r18_fpn_small
     """
-    return small(
-        partial(
-            cascade_mask_rcnn,
-            backbone=SMALL_BACKBONE,
-            rpn=SMALL_RPN,
-            box=_SMALL_BOX,
-            mask=MaskConfig(width=64, num_convs=2),
-        )
-    )
+    return small(partial(cascade_mask_rcnn, backbone=SMALL_BACKBONE, rpn=SMALL_RPN, box=_SMALL_BOX, mask=SMALL_MASK))

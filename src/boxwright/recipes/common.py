@@ -57,8 +57,6 @@ SMALL_RPN = RPNConfig(
     test_num_proposals=300,
 )
 """Fewer of everything; and anchors over the border train too, as most large ones in a small picture are."""
-
-
 SMALL_MASK = MaskConfig(width=64, num_convs=2)
 """As wide as the small pyramid, and half as deep."""
 
