@@ -17,7 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from boxwright.data.concat import ConcatDataset
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.masks import Masks
-from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
+from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, coco_metrics
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, match_categories, read_results
 from pictures import Pictures

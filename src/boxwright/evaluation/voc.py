@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from boxwright.data.dataset import Category, Dataset
-from boxwright.evaluation.coco import GroundTruth, mean_measured
+from boxwright.evaluation.coco import mean_measured
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results
 
 Interpolation = Literal["voc07", "voc12"]
