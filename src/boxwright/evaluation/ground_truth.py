@@ -87,7 +87,8 @@ class GroundTruth:
             with_masks: Whether masks are compared, in place of boxes.
 
         Raises:
-            ValueError: No image was evaluated, or one that the ground truth does not have.
+            ValueError: No image was evaluated, or one that the ground truth does not have; or a mask is not of its
+                picture's size.
         """
         self.require_images(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
@@ -95,6 +96,7 @@ class GroundTruth:
         rows = rows.reshape(-1, 7)
         if with_masks:
             assert results.masks is not None
+            self._require_sizes(results, results.masks)
             runs: list[Any] = results.masks.to_coco()
             found = self.coco_of_masks.load_res(rows, segmentation=runs)
             # Small, medium and large go by a mask's own area, as they do for objects, not by its box's.
@@ -106,6 +108,24 @@ class GroundTruth:
         evaluator.params.cat_ids = category_ids.tolist()
         evaluator.params.max_dets = list(max_detections)
         return evaluator
+
+    def _require_sizes(self, results: Results, masks: Masks) -> None:
+        """Check that masks are of their pictures' sizes: hotcoco would take others for masks that overlap nothing.
+
+        Raises:
+            ValueError: One in an evaluated image is not.
+        """
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self._objects.images}
+        rows = np.flatnonzero(np.isin(results.image_ids, results.evaluated))
+        image_ids = results.image_ids[rows].tolist()
+        wanted = np.array([sizes[image_id] for image_id in image_ids], np.int64).reshape(-1, 2)
+        wrong = np.flatnonzero((masks.sizes[rows] != wanted).any(axis=1))
+        if len(wrong):
+            first = wrong[0]
+            raise ValueError(
+                "a mask in image {} is {} x {} pixels, the picture {} x {} (height x width): masks are measured in "
+                "pixels of the files".format(image_ids[first], *masks.sizes[rows[first]], *wanted[first])
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def voc_metrics(
     truth.require_images(results)
     images = np.unique(results.evaluated)
     labels_of = {category.id: label for label, category in enumerate(truth.categories)}
-    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist()))
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist(), cat_ids=list(labels_of)))
     labels = np.array([labels_of[thing["category_id"]] for thing in objects], dtype=np.int64)
     ignored = np.array([bool(thing.get("iscrowd")) for thing in objects], dtype=bool)
     num_classes = len(truth.categories)
