@@ -20,7 +20,7 @@ class ConcatDataset:
     annotate would be learnt as background. Image ids stay as they are unless an earlier part has one of them; then the
     part's are raised by one number, past all that came before. `object_ids` remain those of the picture's own part.
 
-    It is measured with the annotations of its parts, as `boxwright.evaluation.ground_truth` reads each.
+    It is measured with the annotations of its parts, as `boxwright.evaluation.objects` reads each.
     """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:

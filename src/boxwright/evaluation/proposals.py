@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, mean_measured
-from boxwright.evaluation.ground_truth import read_objects
+from boxwright.evaluation.objects import read_objects
 from boxwright.evaluation.results import Results
 
 LIMITS = (100, 300, 1000)
