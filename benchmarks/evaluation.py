@@ -24,7 +24,8 @@ import numpy as np
 
 from boxwright.data.dataset import Category
 from boxwright.data.masks import Masks
-from boxwright.evaluation.coco import GroundTruth, coco_metrics
+from boxwright.evaluation.coco import coco_metrics
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results, read_results, write_results
 from boxwright.ops.paste import paste_masks
 

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from boxwright.data.dataset import Category
-from boxwright.evaluation.coco import GroundTruth, mean_measured
+from boxwright.evaluation.coco import mean_measured
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.proposals import LIMITS, proposal_recall
 from boxwright.evaluation.results import Results
 

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from boxwright.data.concat import ConcatDataset
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.masks import Masks
-from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth, coco_metrics
+from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, coco_metrics
 from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, match_categories, read_results
-from pictures import Pictures
-
-
-@dataclass
-class AnnotationFile:
-    """As much of a data set as the evaluator looks at."""
-
-    annotations: Path
-
-    @property
-    def categories(self) -> list[Category]:
-        return [Category(id=c["id"], name=c["name"]) for c in json.loads(self.annotations.read_bytes())["categories"]]
-
-    @property
-    def image_ids(self) -> list[int]:
-        return [image["id"] for image in json.loads(self.annotations.read_bytes())["images"]]
-
-
-def oracle(
-    annotations: Path, results: Path, *, kind: str = "bbox", use_cats: bool = True, **params: object
-) -> COCOeval:
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        evaluator = COCOeval(truth, truth.loadRes(str(results)), kind)
-        evaluator.params.useCats = int(use_cats)
-        for name, value in params.items():
-            setattr(evaluator.params, name, value)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        if use_cats:
-            evaluator.summarize()
-    return evaluator
+from coco_oracle import AnnotationFile, oracle, silent
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +52,7 @@ def test_known_answers_of_masks(data_dir: Path) -> None:
 def test_masks_beside_crowd_regions_equal_pycocotools(data_dir: Path, tmp_path: Path) -> None:
     """Real objects, shifted, as detections: polygons and runs of crowds on the other side."""
     dataset = AnnotationFile(data_dir / "coco_mini" / "annotations" / "instances_val2017.json")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         truth = COCO(str(dataset.annotations))
     rng = np.random.default_rng(0)
     rows = []
@@ -129,60 +94,6 @@ def test_sizes_of_masks_go_by_their_own_area(tmp_path: Path) -> None:
     assert masks is not None
     # Box areas would make the wrong one a large detection, which measuring the small ones passes over.
     assert masks.summary["APs"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
-    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
-    objects = [{"bbox": [10, 10, 20, 20], "segmentation": polygon}, {"bbox": [50, 50, 20, 20]}]
-    content = {
-        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 100}],
-        "categories": [{"id": 1, "name": "cell"}],
-        "annotations": [{**o, "id": i, "image_id": 1, "category_id": 1} for i, o in enumerate(objects, start=1)],
-    }
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    dataset = AnnotationFile(tmp_path / "truth.json")
-    pixels = np.zeros((2, 100, 100), np.uint8)
-    pixels[0, 50:70, 50:70] = pixels[1, 10:30, 10:30] = 1
-    results = Results(
-        image_ids=np.array([1, 1]),
-        boxes=np.array([[50.0, 50, 20, 20], [10, 10, 20, 20]]),
-        scores=np.array([0.9, 0.8]),
-        labels=np.array([0, 0]),
-        evaluated=np.array([1]),
-        masks=Masks.of([coco_mask.encode(np.asfortranarray(one))["counts"] for one in pixels], (100, 100)),
-    )
-    metrics = coco_metrics(dataset, results)
-    assert metrics.masks is not None
-    assert metrics.num_objects.tolist() == [2]
-    assert metrics.masks.num_objects.tolist() == [1]
-    assert metrics.masks.summary["AP"] == pytest.approx(1)
-    truth = GroundTruth(dataset)
-    masks = truth.masks(truth.coco.load_anns([1, 2]))
-    assert [mask.sum() for mask in masks] == [400, 400]
-
-    content["annotations"] = content["annotations"][1:]
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    metrics = coco_metrics(dataset, results)
-    assert metrics.masks is not None
-    assert metrics.masks.summary["AP"] == -1
-
-
-def test_joined_data_sets_are_measured_as_one() -> None:
-    joined = ConcatDataset([Pictures(4), Pictures(4)])  # four of eight pictures repeat ids, which must not mix them up
-    found = [joined[1], joined[7]]
-    rows = [(each.image_id, box, label) for each in found for box, label in zip(each.boxes, each.labels, strict=True)]
-    corners = np.array([box for _, box, _ in rows], np.float64)
-    results = Results(
-        image_ids=np.array([image_id for image_id, _, _ in rows]),
-        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
-        scores=np.full(len(rows), 0.5),
-        labels=np.array([label for _, _, label in rows]),
-        evaluated=joined.image_ids,
-    )
-    metrics = coco_metrics(joined, results)
-    # Of label 0, pictures 1, 2, 3 have one object each (the third of a picture is a crowd); label 1: pictures 2, 3.
-    assert metrics.num_objects.tolist() == [6, 4]
-    assert metrics.per_class[:, -1] == pytest.approx([2 / 6, 1 / 4])
 
 
 def test_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
@@ -317,33 +228,6 @@ def detections(boxes: np.ndarray, evaluated: list[int] | None = None) -> Results
         labels=np.zeros(len(boxes), dtype=np.int64),
         evaluated=np.array([1] if evaluated is None else evaluated, dtype=np.int64),
     )
-
-
-def test_what_training_reads_is_measured(tmp_path: Path) -> None:
-    """A byte order mark, a licence by name, no area, COCO's fields used otherwise: no fault in the data."""
-    content = {
-        "info": [],
-        "licenses": "all mine",
-        "images": [{"id": 0, "file_name": "a.png", "width": 60, "height": 40, "license": "CC0", "coco_url": 4}],
-        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [1, 2, 30, 20], "score": "high"}],
-        "categories": [{"id": 0, "name": "cell", "supercategory": 3, "keypoints": 5}],
-    }
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(content), "utf-8-sig")
-    results = Results(
-        image_ids=np.array([0]),
-        boxes=np.array([[1.0, 2, 30, 20]]),
-        scores=np.array([0.9]),
-        labels=np.array([0]),
-        evaluated=np.array([0]),
-    )
-
-    class Data(AnnotationFile):
-        @property
-        def categories(self) -> list[Category]:
-            return [Category(id=0, name="cell")]
-
-    assert coco_metrics(Data(path), results).summary["AP"] == pytest.approx(1)
 
 
 def test_categories_that_share_a_name_keep_their_order() -> None:

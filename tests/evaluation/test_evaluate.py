@@ -99,6 +99,16 @@ def test_masks_come_back_to_the_files() -> None:
     assert some.masks.to_coco() == masks.select(results.scores > 0.75).to_coco()
 
 
+def test_the_training_mode_is_left_as_found_when_detecting_is_broken_off() -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    detector = Oracle()
+    with pytest.raises(KeyboardInterrupt):
+        detect_dataset(detector, loader(), device="cpu", progress=stop)
+    assert detector.training
+
+
 def test_the_detectors_own_limit_counts() -> None:
     _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
     assert "AR100" in metrics.summary
@@ -207,6 +217,36 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
     path.write_text('[{"image_id": 100, "category_id": 1, "score": 1}]')
     with pytest.raises(ValueError, match="entry 1 has neither"):
         read_results(path, PICTURES.categories)
+
+
+MASK = {"size": [4, 5], "counts": [5, 10, 5]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"segmentation": {"size": [4, 5], "counts": [-5, 25]}}, "not a COCO"),
+        ({"segmentation": {"size": [4, 5], "counts": rle.compress([5, 10, -10, 15]).decode()}}, "entry 1 has a run of"),
+        ({"segmentation": {"size": [-4, -5], "counts": [5, 15]}}, "not a COCO"),
+        ({"segmentation": {"size": [0, 5], "counts": []}}, "not a COCO"),
+        ({"segmentation": {"size": [4, 2**70], "counts": [20]}}, "not a COCO"),
+        ({"segmentation": {"size": [4, 5], "counts": [2**50]}}, "not a COCO"),
+        ({"image_id": 2**70, "segmentation": MASK}, "not a COCO"),
+        ({"image_id": -1, "segmentation": MASK}, "not a COCO"),
+    ],
+)
+def test_results_files_that_hold_no_masks_or_ids_are_told(tmp_path: Path, changed: dict, told: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{"image_id": 100, "category_id": 1, "score": 0.5, **changed}]))
+    with pytest.raises(ValueError, match=told):
+        read_results(path, PICTURES.categories)
+
+
+def test_boxes_are_made_of_masks_only_where_there_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    entry = {"image_id": 100, "category_id": 1, "score": 0.5, "segmentation": MASK}
+    path.write_text(json.dumps([{**entry, "bbox": [1, 1, 2, 2.5]}, entry]))
+    assert read_results(path, PICTURES.categories).boxes.tolist() == [[1, 1, 2, 2.5], [1, 0, 3, 4]]
 
 
 def test_results_files(tmp_path: Path) -> None:

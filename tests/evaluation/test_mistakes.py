@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from boxwright.data.dataset import Category, Sample
-from boxwright.evaluation.coco import GroundTruth
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.mistakes import find_mistakes
 from boxwright.evaluation.results import Results
 

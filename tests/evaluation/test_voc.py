@@ -183,6 +183,25 @@ def test_only_evaluated_images_count() -> None:
         voc_metrics(Objects(images), as_results(np.zeros((0, 7)), 3))
 
 
+def test_classes_of_the_file_that_the_data_set_leaves_out_do_not_count(tmp_path: Path) -> None:
+    dataset = CocoDataset(*write_voc(tmp_path), cache_dir=tmp_path)
+
+    class OneClass:
+        annotations = dataset.annotations
+        categories = tuple(category for category in dataset.categories if category.name == "zebra")
+
+    results = Results(
+        image_ids=np.array([7]),
+        boxes=np.array([[10.0, 5, 20, 10]]),
+        scores=np.array([0.9]),
+        labels=np.array([0]),
+        evaluated=dataset.image_ids,
+    )
+    metrics = voc_metrics(OneClass(), results)  # type: ignore[arg-type]
+    assert metrics.per_class.tolist() == [1]
+    assert metrics.num_objects.tolist() == [1]
+
+
 def test_no_object_at_all() -> None:
     empty = Objects([np.zeros((0, 6))])
     assert voc_metrics(empty, as_results(np.array([[0, 0, 0.9, *BOX]]), 1)).mean == -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -119,3 +121,24 @@ def test_pictures_of_many_sizes_are_pasted_together() -> None:
         alone = paste_masks(probabilities[rows], boxes[rows], given[rows])
         assert alone.counts[0] == together.counts[index]
         assert together[index].shape == tuple(given[index])
+
+
+def test_masks_pasted_in_pieces_are_those_pasted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities, boxes = smooth_masks(60), made_boxes(60)
+    at_once = paste_masks(probabilities, boxes, sizes(60))
+    for num_columns in (1, 100, 700):
+        monkeypatch.setattr("boxwright.ops.paste._COLUMNS_AT_ONCE", num_columns)
+        assert paste_masks(probabilities, boxes, sizes(60)).to_coco() == at_once.to_coco()
+
+
+def test_memory_does_not_grow_with_the_number_of_masks_of_a_huge_picture() -> None:
+    def peak(num: int) -> int:
+        boxes, given = np.tile([[0.0, 0, 20_000, 500]], (num, 1)), np.tile([[500, 20_000]], (num, 1))
+        tracemalloc.start()
+        pasted = paste_masks(smooth_masks(num), boxes, given)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(pasted) == num
+        return most
+
+    assert peak(24) < 1.5 * peak(6)

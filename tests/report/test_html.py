@@ -11,7 +11,8 @@ import pytest
 
 from boxwright.data.coco import CocoDataset
 from boxwright.data.layout import find_layout
-from boxwright.evaluation.coco import GroundTruth, coco_metrics
+from boxwright.evaluation.coco import coco_metrics
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results, read_results
 from boxwright.report.html import write_report
 

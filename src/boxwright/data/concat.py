@@ -20,7 +20,7 @@ class ConcatDataset:
     annotate would be learnt as background. Image ids stay as they are unless an earlier part has one of them; then the
     part's are raised by one number, past all that came before. `object_ids` remain those of the picture's own part.
 
-    To measure on it takes one pass over all pictures, and an object's area is its box's: there is no annotation file.
+    It is measured with the annotations of its parts, as `boxwright.evaluation.objects` reads each.
     """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:
@@ -35,7 +35,7 @@ class ConcatDataset:
         names = [str(getattr(part, "annotations", f"data set {k}")) for k, part in enumerate(parts, 1)]
         self.categories: tuple[Category, ...] = tuple(parts[0].categories)
         """The first part's."""
-        self._labels = [
+        self.part_labels = [
             np.array(
                 match_by_name(
                     part.categories,
@@ -48,6 +48,7 @@ class ConcatDataset:
             )
             for name, part in zip(names, parts, strict=True)
         ]
+        """For each part, the joined data set's label of each of its own."""
         facts = [_facts(part) for part in parts]
         self.image_sizes: NDArray[np.int64] = np.concatenate([sizes for sizes, _, _ in facts])
         """[N, 2] int64, (height, width)."""
@@ -57,10 +58,13 @@ class ConcatDataset:
         """Objects with a mask (None where a part does not say), and known to have none."""
         self.image_ids: NDArray[np.int64] = np.zeros(0, np.int64)
         """[N] int64, unique if those of each part are."""
+        self.part_shifts: list[int] = []
+        """For each part, by how much its image ids are raised."""
         for _, ids, _ in facts:
             taken = self.image_ids
-            raised = ids + (taken.max() + 1 - ids.min()) if np.isin(ids, taken).any() else ids
-            self.image_ids = np.concatenate([taken, raised])
+            shift = int(taken.max()) + 1 - int(ids.min()) if np.isin(ids, taken).any() else 0
+            self.part_shifts.append(shift)
+            self.image_ids = np.concatenate([taken, ids + shift])
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -71,7 +75,7 @@ class ConcatDataset:
         k = int(np.searchsorted(self._ends, position, side="right"))
         part = self.parts[k]
         sample = part[position - int(self._ends[k]) + len(part)]
-        return replace(sample, image_id=int(self.image_ids[position]), labels=self._labels[k][sample.labels])
+        return replace(sample, image_id=int(self.image_ids[position]), labels=self.part_labels[k][sample.labels])
 
 
 class RepeatDataset:

@@ -101,20 +101,22 @@ def detect_dataset(
     device = torch.device(device)
     module = cast(nn.Module, detector)
     was_training = module.training
-    module.eval()
     tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
     masks: list[Masks] = []
-    with torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
-            detections = detector.detect(to_device(batch, device))
-            detections = map_tensors(detections, lambda slots: slots[:, :limit])
-            tables.append(_file_table(batch, detections))
-            if detections.masks is not None:
-                masks.append(file_masks(batch, detections))
-            evaluated.append(batch.image_ids.numpy())
-            if progress is not None:
-                progress(len(batch.image_ids))
-    module.train(was_training)
+    module.eval()
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for batch in batches:
+                detections = detector.detect(to_device(batch, device))
+                detections = map_tensors(detections, lambda slots: slots[:, :limit])
+                tables.append(_file_table(batch, detections))
+                if detections.masks is not None:
+                    masks.append(file_masks(batch, detections))
+                evaluated.append(batch.image_ids.numpy())
+                if progress is not None:
+                    progress(len(batch.image_ids))
+    finally:
+        module.train(was_training)
     table = _gather_rows(np.concatenate(tables), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
     gathered = _gather_masks(masks, device)

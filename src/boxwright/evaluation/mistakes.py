@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from boxwright.evaluation.coco import GroundTruth
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results
 
 

@@ -7,14 +7,13 @@ one and nothing of them is kept. n proposals and g objects of one image; A areas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_index import read_columns
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, mean_measured
+from boxwright.evaluation.objects import read_objects
 from boxwright.evaluation.results import Results
 
 LIMITS = (100, 300, 1000)
@@ -30,18 +29,21 @@ class RecallCounter:
     """Counts, image by image, the objects that the best proposals cover."""
 
     def __init__(self, dataset: Dataset, limits: Sequence[int] = LIMITS) -> None:
-        """Read the objects of a data set: of its annotation file (`annotations`) where it has one, else its samples'.
+        """Read the objects of a data set.
 
         Args:
-            dataset: What training drops or clips of its annotation file stays as annotated here.
+            dataset: Its objects are read as for other measures (see `read_objects`).
             limits: Rising numbers of best-scored boxes an image that are looked at.
         """
         assert list(limits) == sorted(limits)
         self.limits = tuple(limits)
-        self._image_ids, object_images, boxes, areas, crowd = _objects(dataset)
-        order = np.argsort(object_images, kind="stable")
-        order = order[~crowd[order]]  # what lies in crowd regions is neither right nor wrong
-        self._object_images, self._boxes, areas = object_images[order], boxes[order], areas[order]
+        objects = read_objects(dataset)
+        self._image_ids = frozenset(image["id"] for image in objects.images)
+        columns = objects.columns
+        order = np.argsort(columns["image_ids"], kind="stable")
+        # What lies in crowd regions is neither right nor wrong.
+        order = order[~columns["iscrowd"][order].astype(bool)]
+        self._object_images, self._boxes, areas = (columns[name][order] for name in ("image_ids", "boxes", "area"))
         low, high = np.array(_AREAS).T[..., None]
         self._in_area: NDArray[np.bool_] = (areas >= low) & (areas <= high)
         self.counts = np.zeros((len(_AREAS), 1 + len(THRESHOLDS) * len(limits)), np.int64)
@@ -148,29 +150,3 @@ def _iou(proposals: NDArray[np.float64], objects: NDArray[np.float64]) -> NDArra
     shared = np.where((width > 0) & (height > 0), width * height, 0.0)
     union = pw * ph + ow * oh - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
-def _objects(
-    dataset: Dataset,
-) -> tuple[frozenset[int], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """The images' ids, and of each object: its image, box as (x, y, width, height), area, and whether it is a crowd."""
-    annotations = getattr(dataset, "annotations", None)
-    if isinstance(annotations, str | Path):
-        columns, _ = read_columns(Path(annotations))
-        return (
-            frozenset(columns.image_ids),
-            np.asarray(columns.annotation_images, np.int64),
-            np.asarray(columns.bboxes, np.float64).reshape(-1, 4),
-            np.asarray(columns.areas, np.float64),
-            np.asarray(columns.crowd, bool),
-        )
-    samples = [(int(s.image_id), s.boxes, s.crowd) for s in map(dataset.__getitem__, range(len(dataset)))]
-    corners = np.concatenate([np.zeros((0, 4)), *(boxes for _, boxes, _ in samples)]).astype(np.float64)
-    sides = corners[:, 2:] - corners[:, :2]
-    return (
-        frozenset(image_id for image_id, _, _ in samples),
-        np.repeat([image_id for image_id, _, _ in samples], [len(boxes) for _, boxes, _ in samples]).astype(np.int64),
-        np.concatenate([corners[:, :2], sides], axis=1),
-        sides.prod(1),
-        np.concatenate([np.zeros(0, bool), *(crowd for _, _, crowd in samples)]),
-    )

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hotcoco
 import msgspec
@@ -20,6 +20,9 @@ from boxwright.data.categories import match_by_name
 from boxwright.data.dataset import Category
 from boxwright.data.masks import Masks
 
+_Id = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Length = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Run = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _MASKS_AT_ONCE = 500
 """Masks of a file are checked in pieces, whose runs fit a processor's cache."""
 
@@ -62,8 +65,8 @@ class Results:
 
 
 class _Mask(msgspec.Struct):
-    size: tuple[int, int]
-    counts: str | list[int]
+    size: tuple[_Length, _Length]
+    counts: str | list[_Run]
 
 
 def join(parts: Sequence[Results]) -> Results:
@@ -88,8 +91,8 @@ class _Row(msgspec.Struct):
     So are polygons: the COCO API puts the outline of each box there when it has read a file of boxes.
     """
 
-    image_id: int
-    category_id: int
+    image_id: _Id
+    category_id: _Id
     score: float
     bbox: tuple[float, float, float, float] | None = None
     segmentation: _Mask | list[Any] | None = None
@@ -135,7 +138,7 @@ def write_results(path: Path, results: Results, categories: Sequence[Category]) 
 def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence[int] | None = None) -> Results:
     """Read a COCO results file of boxes, masks or both, from whatever program.
 
-    Where there are masks alone, a box is the least one around its mask.
+    Where an entry has a mask alone, its box is the least one around the mask.
 
     Args:
         path: The file.
@@ -163,7 +166,8 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
         if masks is None:
             number = boxes.index(None) + 1
             raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation: correct or remove it")
-        boxes = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
+        around = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
+        boxes = [least if box is None else box for box, least in zip(boxes, around, strict=True)]
     return Results(
         image_ids=image_ids,
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
@@ -195,6 +199,10 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
             runs, lengths = rle.decompress_all(written[start : start + _MASKS_AT_ONCE])
         except ValueError as error:
             raise ValueError(f"{path}: a segmentation is {error}: correct it, or write it anew") from error
+        negative = np.flatnonzero(runs < 0)
+        if len(negative):
+            number = start + int(np.searchsorted(np.cumsum(lengths), negative[0], side="right")) + 1
+            raise ValueError(f"{path}: the mask of entry {number} has a run of less than no pixels: write it anew")
         sums = np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)]
         totals[start : start + _MASKS_AT_ONCE] = np.diff(sums, prepend=0)
     wrong = np.flatnonzero(totals != sizes.prod(axis=1))

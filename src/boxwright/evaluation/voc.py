@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from boxwright.data.dataset import Category, Dataset
-from boxwright.evaluation.coco import GroundTruth, mean_measured
+from boxwright.evaluation.coco import mean_measured
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results
 
 Interpolation = Literal["voc07", "voc12"]
@@ -65,7 +66,7 @@ def voc_metrics(
     truth.require_images(results)
     images = np.unique(results.evaluated)
     labels_of = {category.id: label for label, category in enumerate(truth.categories)}
-    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist()))
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist(), cat_ids=list(labels_of)))
     labels = np.array([labels_of[thing["category_id"]] for thing in objects], dtype=np.int64)
     ignored = np.array([bool(thing.get("iscrowd")) for thing in objects], dtype=bool)
     num_classes = len(truth.categories)

@@ -19,6 +19,8 @@ from boxwright.data import rle
 from boxwright.data.masks import Masks
 
 THRESHOLD = 0.5
+_COLUMNS_AT_ONCE = 2**16
+"""Masks are pasted in pieces of about this many columns of pixels, some 30 MB, however many masks and how wide."""
 
 
 def paste_masks(probabilities: NDArray[np.float32], boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> Masks:
@@ -33,6 +35,17 @@ def paste_masks(probabilities: NDArray[np.float32], boxes: NDArray[np.float64], 
     Returns:
         n masks of those sizes.
     """
+    reach = boxes[:, ::2].clip(0, sizes[:, 1:])
+    totals = np.cumsum(np.ceil(reach[:, 1] - reach[:, 0]))
+    bounds = [0, *(np.flatnonzero(np.diff(totals // _COLUMNS_AT_ONCE)) + 1).tolist(), len(boxes)]
+    counts: list[bytes] = []
+    for piece in map(slice, bounds[:-1], bounds[1:]):
+        counts += _paste(probabilities[piece], boxes[piece], sizes[piece])
+    return Masks.of(counts, sizes)
+
+
+def _paste(probabilities: NDArray[np.float32], boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[bytes]:
+    """The compressed runs of masks, all at once."""
     owners, columns, values = _columns(probabilities, boxes, sizes[:, 1])
     owners, changes = _changes(owners, columns, values, boxes, sizes[:, 0], num_cells=probabilities.shape[1])
     # The last run ends with the picture, whether the mask reaches there or not.
@@ -44,7 +57,7 @@ def paste_masks(probabilities: NDArray[np.float32], boxes: NDArray[np.float64], 
     ends = np.insert(changes, np.cumsum(counts), totals)
     runs = np.diff(ends, prepend=0)
     runs[starts] = ends[starts]
-    return Masks.of(rle.compress_all(runs, counts + 1), sizes)
+    return rle.compress_all(runs, counts + 1)
 
 
 def _columns(

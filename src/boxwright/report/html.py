@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from boxwright.data.dataset import Dataset
-from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics, GroundTruth
+from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.mistakes import Mistakes, find_mistakes
 from boxwright.evaluation.results import Results, write_whole
 from boxwright.evaluation.voc import VocMetrics

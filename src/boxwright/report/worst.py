@@ -9,7 +9,7 @@ import numpy as np
 
 from boxwright.data.dataset import Dataset
 from boxwright.data.masks import Masks
-from boxwright.evaluation.coco import GroundTruth
+from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.mistakes import ImageMistakes, Mistakes
 from boxwright.report.draw import Colour, draw_boxes, encode_image
 

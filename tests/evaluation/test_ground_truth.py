@@ -1,0 +1,315 @@
+"""What is measured against is what the annotations say, however a data set gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from boxwright.data.coco import CocoDataset
+from boxwright.data.concat import ConcatDataset, RepeatDataset
+from boxwright.data.dataset import Category, Dataset, Mask, Sample
+from boxwright.data.masks import Masks
+from boxwright.evaluation.coco import coco_metrics
+from boxwright.evaluation.ground_truth import GroundTruth
+from boxwright.evaluation.mistakes import find_mistakes
+from boxwright.evaluation.proposals import proposal_recall
+from boxwright.evaluation.results import Results, write_results
+from boxwright.report.worst import worst_images
+from coco_oracle import AnnotationFile, oracle
+from pictures import Pictures
+
+AREA_NAMES = ("APs", "APm", "APl", "ARs", "ARm", "ARl")
+
+
+class Hidden:
+    """A data set without a word of its annotation file, some of its pictures."""
+
+    def __init__(self, dataset: Dataset, positions: range) -> None:
+        self.dataset, self.positions, self.categories = dataset, positions, dataset.categories
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.positions[index]]
+
+
+@pytest.fixture(scope="module")
+def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    """40 pictures of COCO, those with crowd regions first; categories in the file's order."""
+    source = data_dir / "coco_mini"
+    page = json.loads((source / "annotations" / "instances_val2017.json").read_bytes())
+    crowded = {thing["image_id"] for thing in page["annotations"] if thing["iscrowd"]}
+    page["images"] = sorted(page["images"], key=lambda image: image["id"] not in crowded)[:40]
+    kept = {image["id"] for image in page["images"]}
+    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    assert sum(thing["iscrowd"] for thing in page["annotations"]) > 10
+    folder = tmp_path_factory.mktemp("coco_mini")
+    (folder / "instances.json").write_text(json.dumps(page))
+    return CocoDataset(folder / "instances.json", source / "val2017", cache_dir=folder / "cache")
+
+
+def shifted(dataset: Dataset) -> Results:
+    """Each object of a data set, moved by some pixels, as a detection with its mask."""
+    truth = GroundTruth(dataset)
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids())
+    labels = {category.id: label for label, category in enumerate(truth.categories)}
+    rng = np.random.default_rng(0)
+    shifts = rng.integers(0, 12, (len(objects), 2))
+    moved = [np.roll(mask, shift, axis=(0, 1)) for mask, shift in zip(truth.masks(objects), shifts, strict=True)]
+    runs = [coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8))) for pixels in moved]
+    return Results(
+        image_ids=np.array([thing["image_id"] for thing in objects]),
+        boxes=np.array([thing["bbox"] for thing in objects]) + np.pad(shifts[:, ::-1], ((0, 0), (0, 2))),
+        scores=rng.random(len(objects)),
+        labels=np.array([labels[thing["category_id"]] for thing in objects]),
+        evaluated=np.array(truth.coco.get_img_ids()),
+        masks=Masks.of([one["counts"] for one in runs], [one["size"] for one in runs]),
+    )
+
+
+def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: CocoDataset, tmp_path: Path) -> None:
+    """Polygons, several of an object, and the runs of crowd regions come through the samples."""
+    results = shifted(coco_mini)
+    write_results(tmp_path / "results.json", results, coco_mini.categories)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    for row in rows:
+        del row["bbox"]  # whose area pycocotools would take for the mask's
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    of_file = coco_metrics(coco_mini, results)
+    of_samples = coco_metrics(Hidden(coco_mini, range(len(coco_mini))), results)
+    assert of_file.masks is not None
+    assert of_samples.masks is not None
+    stats = oracle(coco_mini.annotations, tmp_path / "results.json", kind="segm").stats
+    np.testing.assert_allclose(list(of_file.masks.summary.values()), stats, atol=1e-9)
+    assert 0.1 < stats[0] < 0.9
+    for name, value in of_file.masks.summary.items():
+        # Areas are annotated of the polygons, and counted in pixels where there is no annotation of them.
+        tolerance = 0.02 if name in AREA_NAMES else 1e-9
+        assert of_samples.masks.summary[name] == pytest.approx(value, abs=tolerance)
+    assert of_samples.masks.num_objects.tolist() == of_file.masks.num_objects.tolist()
+
+
+def test_joined_halves_are_measured_as_the_whole(coco_mini: CocoDataset, tmp_path: Path) -> None:
+    """Areas, crowd regions and boxes beyond the picture are the files' own; classes and ids those of the whole."""
+    page = json.loads(coco_mini.annotations.read_bytes())
+    page["annotations"][0]["bbox"][0] -= 7  # training cuts this box
+    parts = []
+    for half in range(2):
+        kept = {image["id"] for image in page["images"][half::2]}
+        other = {**page, "images": page["images"][half::2]}
+        other["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+        if half:  # other class ids in another order
+            other["categories"] = [{**each, "id": 1000 - each["id"]} for each in page["categories"]]
+            other["annotations"] = [
+                {**thing, "category_id": 1000 - thing["category_id"]} for thing in other["annotations"]
+            ]
+        path = tmp_path / f"{half}.json"
+        path.write_text(json.dumps(other))
+        parts.append(CocoDataset(path, coco_mini.images, cache_dir=tmp_path))
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(page))
+    whole, joined = CocoDataset(path, coco_mini.images, cache_dir=tmp_path), ConcatDataset(parts)
+    results = shifted(whole)
+    wanted, metrics = coco_metrics(whole, results), coco_metrics(joined, results)
+    assert metrics.numbers == wanted.numbers
+    assert metrics.num_objects.tolist() == wanted.num_objects.tolist()
+    assert proposal_recall(joined, results) == proposal_recall(whole, results)
+
+
+def test_a_part_twice_is_measured_twice_without_pictures_that_it_leaves_out(
+    coco_mini: CocoDataset, tmp_path: Path
+) -> None:
+    page = json.loads(coco_mini.annotations.read_bytes())
+    page["images"] = page["images"][-20:]
+    empty, *kept = [image["id"] for image in page["images"]]
+    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    (tmp_path / "a.json").write_text(json.dumps(page))
+    full = CocoDataset(tmp_path / "a.json", coco_mini.images, keep_empty=False, cache_dir=tmp_path)
+    assert empty not in full.image_ids
+    twice = ConcatDataset([full, full])
+    results = shifted(twice)
+    assert len(results.evaluated) == 2 * len(full)
+    metrics = coco_metrics(twice, results)
+    assert metrics.num_objects.tolist() == (2 * coco_metrics(full, shifted(full)).num_objects).tolist()
+
+
+FORMS: dict[str, Callable[[np.ndarray], Mask]] = {
+    "bitmap": lambda pixels: pixels,
+    "runs": lambda pixels: coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))["counts"],
+    "polygons": lambda _: [
+        np.array([[10, 10], [30, 10], [30, 30], [10, 30]], np.float32),
+        np.array([[40, 20], [50, 20], [50, 25], [40, 25]], np.float32),
+    ],
+}
+
+
+@dataclass
+class OnePicture:
+    """One picture of 60 x 80 with an object of a given mask and one without."""
+
+    masks: list[Mask]
+    categories = (Category(id=3, name="cell"),)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(
+            image=np.zeros((60, 80, 3), np.uint8),
+            image_id=7,
+            file_name="a.png",
+            boxes=np.array([[10, 10, 50, 30], [60, 5, 75, 50]], np.float32),
+            labels=np.zeros(2, np.int64),
+            crowd=np.zeros(2, bool),
+            object_ids=np.arange(2),
+            masks=self.masks,
+        )
+
+
+def one_object() -> np.ndarray:
+    pixels = np.zeros((60, 80), bool)
+    pixels[10:30, 10:30] = pixels[20:25, 40:50] = True
+    return pixels
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
+    pixels = one_object()
+    truth = GroundTruth(OnePicture([FORMS[form](pixels), None]))
+    objects = truth.coco.load_anns(truth.coco.get_ann_ids())
+    assert [thing["area"] for thing in objects] == [pixels.sum(), 15 * 45]
+    masks = truth.masks(objects)
+    np.testing.assert_array_equal(masks[0], pixels)
+    assert masks[1].sum() == 15 * 45
+    found = Masks.of([FORMS["runs"](pixels)], (60, 80))  # type: ignore[list-item]
+    results = Results(
+        image_ids=np.array([7]),
+        boxes=np.array([[10.0, 10, 40, 20]]),
+        scores=np.array([0.9]),
+        labels=np.array([0]),
+        evaluated=np.array([7]),
+        masks=found,
+    )
+    metrics = coco_metrics(truth, results).masks
+    assert metrics is not None
+    assert metrics.summary["AP"] == pytest.approx(1)
+    assert metrics.num_objects.tolist() == [1]
+    page = worst_images(OnePicture([FORMS[form](pixels), None]), truth, find_mistakes(truth, results), 1)
+    assert "1 right · 0 wrong · 1 missed" in page
+
+
+def test_masks_that_do_not_fit_are_told() -> None:
+    with pytest.raises(ValueError, match=r"a.png: a mask does not fit: its shape is \(80, 60\)"):
+        GroundTruth(OnePicture([one_object().T, None]))
+    with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, the picture has 60 x 80"):
+        GroundTruth(OnePicture([FORMS["runs"](np.ones((4, 5), bool)), None]))
+    with pytest.raises(ValueError, match=r"a.png: 1 masks for 2 objects"):
+        GroundTruth(OnePicture([None]))
+
+
+def test_detections_with_masks_of_another_size_are_told() -> None:
+    truth = GroundTruth(OnePicture([one_object(), None]))
+    results = Results(
+        image_ids=np.array([99, 7]),  # what lies in a picture that is not measured does not matter
+        boxes=np.array([[10.0, 10, 40, 20]] * 2),
+        scores=np.array([0.9, 0.8]),
+        labels=np.array([0, 0]),
+        evaluated=np.array([7]),
+        masks=Masks.of([b"", FORMS["runs"](one_object().T)], [(0, 0), (80, 60)]),  # type: ignore[list-item]
+    )
+    with pytest.raises(ValueError, match=r"a mask in image 7 is 80 x 60 pixels, the picture 60 x 80"):
+        coco_metrics(truth, results)
+
+
+def test_pictures_that_share_an_id_are_told() -> None:
+    for dataset in (RepeatDataset(Pictures(3), 2), ConcatDataset([Pictures(2), RepeatDataset(Pictures(3), 2)])):
+        with pytest.raises(ValueError, match="2 pictures have the image id 10"):
+            GroundTruth(dataset)
+
+
+def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
+    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    objects = [{"bbox": [10, 10, 20, 20], "segmentation": polygon}, {"bbox": [50, 50, 20, 20]}]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{**o, "id": i, "image_id": 1, "category_id": 1} for i, o in enumerate(objects, start=1)],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    dataset = AnnotationFile(tmp_path / "truth.json")
+    pixels = np.zeros((2, 100, 100), np.uint8)
+    pixels[0, 50:70, 50:70] = pixels[1, 10:30, 10:30] = 1
+    results = Results(
+        image_ids=np.array([1, 1]),
+        boxes=np.array([[50.0, 50, 20, 20], [10, 10, 20, 20]]),
+        scores=np.array([0.9, 0.8]),
+        labels=np.array([0, 0]),
+        evaluated=np.array([1]),
+        masks=Masks.of([coco_mask.encode(np.asfortranarray(one))["counts"] for one in pixels], (100, 100)),
+    )
+    metrics = coco_metrics(dataset, results)
+    assert metrics.masks is not None
+    assert metrics.num_objects.tolist() == [2]
+    assert metrics.masks.num_objects.tolist() == [1]
+    assert metrics.masks.summary["AP"] == pytest.approx(1)
+    truth = GroundTruth(dataset)
+    masks = truth.masks(truth.coco.load_anns([1, 2]))
+    assert [mask.sum() for mask in masks] == [400, 400]
+
+    content["annotations"] = content["annotations"][1:]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    metrics = coco_metrics(dataset, results)
+    assert metrics.masks is not None
+    assert metrics.masks.summary["AP"] == -1
+
+
+def test_joined_data_sets_are_measured_as_one() -> None:
+    joined = ConcatDataset([Pictures(4), Pictures(4)])  # four of eight pictures repeat ids, which must not mix them up
+    found = [joined[1], joined[7]]
+    rows = [(each.image_id, box, label) for each in found for box, label in zip(each.boxes, each.labels, strict=True)]
+    corners = np.array([box for _, box, _ in rows], np.float64)
+    results = Results(
+        image_ids=np.array([image_id for image_id, _, _ in rows]),
+        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+        scores=np.full(len(rows), 0.5),
+        labels=np.array([label for _, _, label in rows]),
+        evaluated=joined.image_ids,
+    )
+    metrics = coco_metrics(joined, results)
+    # Of label 0, pictures 1, 2, 3 have one object each (the third of a picture is a crowd); label 1: pictures 2, 3.
+    assert metrics.num_objects.tolist() == [6, 4]
+    assert metrics.per_class[:, -1] == pytest.approx([2 / 6, 1 / 4])
+
+
+def test_what_training_reads_is_measured(tmp_path: Path) -> None:
+    """A byte order mark, a licence by name, no area, COCO's fields used otherwise: no fault in the data."""
+    content = {
+        "info": [],
+        "licenses": "all mine",
+        "images": [{"id": 0, "file_name": "a.png", "width": 60, "height": 40, "license": "CC0", "coco_url": 4}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [1, 2, 30, 20], "score": "high"}],
+        "categories": [{"id": 0, "name": "cell", "supercategory": 3, "keypoints": 5}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content), "utf-8-sig")
+    results = Results(
+        image_ids=np.array([0]),
+        boxes=np.array([[1.0, 2, 30, 20]]),
+        scores=np.array([0.9]),
+        labels=np.array([0]),
+        evaluated=np.array([0]),
+    )
+
+    class Data(AnnotationFile):
+        @property
+        def categories(self) -> list[Category]:
+            return [Category(id=0, name="cell")]
+
+    assert coco_metrics(Data(path), results).summary["AP"] == pytest.approx(1)
