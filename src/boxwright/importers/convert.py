@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 
 from boxwright.data.dataset import Category
+from boxwright.importers import detectron2, mmdetection, torchvision
 from boxwright.importers.architecture import is_backbone, model_of, num_classes_of
 from boxwright.importers.rules import NORM_EPS, listed, rename, with_norm_eps
 from boxwright.importers.source import Settings, Source
-from boxwright.importers.torchvision import RESNET, TORCHVISION
 from boxwright.training.experiment import Experiment, build, to_json
 from boxwright.training.run_folder import versions
 from boxwright.training.settings import with_settings
 from boxwright.weights.foreign import ForeignFile
 from boxwright.weights.ours import save_weights
 
-SOURCES = (TORCHVISION, RESNET)
+SOURCES = (
+    torchvision.TORCHVISION,
+    torchvision.RESNET,
+    mmdetection.FIRST,
+    mmdetection.LATER,
+    detectron2.DETECTRON2,
+)
 """The code bases whose files are read."""
 
 
