@@ -20,6 +20,7 @@ FLOORS = [
     {"detectors"},
     {"evaluation"},
     {"training"},
+    {"importers"},
     {"report"},
     {"predictor"},
     {"recipes"},

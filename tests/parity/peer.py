@@ -18,6 +18,8 @@ from boxwright.data.augment import place
 from boxwright.data.coco import CocoDataset
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.layout import find_layout
+from boxwright.importers.rules import rename
+from boxwright.importers.torchvision import rules
 from boxwright.structures import Batch, Targets
 
 NUM_CLASSES = 20
@@ -185,23 +187,8 @@ def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
 
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision's weights under our names, background moved from first to last where there is one."""
-    renamed = {}
-    for name, tensor in state.items():
-        for theirs, ours in KEYS.items():
-            if name.startswith(theirs):
-                renamed[ours + name.removeprefix(theirs)] = tensor
-                break
-        else:
-            raise KeyError(name)
-    for suffix in ("weight", "bias"):
-        logits = renamed.get(f"box_head.class_logits.{suffix}")
-        if logits is not None:
-            renamed[f"box_head.class_logits.{suffix}"] = torch.cat([logits[1:], logits[:1]])
-            renamed[f"box_head.box_deltas.{suffix}"] = renamed[f"box_head.box_deltas.{suffix}"][4:]
-        if f"mask_head.mask_logits.{suffix}" in renamed:
-            renamed[f"mask_head.mask_logits.{suffix}"] = renamed[f"mask_head.mask_logits.{suffix}"][1:]
-    return renamed
+    """Torchvision's weights under our names."""
+    return rename(state, rules(state.keys())).tensors
 
 
 def converted_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -211,26 +198,3 @@ def converted_gradients(model: nn.Module) -> dict[str, Tensor]:
     return converted(
         {name: torch.zeros_like(model.state_dict()[name]) if g is None else g for name, g in gradients.items()}
     )
-
-
-KEYS = {
-    "backbone.body.": "backbone.body.",
-    **{f"backbone.fpn.inner_blocks.{i}.0.": f"backbone.lateral.{i}." for i in range(4)},
-    **{f"backbone.fpn.layer_blocks.{i}.0.": f"backbone.output.{i}." for i in range(4)},
-    "backbone.fpn.extra_blocks.p6.": "backbone.extra_output.0.",
-    "backbone.fpn.extra_blocks.p7.": "backbone.extra_output.1.",
-    "rpn.head.conv.0.0.": "rpn.conv.",
-    "rpn.head.cls_logits.": "rpn.objectness.",
-    "rpn.head.bbox_pred.": "rpn.deltas.",
-    "roi_heads.box_head.fc6.": "box_head.fc1.",
-    "roi_heads.box_head.fc7.": "box_head.fc2.",
-    "roi_heads.box_predictor.cls_score.": "box_head.class_logits.",
-    "roi_heads.box_predictor.bbox_pred.": "box_head.box_deltas.",
-    **{f"head.classification_head.conv.{i}.0.": f"head.class_convs.{2 * i}." for i in range(4)},
-    **{f"head.regression_head.conv.{i}.0.": f"head.box_convs.{2 * i}." for i in range(4)},
-    "head.classification_head.cls_logits.": "head.class_logits.",
-    "head.regression_head.bbox_reg.": "head.box_deltas.",
-    **{f"roi_heads.mask_head.{i}.0.": f"mask_head.convs.{i}." for i in range(4)},
-    "roi_heads.mask_predictor.conv5_mask.": "mask_head.upsample.",
-    "roi_heads.mask_predictor.mask_fcn_logits.": "mask_head.mask_logits.",
-}

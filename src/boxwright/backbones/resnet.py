@@ -56,8 +56,14 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def has_untrained_statistics(model: nn.Module) -> bool:
-    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn."""
-    return any(isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() for m in model.modules())
+    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn.
+
+    Norms that were folded into a scale and a bias have a mean of 0, too, and a variance that makes up for `eps`.
+    """
+    return any(
+        isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() and bool((m.running_var == 1).all())
+        for m in model.modules()
+    )
 
 
 def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data, predict, propose, test, train
+from boxwright.cli import data, predict, propose, test, train, weights
 
 
 class _OneLineErrors(TyperGroup):
@@ -70,6 +70,7 @@ app.command("test")(test.measure)
 app.command("propose")(propose.propose)
 app.command("predict")(predict.predict)
 app.add_typer(data.app, name="data")
+app.add_typer(weights.app, name="weights")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,21 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a whole safetensors file with a page of Boxwright's, of whatever version.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb"):
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
     """The metadata in a safetensors file's own."""
     text = (strings or {}).get(_KEY)

@@ -1,0 +1,65 @@
+"""The classes of files that do not name them: COCO's, and those that a user names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from boxwright.data.dataset import Category
+
+_COCO = """\
+1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,
+11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench, 16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow,
+22 elephant, 23 bear, 24 zebra, 25 giraffe, 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase,
+34 frisbee, 35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove, 41 skateboard,
+42 surfboard, 43 tennis racket, 44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl,
+52 banana, 53 apple, 54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza, 60 donut, 61 cake,
+62 chair, 63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet, 72 tv, 73 laptop, 74 mouse, 75 remote,
+76 keyboard, 77 cell phone, 78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator, 84 book, 85 clock,
+86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush"""
+
+COCO = tuple(Category(int(id), name) for id, _, name in (row.strip().partition(" ") for row in _COCO.split(",")))
+"""COCO's 80 classes in the order of their ids, which leave gaps."""
+
+
+def by_coco_id(first: int) -> tuple[Category, ...]:
+    """A class for every number up to COCO's last id, the gaps between COCO's classes included, as "N/A 12" and so on.
+
+    Args:
+        first: 1, or 0 where a class that was never trained stands before COCO's first.
+    """
+    names = {category.id: category.name for category in COCO}
+    return tuple(Category(id, names.get(id, f"N/A {id}")) for id in range(first, COCO[-1].id + 1))
+
+
+def named(names: Sequence[str]) -> tuple[Category, ...]:
+    """Classes of these names: with COCO's ids if they are COCO's, else numbered from 1."""
+    if list(names) == [category.name for category in COCO]:
+        return COCO
+    return tuple(Category(id, name) for id, name in enumerate(names, start=1))
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """Classes from a file: the `categories` of a COCO JSON file, or a name a line.
+
+    Raises:
+        ValueError: It is neither.
+        OSError: It cannot be read.
+    """
+    text = path.read_text("utf-8")
+    if not text.lstrip().startswith(("{", "[")):
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise ValueError(f"{path} names no class: give a name a line, or a COCO JSON file")
+        return named(names)
+    try:
+        page = json.loads(text)
+        entries = page["categories"] if isinstance(page, dict) else page
+        return tuple(Category(int(entry["id"]), str(entry["name"])) for entry in sorted(entries, key=_id))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no list of categories with an id and a name each ({error!r})") from None
+
+
+def _id(entry: dict[str, int]) -> int:
+    return entry["id"]

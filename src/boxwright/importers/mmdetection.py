@@ -1,0 +1,181 @@
+"""The 2018 toolbox (0.5 and later) and its successors 1.x, 2.x and 3.x: detectors on a ResNet-FPN.
+
+Up to 1.x background is the first class and boxes have the 2018 geometry; from 2.0 on it is the last, without deltas and
+masks of its own, and boxes are continuous. Single-stage models have the same names in both, so that the version must
+be in the file or be given. The configuration is text beside the tensors: what it says of pixels and stride is read, and
+nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any, cast
+
+from boxwright.backbones.backbone import CAFFE, PYTORCH, PixelStats
+from boxwright.backbones.resnet import Style
+from boxwright.data.dataset import Category
+from boxwright.geometry.conventions import DETECTRON
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.mask_head import MaskConfig
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.importers.categories import COCO, named
+from boxwright.importers.rules import (
+    Rule,
+    Unsupported,
+    background_to_last,
+    without_background,
+    without_background_deltas,
+)
+from boxwright.importers.source import Settings, Source, any_starts
+from boxwright.weights.foreign import ForeignFile
+
+_RETINA_GN = "heads of RetinaNet with norms of this code base cannot be read here"
+
+_SHARED = (
+    Rule("*.num_batches_tracked", None),
+    Rule("backbone.conv1.weight", "backbone.body.conv1.weight"),
+    Rule("backbone.bn1.*", "backbone.body.bn1.*"),
+    Unsupported("backbone.layer{i}.{j}.conv2.conv_offset*", "deformable convolutions cannot be built here"),
+    Unsupported("backbone.layer{i}.{j}.conv2_offset.*", "deformable convolutions cannot be built here"),
+    Rule("backbone.layer{i}.*", "backbone.body.layer{i}.*"),
+    # The two that follow the pyramid's own in a RetinaNet are numbered on; see `_rules`.
+    Rule("neck.lateral_convs.{i}.conv.*", "backbone.lateral.{i}.*"),
+    Rule("rpn_head.rpn_conv.*", "rpn.conv.*"),
+    Rule("rpn_head.rpn_cls.*", "rpn.objectness.*"),
+    Rule("rpn_head.rpn_reg.*", "rpn.deltas.*"),
+    Rule("bbox_head.cls_convs.{i}.conv.*", "head.class_convs.{i*2}.*"),
+    Rule("bbox_head.reg_convs.{i}.conv.*", "head.box_convs.{i*2}.*"),
+    Unsupported("bbox_head.cls_convs.{i}.gn.*", _RETINA_GN),
+    Unsupported("bbox_head.cls_convs.{i}.bn.*", _RETINA_GN),
+    # 0.5 and 0.6.
+    Rule("bbox_head.cls_convs.{i}.*", "head.class_convs.{i*2}.*"),
+    Rule("bbox_head.reg_convs.{i}.*", "head.box_convs.{i*2}.*"),
+    Rule("bbox_head.retina_cls.*", "head.class_logits.*"),
+    Rule("bbox_head.retina_reg.*", "head.box_deltas.*"),
+)
+
+
+def _heads(prefix: str, *, background_first: bool) -> tuple[Rule, ...]:
+    """The second stage, of one stage and of a cascade."""
+    logits = background_to_last if background_first else None
+    deltas = without_background_deltas if background_first else None
+    masks = without_background if background_first else None
+    rules: list[Rule] = []
+    for theirs, ours in (("", "head"), (".{s}", "heads.{s}")):
+        box, mask = f"{prefix}bbox_head{theirs}", f"{prefix}mask_head{theirs}"
+        rules += [
+            Rule(f"{box}.shared_fcs.{{i}}.*", f"box_{ours}.fc{{i+1}}.*"),
+            Rule(f"{box}.fc_cls.*", f"box_{ours}.class_logits.*", logits),
+            Rule(f"{box}.fc_reg.*", f"box_{ours}.box_deltas.*", deltas),
+            Rule(f"{mask}.convs.{{i}}.conv.*", f"mask_{ours}.convs.{{i}}.*"),
+            Rule(f"{mask}.upsample.*", f"mask_{ours}.upsample.*"),
+            Rule(f"{mask}.conv_logits.*", f"mask_{ours}.mask_logits.*", masks),
+        ]
+    return tuple(rules)
+
+
+def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupported]:
+    """The table for a file whose pyramid has as many levels of its own as it has lateral convolutions."""
+    own = sum(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name) is not None for name in names)
+    pyramid = [Rule(f"neck.fpn_convs.{i}.conv.*", f"backbone.output.{i}.*") for i in range(own)]
+    return (*_SHARED, *pyramid, Rule("neck.fpn_convs.{i}.conv.*", f"backbone.extra_output.{{i-{own}}}.*"), *heads)
+
+
+_FIRST_HEADS = _heads("", background_first=True)
+_LATER_HEADS = _heads("roi_head.", background_first=False)
+
+FIRST_SETTINGS = Settings(conventions=DETECTRON)
+"""The defaults are the 2018 toolbox's."""
+LATER_SETTINGS = Settings(
+    rpn=RPNConfig(border=None, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
+    box=BoxConfig(sampling_ratio=0),
+    mask=MaskConfig(sampling_ratio=0),
+)
+"""RoIAlign samples each feature position, and fewer proposals are kept."""
+
+
+def _about(file: ForeignFile) -> Iterator[Mapping[str, Any]]:
+    """What stands beside the tensors."""
+    for key in ("meta", "metadata"):
+        if isinstance(file.about.get(key), Mapping):
+            yield file.about[key]
+
+
+def _version(file: ForeignFile) -> int | None:
+    """The major version that wrote the file, if it says so."""
+    for page in _about(file):
+        match = re.match(r"(\d+)\.", str(page.get("mmdet_version", "")))
+        if match:
+            return int(match[1])
+    return None
+
+
+def _is_one(names: Set[str]) -> bool:
+    return any_starts(names, "neck.lateral_convs.") and any_starts(names, "rpn_head.", "bbox_head.", "roi_head.")
+
+
+def _recognises_first(names: Set[str], file: ForeignFile) -> bool:
+    version = _version(file)
+    if not _is_one(names) or any_starts(names, "roi_head."):
+        return False
+    return version in (None, 0, 1)
+
+
+def _recognises_later(names: Set[str], file: ForeignFile) -> bool:
+    version = _version(file)
+    if not _is_one(names) or any_starts(names, "bbox_head.shared_fcs.", "bbox_head.0.shared_fcs."):
+        return False
+    if "bbox_head.cls_convs.0.weight" in names:
+        return False
+    return any_starts(names, "roi_head.") or version in (None, 2, 3)
+
+
+def _settings(file: ForeignFile, settings: Settings) -> Settings:
+    """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not."""
+    text = next((str(page[key]) for page in _about(file) for key in ("config", "cfg") if key in page), "")
+    style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
+    numbers = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
+    reverse = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
+    caffe = style is not None and style[1] == "caffe"
+    stats = CAFFE if caffe else PYTORCH
+    mean, std = (_three(match) for match in numbers.values())
+    if mean is not None and std is not None and reverse is not None:
+        stats = PixelStats(mean=mean, std=std, order="rgb" if reverse[1] == "True" else "bgr")
+    return replace(settings, pixel_stats=stats, style=cast(Style, style[1] if style else "pytorch"))
+
+
+def _three(match: re.Match[str] | None) -> tuple[float, float, float] | None:
+    parts = [float(part) for part in match[1].split(",") if part.strip()] if match else []
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
+    """As the file names them; else COCO's, if there are as many."""
+    for page in _about(file):
+        dataset = page.get("dataset_meta")
+        names = page.get("CLASSES") or (
+            (dataset.get("classes") or dataset.get("CLASSES")) if isinstance(dataset, Mapping) else None
+        )
+        if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(name, str) for name in names):
+            return named(names)
+    return COCO if count == len(COCO) else None
+
+
+FIRST = Source(
+    name="mmdetection1",
+    title="a detector of the 2018 toolbox, 0.5 to 1.x",
+    recognises=_recognises_first,
+    rules=lambda names: _rules(names, _FIRST_HEADS),
+    settings=lambda file: _settings(file, FIRST_SETTINGS),
+    categories=_categories,
+)
+LATER = Source(
+    name="mmdetection2",
+    title="an mmdetection detector, 2.x or 3.x",
+    recognises=_recognises_later,
+    rules=lambda names: _rules(names, _LATER_HEADS),
+    settings=lambda file: _settings(file, LATER_SETTINGS),
+    categories=_categories,
+)

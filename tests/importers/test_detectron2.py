@@ -1,0 +1,217 @@
+"""Detectron2's layout on a ResNet of basic blocks or of bottlenecks, against mappings written by hand."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from boxwright.backbones.backbone import PYTORCH
+from boxwright.data.dataset import Category
+from boxwright.geometry.anchors import base_anchors, octave_sizes
+from boxwright.importers.convert import convert
+from boxwright.importers.detectron2 import MSRA, RESNEXT
+from boxwright.training.experiment import arguments_of, call_name
+from boxwright.weights.foreign import read_foreign
+from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled, layer, norm, transposed
+
+Shapes = dict[str, tuple[int, ...]]
+NUM_CLASSES = 80
+ONE = [Category(1, "object")]
+"""For an RPN."""
+
+
+def body(prefix: str = "backbone.bottom_up.", statistics: bool = True) -> Shapes:
+    """ResNet-18."""
+
+    def conv(name: str, *shape: int) -> Shapes:
+        return {f"{prefix}{name}.weight": shape, **norm(f"{prefix}{name}.norm", shape[0], statistics)}
+
+    shapes = conv("stem.conv1", 64, 3, 7, 7)
+    inputs = 64
+    for stage, width in zip((2, 3, 4, 5), (64, 128, 256, 512), strict=True):
+        for block in range(2):
+            shapes |= conv(f"res{stage}.{block}.conv1", width, inputs, 3, 3)
+            shapes |= conv(f"res{stage}.{block}.conv2", width, width, 3, 3)
+            if inputs != width:
+                shapes |= conv(f"res{stage}.{block}.shortcut", width, inputs, 1, 1)
+            inputs = width
+    return shapes
+
+
+def pyramid(retina: bool = False) -> Shapes:
+    shapes: Shapes = {}
+    for stage, inputs in zip((2, 3, 4, 5), (64, 128, 256, 512), strict=True):
+        if stage > 2 or not retina:
+            shapes |= layer(f"backbone.fpn_lateral{stage}", CHANNELS, inputs, 1, 1)
+            shapes |= layer(f"backbone.fpn_output{stage}", CHANNELS, CHANNELS, 3, 3)
+    if retina:
+        shapes |= layer("backbone.top_block.p6", CHANNELS, 512, 3, 3)
+        shapes |= layer("backbone.top_block.p7", CHANNELS, CHANNELS, 3, 3)
+    return shapes
+
+
+def rpn() -> Shapes:
+    return {
+        **layer("proposal_generator.rpn_head.conv", CHANNELS, CHANNELS, 3, 3),
+        **layer("proposal_generator.rpn_head.objectness_logits", 3, CHANNELS, 1, 1),
+        **layer("proposal_generator.rpn_head.anchor_deltas", 12, CHANNELS, 1, 1),
+    }
+
+
+def box() -> Shapes:
+    return {
+        **layer("roi_heads.box_head.fc1", WIDTH, CHANNELS * 49),
+        **layer("roi_heads.box_head.fc2", WIDTH, WIDTH),
+        **layer("roi_heads.box_predictor.cls_score", NUM_CLASSES + 1, WIDTH),
+        **layer("roi_heads.box_predictor.bbox_pred", 4 * NUM_CLASSES, WIDTH),
+    }
+
+
+def mask() -> Shapes:
+    shapes = transposed("roi_heads.mask_head.deconv", MASK_WIDTH)
+    for i in range(1, 5):
+        shapes |= layer(f"roi_heads.mask_head.mask_fcn{i}", MASK_WIDTH, MASK_WIDTH if i > 1 else CHANNELS, 3, 3)
+    return {**shapes, **layer("roi_heads.mask_head.predictor", NUM_CLASSES, MASK_WIDTH, 1, 1)}
+
+
+def retina() -> Shapes:
+    shapes: Shapes = {}
+    for branch in ("cls_subnet", "bbox_subnet"):
+        for i in (0, 2, 4, 6):
+            shapes |= layer(f"head.{branch}.{i}", CHANNELS, CHANNELS, 3, 3)
+    shapes |= layer("head.cls_score", 9 * NUM_CLASSES, CHANNELS, 3, 3)
+    return {**shapes, **layer("head.bbox_pred", 36, CHANNELS, 3, 3)}
+
+
+def detector(kind: str, statistics: bool = True) -> dict[str, Tensor]:
+    parts = {
+        "proposal_network": rpn(),
+        "fast_rcnn": box(),
+        "faster_rcnn": {**rpn(), **box()},
+        "mask_rcnn": {**rpn(), **box(), **mask()},
+        "retinanet": retina(),
+    }
+    return filled({**body(statistics=statistics), **pyramid(kind == "retinanet"), **parts[kind]})
+
+
+KINDS = ["proposal_network", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet"]
+MAPPING = {
+    "backbone.body.conv1.weight": "backbone.bottom_up.stem.conv1.weight",
+    "backbone.body.bn1.running_mean": "backbone.bottom_up.stem.conv1.norm.running_mean",
+    "backbone.body.layer1.1.conv2.weight": "backbone.bottom_up.res2.1.conv2.weight",
+    "backbone.body.layer3.0.downsample.0.weight": "backbone.bottom_up.res4.0.shortcut.weight",
+    "backbone.body.layer4.0.downsample.1.bias": "backbone.bottom_up.res5.0.shortcut.norm.bias",
+    "backbone.body.layer4.1.bn2.running_var": "backbone.bottom_up.res5.1.conv2.norm.running_var",
+    "backbone.lateral.0.weight": "backbone.fpn_lateral2.weight",
+    "backbone.output.3.bias": "backbone.fpn_output5.bias",
+    "rpn.conv.weight": "proposal_generator.rpn_head.conv.weight",
+    "rpn.objectness.bias": "proposal_generator.rpn_head.objectness_logits.bias",
+    "rpn.deltas.weight": "proposal_generator.rpn_head.anchor_deltas.weight",
+    "box_head.fc1.weight": "roi_heads.box_head.fc1.weight",
+    "box_head.fc2.bias": "roi_heads.box_head.fc2.bias",
+    "box_head.class_logits.weight": "roi_heads.box_predictor.cls_score.weight",
+    "box_head.box_deltas.bias": "roi_heads.box_predictor.bbox_pred.bias",
+    "mask_head.convs.0.weight": "roi_heads.mask_head.mask_fcn1.weight",
+    "mask_head.upsample.weight": "roi_heads.mask_head.deconv.weight",
+    "mask_head.mask_logits.weight": "roi_heads.mask_head.predictor.weight",
+    "head.class_convs.6.weight": "head.cls_subnet.6.weight",
+    "head.box_convs.2.bias": "head.bbox_subnet.2.bias",
+    "backbone.extra_output.0.weight": "backbone.top_block.p6.weight",
+    "backbone.extra_output.1.bias": "backbone.top_block.p7.bias",
+}
+OF_RETINANET = {**MAPPING, "backbone.lateral.0.weight": "backbone.fpn_lateral3.weight"}
+OF_RETINANET["backbone.output.2.bias"] = OF_RETINANET.pop("backbone.output.3.bias")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_where_they_belong(kind: str) -> None:
+    theirs = detector(kind)
+    extra = {"proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4)}
+    names = None if kind != "proposal_network" else ONE
+    given = convert(file_of({**theirs, **extra}), categories=names)
+    assert call_name(given.experiment.model).endswith("." + kind)
+    assert given.unused == list(extra)
+    assert len(given.tensors) == len(theirs)
+    num_checked = 0
+    for ours, name in (OF_RETINANET if kind == "retinanet" else MAPPING).items():
+        if name in theirs:
+            assert torch.equal(given.tensors[ours], theirs[name]), ours
+            num_checked += 1
+    assert num_checked >= 11
+
+
+def test_retinanets_outputs_stay_with_their_anchors() -> None:
+    """Theirs: for each size each ratio; what an output says of an anchor is here, too, said of the same anchor."""
+    theirs = detector("retinanet")
+    theirs["head.cls_score.bias"] = torch.arange(9 * NUM_CLASSES).float()
+    theirs["head.bbox_pred.weight"] = torch.arange(36).float()[:, None, None, None].repeat(1, CHANNELS, 3, 3)
+    given = convert(file_of(theirs)).tensors
+    sizes, ratios = octave_sizes(32, 3), (0.5, 1.0, 2.0)
+    order = []
+    for size in sizes:
+        for ratio in ratios:
+            width = (size**2 / ratio) ** 0.5
+            order.append([-width / 2, -ratio * width / 2, width / 2, ratio * width / 2])
+    gaps = (base_anchors(sizes, ratios)[:, None] - torch.tensor(order)[None]).abs().amax(2)
+    rows = gaps.argmin(1)
+    assert gaps.amin(1).max() < 1e-4
+    assert rows.tolist() != list(range(9))
+    logits = given["head.class_logits.bias"].reshape(9, NUM_CLASSES)
+    assert torch.equal(logits, theirs["head.cls_score.bias"].reshape(9, NUM_CLASSES)[rows])
+    deltas = given["head.box_deltas.weight"][:, 0, 0, 0].reshape(9, 4)
+    assert torch.equal(deltas, torch.arange(36.0).reshape(9, 4)[rows])
+
+
+def test_pixels_and_stride() -> None:
+    def found(**extra: Tensor) -> tuple[object, str]:
+        model = arguments_of(convert(file_of({**detector("faster_rcnn"), **extra})).experiment.model)
+        return model["pixel_stats"], arguments_of(model["backbone"])["style"]
+
+    def column(*values: float) -> Tensor:
+        return torch.tensor(values).view(3, 1, 1)
+
+    assert found() == (MSRA, "caffe")
+    given = {"pixel_mean": column(*PYTORCH.mean), "pixel_std": column(*PYTORCH.std)}
+    assert found(**given) == (PYTORCH, "pytorch")
+    given = {"pixel_mean": column(*RESNEXT.mean), "pixel_std": column(*RESNEXT.std)}
+    assert found(**given) == (RESNEXT, "pytorch")
+    given = {"pixel_mean": column(102.9801, 115.9465, 122.7717), "pixel_std": column(1, 1, 1)}
+    assert found(**given) == (replace(MSRA, mean=(102.9801, 115.9465, 122.7717)), "caffe")
+
+
+def test_pickled_arrays_and_norms_without_statistics(tmp_path: Path) -> None:
+    """As the model zoo's files are, and the norms of ResNets that were Caffe's."""
+    theirs = detector("faster_rcnn", statistics=False)
+    page = {"model": {k: v.numpy() for k, v in theirs.items()}, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "theirs.pkl").write_bytes(pickle.dumps(page))
+    given = convert(read_foreign(tmp_path / "theirs.pkl")).tensors
+    scale = given["backbone.body.bn1.weight"] / (given["backbone.body.bn1.running_var"] + 1e-5).sqrt()
+    assert torch.allclose(scale, theirs["backbone.bottom_up.stem.conv1.norm.weight"], rtol=1e-6)
+    assert not given["backbone.body.layer2.0.downsample.1.running_mean"].any()
+    assert np.array_equal(given["box_head.fc2.weight"].numpy(), page["model"]["roi_heads.box_head.fc2.weight"])
+
+
+def test_a_body_alone_is_a_backbone() -> None:
+    theirs = filled({**body(""), "stem.fc.weight": (1000, 512), "stem.fc.bias": (1000,)})
+    given = convert(file_of(theirs))
+    assert given.experiment is None
+    assert given.unused == ["stem.fc.weight", "stem.fc.bias"]
+    assert torch.equal(given.tensors["backbone.body.layer2.1.bn1.bias"], theirs["res3.1.conv1.norm.bias"])
+
+
+def test_what_cannot_be_built_is_told() -> None:
+    theirs = detector("faster_rcnn")
+    for name, why in {
+        "roi_heads.box_head.0.fc1.weight": "average probabilities",
+        "roi_heads.keypoint_head.conv_fcn1.weight": "keypoints",
+        "backbone.fpn_lateral2.norm.weight": "pyramids with norms",
+        "backbone.bottom_up.res3.0.conv2_offset.weight": "deformable",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            convert(file_of({**theirs, name: torch.ones(1)}))

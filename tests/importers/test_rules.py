@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from boxwright.backbones.resnet import ResNet, has_untrained_statistics
+from boxwright.importers.rules import (
+    Rule,
+    Unsupported,
+    background_to_last,
+    ratios_outermost,
+    rename,
+    with_statistics,
+    without_background,
+    without_background_deltas,
+)
+
+ONE = torch.ones(1)
+
+
+def test_numbers_and_text_are_put_in_and_the_first_row_that_fits_counts() -> None:
+    table = (
+        Rule("head.{i}.{j}.drop", None),
+        Rule("head.{i}.{j}.*", "ours.{i*3+1}.{j-1}.*"),
+        Rule("head.*", "rest.*", lambda rows: 2 * rows),
+    )
+    given = rename({"head.2.10.w.x": ONE, "head.0.1.drop": ONE, "head.other": ONE}, table)
+    assert given.tensors == {"ours.7.9.w.x": ONE, "rest.other": 2 * ONE}
+    assert given.unused == ["head.0.1.drop"]
+
+
+def test_dots_are_dots() -> None:
+    with pytest.raises(ValueError, match=r"1 tensors are no part .* axb"):
+        rename({"axb": ONE}, (Rule("a.b", "b"),))
+
+
+def test_all_unknown_names_are_told() -> None:
+    names = [f"n{i}" for i in range(13)]
+    with pytest.raises(ValueError, match=r"13 tensors .*n0, n1, .*n9 and 3 more"):
+        rename(dict.fromkeys(names, ONE), ())
+
+
+def test_two_names_for_one_of_ours_and_what_is_not_supported() -> None:
+    with pytest.raises(ValueError, match=r"a1 and a2 are both b: the file holds two models"):
+        rename({"a1": ONE, "a2": ONE}, (Rule("a{i}", "b"),))
+    with pytest.raises(ValueError, match=r"k\.1: no keypoints"):
+        rename({"k.1": ONE}, (Unsupported("k.*", "no keypoints"),))
+
+
+def test_background_goes_last_or_away() -> None:
+    rows = torch.arange(12).reshape(3, 4)
+    assert background_to_last(rows)[:, 0].tolist() == [4, 8, 0]
+    assert without_background(rows)[:, 0].tolist() == [4, 8]
+    assert without_background_deltas(torch.arange(12)).tolist() == list(range(4, 12))
+    assert without_background_deltas(torch.arange(4)).tolist() == [0, 1, 2, 3], "one box for all classes"
+
+
+def test_anchors_change_their_order_and_keep_their_values_together() -> None:
+    theirs = torch.tensor([100 * size + 10 * ratio + k for size in range(3) for ratio in range(3) for k in range(4)])
+    ours = [100 * size + 10 * ratio + k for ratio in range(3) for size in range(3) for k in range(4)]
+    assert ratios_outermost(theirs[:, None])[:, 0].tolist() == ours
+    with pytest.raises(ValueError, match="10 rows"):
+        ratios_outermost(torch.zeros(10))
+
+
+def test_scale_and_bias_alone_are_a_norm_and_count_as_trained() -> None:
+    body = ResNet(18).eval()
+    state = {f"backbone.body.{name}": tensor for name, tensor in body.state_dict().items() if "running" not in name}
+    nn.init.uniform_(state["backbone.body.bn1.weight"], 0.5, 2)
+    nn.init.normal_(state["backbone.body.bn1.bias"])
+    filled = {name.removeprefix("backbone.body."): tensor for name, tensor in with_statistics(state).items()}
+    assert has_untrained_statistics(body)
+    body.load_state_dict(filled)
+    assert not has_untrained_statistics(body)
+    x = torch.randn(1, 64, 3, 3)
+    wanted = x * filled["bn1.weight"].view(1, -1, 1, 1) + filled["bn1.bias"].view(1, -1, 1, 1)
+    assert torch.allclose(body.bn1(x), wanted, rtol=1e-6, atol=1e-6)

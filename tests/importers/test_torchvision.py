@@ -1,0 +1,178 @@
+"""A checkpoint that torchvision's own model wrote gives torchvision's detections, by command and `boxwright.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnext50_32x4d
+from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.ops import FrozenBatchNorm2d
+from typer.testing import CliRunner
+
+import boxwright
+from boxwright.backbones.resnet import ResNet
+from boxwright.cli.main import app
+from boxwright.data.dataset import Category
+from boxwright.importers.convert import convert
+from boxwright.importers.torchvision import TORCHVISION
+from boxwright.structures import Batch, map_tensors
+from boxwright.weights.foreign import ForeignFile, read_foreign
+from boxwright.weights.ours import load_weights
+from parity.peer import NUM_CLASSES, peer_faster_rcnn, peer_mask_rcnn, peer_retinanet, real_batch
+
+PEERS: dict[str, Callable[[Batch], nn.Module]] = {
+    "faster_rcnn": peer_faster_rcnn,
+    "mask_rcnn": lambda batch: peer_mask_rcnn(batch, 1000, 0.5),
+    "retinanet": peer_retinanet,
+}
+
+
+@pytest.fixture(scope="module")
+def batch(data_dir: Path) -> Batch:
+    return real_batch(data_dir)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["weights", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def picture_of(batch: Batch) -> np.ndarray:
+    """The first picture without its padding."""
+    height, width = batch.image_sizes[0].tolist()
+    return batch.images[0, :, :height, :width].permute(1, 2, 0).numpy()
+
+
+def names_in(folder: Path, count: int) -> Path:
+    file = folder / "names.txt"
+    file.write_text("\n".join(f"thing {i}" for i in range(count)))
+    return file
+
+
+@torch.inference_mode()
+def detections_of(peer: Any, picture: np.ndarray) -> dict[str, Tensor]:
+    """Of the picture at its own size."""
+    peer.transform.min_size = (min(picture.shape[:2]),)
+    peer.eval()
+    return peer([torch.from_numpy(picture).permute(2, 0, 1).float()])[0]
+
+
+@pytest.mark.parametrize("kind", PEERS)
+@torch.inference_mode()
+def test_the_command_gives_torchvisions_detections(kind: str, batch: Batch, tmp_path: Path) -> None:
+    peer = PEERS[kind](batch)
+    torch.save(peer.state_dict(), tmp_path / "theirs.pth")
+    picture = picture_of(batch)
+    names = names_in(tmp_path, NUM_CLASSES)
+    run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
+    model = boxwright.load(tmp_path / "ours.safetensors")
+    given = model.predict(picture, native=True)
+    wanted = detections_of(peer, picture)
+    assert len(given) == len(wanted["scores"]) > 50, "a check of few detections proves little"
+    assert len(set(given.labels)) > 3
+    first_label = 0 if kind == "retinanet" else 1
+    assert (given.labels + first_label == wanted["labels"].numpy()).all()
+    assert np.abs(given.scores - wanted["scores"].numpy()).max() < 1e-4
+    assert np.abs(given.boxes - wanted["boxes"].numpy()).max() < 1e-2
+    if kind == "mask_rcnn":
+        # Before they are pasted, which torchvision does otherwise.
+        peer.transform.postprocess = lambda found, *_: found
+        masks = model.detector.detect(map_tensors(batch, lambda tensor: tensor[:1])).masks[0]
+        wanted_masks = detections_of(peer, picture)["masks"].squeeze(1)
+        assert wanted_masks.std() > 0.1, "nor does one of masks that are alike"
+        assert (masks - wanted_masks).abs().max() < 1e-3
+
+
+def test_round_trip_is_bit_identical(batch: Batch, tmp_path: Path) -> None:
+    torch.save({"model": peer_retinanet(batch).state_dict(), "epoch": 3}, tmp_path / "theirs.pth")
+    names = names_in(tmp_path, NUM_CLASSES)
+    run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
+    model = boxwright.load(tmp_path / "ours.safetensors")
+    first = model.predict(picture_of(batch), native=True)
+    converted, page = load_weights(tmp_path / "ours.safetensors")
+    for name, tensor in model.detector.state_dict().items():
+        assert torch.equal(tensor, converted[name]), name
+    again = boxwright.load(tmp_path / "ours.safetensors").predict(picture_of(batch), native=True)
+    assert len(first) > 50
+    assert np.array_equal(first.boxes, again.boxes)
+    assert np.array_equal(first.scores, again.scores)
+    assert page["source"]["format"] == "torchvision"
+    assert "no use" not in run("inspect", tmp_path / "ours.safetensors")
+
+
+def test_retinanet_v2_is_told_from_v1_and_keeps_its_labels(tmp_path: Path) -> None:
+    """v2: P6 from C5, group norm in the head; v1: P6 from P5. Both have a first row that was never trained."""
+    models = {}
+    for name, make in (("v1", retinanet_resnet50_fpn), ("v2", retinanet_resnet50_fpn_v2)):
+        peer = make(weights=None, weights_backbone=None)
+        file = ForeignFile(path=tmp_path / name, sha256="00", tensors=peer.state_dict(), about={})
+        models[name] = convert(file)
+    v1, v2 = models["v1"].experiment.model.keywords, models["v2"].experiment.model.keywords
+    assert (v1["backbone"].keywords["extra"], v1["retina"].norm) == ("p5", None)
+    assert (v2["backbone"].keywords["extra"], v2["retina"].norm) == ("c5", "gn")
+    assert [(c.id, c.name) for c in models["v2"].categories[:2]] == [(0, "N/A 0"), (1, "person")]
+    assert [c.name for c in models["v1"].categories if c.id in (12, 13, 90)] == ["N/A 12", "stop sign", "toothbrush"]
+    peer_norm = peer.head.regression_head.conv[3][1]
+    assert torch.equal(models["v2"].tensors["head.box_convs.10.weight"], peer_norm.weight)
+
+
+def test_second_faster_rcnn_is_refused_with_the_reason(tmp_path: Path) -> None:
+    state = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).state_dict()
+    with pytest.raises(ValueError, match="normalised convolutions"):
+        convert(ForeignFile(path=tmp_path / "v2.pth", sha256="00", tensors=state, about={}))
+
+
+def test_published_first_models_have_norms_without_eps() -> None:
+    file = ForeignFile(path=Path("x.pth"), sha256="258fb6c6" + 56 * "0", tensors={}, about={})
+    assert TORCHVISION.settings(file).norm_eps == 0.0
+    assert TORCHVISION.settings(ForeignFile(path=Path("x"), sha256=64 * "0", tensors={}, about={})).norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("make", [resnet18, resnext50_32x4d])
+def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    peer = make()
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.01, 2)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.1, 0.5)
+    torch.save(peer.state_dict(), tmp_path / "theirs.pth")
+    printed = run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors")
+    assert "fc.weight" in printed, "what is not used is named"
+    tensors, _ = load_weights(tmp_path / "ours.safetensors")
+    depth = 18 if make is resnet18 else 50
+    body = ResNet(depth, **({} if depth == 18 else {"groups": 32, "width_per_group": 4})).eval()
+    body.load_state_dict({name.removeprefix("backbone.body."): tensor for name, tensor in tensors.items()})
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        peer.eval()
+        x = peer.maxpool(peer.relu(peer.bn1(peer.conv1(images))))
+        for stage, given in enumerate(body(images), start=1):
+            x = getattr(peer, f"layer{stage}")(x)
+            assert torch.allclose(given, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+
+
+def test_norms_of_another_eps_are_scaled_to_the_same(batch: Batch, tmp_path: Path) -> None:
+    peer = peer_retinanet(batch)
+    torch.save(peer.state_dict(), tmp_path / "theirs.pth")
+    file = read_foreign(tmp_path / "theirs.pth")
+    names = [Category(i, str(i)) for i in range(NUM_CLASSES)]
+    given = convert(file, categories=names, norm_eps=0.0).tensors
+    theirs = FrozenBatchNorm2d(64, eps=0.0)
+    prefix = "backbone.body.bn1."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in file.tensors.items() if k.startswith(prefix)})
+    ours = FrozenBatchNorm2d(64, eps=1e-5)
+    ours.load_state_dict({k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)})
+    x = torch.randn(1, 64, 4, 4)
+    assert torch.allclose(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(theirs.weight, ours.weight)

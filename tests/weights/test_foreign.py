@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from boxwright.weights import foreign
+from boxwright.weights.foreign import read_foreign, require_safe_torch
+
+
+class Evil:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_torch_files_of_both_formats(tmp_path: Path, new_format: bool) -> None:
+    weight = torch.randn(2, 3)
+    page = {"meta": {"epoch": 12, "CLASSES": ("a", "b")}, "state_dict": {"module.w": weight}, "optimizer": {}}
+    torch.save(page, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
+    file = read_foreign(tmp_path / "x.pth")
+    assert torch.equal(file.tensors["w"], weight), "and the wrapper's prefix is gone"
+    assert file.about["meta"]["CLASSES"] == ("a", "b")
+    assert file.sha256 == hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_arrays(tmp_path: Path, protocol: int) -> None:
+    page = {"model": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}, "__author__": "someone"}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(page, protocol))
+    file = read_foreign(tmp_path / "x.pkl")
+    assert file.tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert file.about == {"__author__": "someone"}
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors", {"format": "pt"})
+    file = read_foreign(tmp_path / "x.safetensors")
+    assert file.tensors["w"].tolist() == [1, 1]
+    assert file.about["metadata"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("kind", ["new", "old", *range(6)])
+def test_programs_are_refused_and_not_run(tmp_path: Path, kind: str | int) -> None:
+    page = {"state_dict": {"w": torch.ones(1)}, "meta": Evil(f"touch {tmp_path / 'effect'}")}
+    if isinstance(kind, str):
+        torch.save(page, tmp_path / "x.pth", _use_new_zipfile_serialization=kind == "new")
+    else:
+        (tmp_path / "x.pth").write_bytes(pickle.dumps({"meta": page["meta"]}, kind))
+    with pytest.raises(ValueError, match=r"x\.pth is refused: .*system"):
+        read_foreign(tmp_path / "x.pth")
+    assert not (tmp_path / "effect").exists()
+
+
+def test_hash_is_checked_before_anything_is_parsed(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(ValueError, match=r"has sha256 .* not 00ff"):
+        read_foreign(tmp_path / "x.pth", sha256="00FF")
+    with pytest.raises(ValueError, match="no whole torch file"):
+        read_foreign(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1000])
+def test_cut_files(tmp_path: Path, size: int) -> None:
+    torch.save({"w": torch.ones(1000)}, tmp_path / "x.pth")
+    save_file({"w": torch.ones(1000)}, tmp_path / "x.safetensors")
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:size])
+        with pytest.raises(ValueError, match=name):
+            read_foreign(tmp_path / name)
+
+
+def test_packed_files_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"0" * 10**6)
+    with pytest.raises(ValueError, match="it is packed"):
+        read_foreign(tmp_path / "x.pth")
+
+
+def test_too_large_and_empty_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        read_foreign(tmp_path / "x.pth")
+    torch.save([torch.ones(1)], tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds a list, not tensors by name"):
+        read_foreign(tmp_path / "x.pth")
+    monkeypatch.setattr(foreign, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="over the limit of 100"):
+        read_foreign(tmp_path / "x.pth")
+
+
+def test_torch_with_known_holes_reads_nothing() -> None:
+    require_safe_torch("2.6.0+cpu")
+    require_safe_torch("10.0.1")
+    for version in ("2.5.1+cu124", "1.13.0"):
+        with pytest.raises(ValueError, match=r"CVE-2025-32434.*install torch 2\.6"):
+            require_safe_torch(version)
