@@ -23,6 +23,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"recipes"},
+    {"zoo"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data, predict, propose, test, train
+from boxwright.cli import data, predict, propose, test, train, zoo
 
 
 class _OneLineErrors(TyperGroup):
@@ -62,6 +62,7 @@ app.command("test")(test.measure)
 app.command("propose")(propose.propose)
 app.command("predict")(predict.predict)
 app.add_typer(data.app, name="data")
+app.add_typer(zoo.app, name="zoo")
 
 
 if __name__ == "__main__":

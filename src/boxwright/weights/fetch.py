@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +121,15 @@ def fetch(remote: Remote, *, timeout: float = 20.0, tries: int = 4, pause: float
                     pause=pause,
                     show=show,
                 )
+    return target
+
+
+def copy_into(path: Path, folder: Path) -> Path:
+    """Copy a file into a folder, which is made if need be; the copy appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / path.name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as draft:
+        shutil.copyfile(path, Path(draft) / path.name).replace(target)
     return target
 
 
