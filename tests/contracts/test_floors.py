@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "boxwright"
 FLOORS = [
-    {"structures", "geometry"},
+    {"structures", "geometry", "cache"},
     {"weights"},
     {"data"},
     {"ops"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"recipes"},
+    {"zoo"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data, predict, propose, test, train, weights
+from boxwright.cli import data, predict, propose, test, train, weights, zoo
 
 
 class _OneLineErrors(TyperGroup):
@@ -71,6 +71,7 @@ app.command("propose")(propose.propose)
 app.command("predict")(predict.predict)
 app.add_typer(data.app, name="data")
 app.add_typer(weights.app, name="weights")
+app.add_typer(zoo.app, name="zoo")
 
 
 if __name__ == "__main__":

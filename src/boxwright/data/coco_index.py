@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from boxwright.cache import cache_folders
 from boxwright.data import voc
 from boxwright.data.coco_json import RLE, Columns, read_json
 from boxwright.data.dataset import Category, Mask
@@ -225,15 +225,6 @@ def content_hash(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()[:32]
-
-
-def cache_folders() -> list[Path]:
-    """Where what was read may be kept, the wanted place first."""
-    temporary = Path(tempfile.gettempdir()) / f"boxwright-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
-    if os.environ.get("BOXWRIGHT_CACHE"):
-        return [Path(os.environ["BOXWRIGHT_CACHE"]), temporary]
-    home_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return [Path(home_cache) / "boxwright", temporary]
 
 
 def _write_index(reading: Reading, folder: Path) -> CocoIndex:

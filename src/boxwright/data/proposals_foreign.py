@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_index import cache_folders, content_hash
+from boxwright.cache import cache_folders
+from boxwright.data.coco_index import content_hash
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
 

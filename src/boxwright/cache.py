@@ -1,0 +1,19 @@
+"""Where what can be made or fetched again is kept: indexes of annotations, proposals, weights files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folders() -> list[Path]:
+    """Where things may be kept, the wanted place first: `BOXWRIGHT_CACHE`, else the user's cache folder.
+
+    The temporary folder comes last, for what is only worth keeping until the machine restarts.
+    """
+    temporary = Path(tempfile.gettempdir()) / f"boxwright-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    if os.environ.get("BOXWRIGHT_CACHE"):
+        return [Path(os.environ["BOXWRIGHT_CACHE"]), temporary]
+    home_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return [Path(home_cache) / "boxwright", temporary]

@@ -1,0 +1,92 @@
+"""`boxwright zoo`: list public models, and fetch their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Public models: list them, fetch their weights.", no_args_is_help=True)
+
+Zoo = Annotated[
+    str | None,
+    typer.Option(
+        "--zoo", metavar="FILE|URL", help="A list of your own.", show_default="BOXWRIGHT_ZOO, or Boxwright's list"
+    ),
+]
+
+
+@app.command("list")
+def list_models(
+    model: Annotated[str | None, typer.Option(help="Models of this kind alone, such as mask_rcnn.")] = None,
+    zoo: Zoo = None,
+) -> None:
+    """List the models by kind, with what they measured and who says so."""
+    from boxwright.training.experiment import nearest
+    from boxwright.zoo import load_zoo
+
+    entries = list(load_zoo(zoo).values())
+    families = {entry.model.family for entry in entries}
+    if model is not None and model not in families:
+        raise ValueError(f"the zoo has no models of kind {model!r}{nearest(model, sorted(families))}")
+    titles = {entry.collection.title: entry.collection for entry in entries}
+    for title, collection in titles.items():
+        found = [e.model for e in entries if e.collection is collection and model in (None, e.model.family)]
+        if not found:
+            continue
+        typer.echo(f"{title}\n  measured by {collection.source}\n  data: {collection.data or 'not named'}")
+        width = max(len(one.name) for one in found)
+        for one in found:
+            figures = ", ".join(f"{name} {value}" for name, value in one.figures.items())
+            typer.echo(f"    {one.name.ljust(width)}  {figures or 'not measured'}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="As zoo list prints it.")],
+    zoo: Zoo = None,
+) -> None:
+    """Print all that is known of a model."""
+    from boxwright.weights.fetch import cached_path
+    from boxwright.zoo import find_model, load_zoo
+
+    entry = find_model(load_zoo(zoo), name)
+    model, collection, remote = entry.model, entry.collection, entry.remote
+    place = cached_path(remote)
+    known = "in full" if len(remote.sha256) == 64 else f"its first {len(remote.sha256)} digits are known"
+    note = f" ({collection.licence_note})" if collection.licence_note else ""
+    lines = [
+        ("model", f"{model.name}, of {collection.title}"),
+        ("recipe", model.recipe or "none has its architecture"),
+        ("data", collection.data or "not named"),
+        *[(figure, str(value)) for figure, value in model.figures.items()],
+        ("measured by", collection.source),
+        ("licence", f"{collection.licence}{note}"),
+        ("file", remote.name),
+        ("sha256", f"{remote.sha256} ({known})"),
+        *[("mirror", url) for url in remote.urls],
+        *[("results", mirror + model.results) for mirror in collection.mirrors if model.results],
+        ("in the cache", str(place) if place.is_file() else "no"),
+        ("note", collection.note),
+    ]
+    width = max(len(key) for key, _ in lines) + 2
+    for key, value in lines:
+        if value:
+            typer.echo(f"{key.ljust(width)}{value}")
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="As zoo list prints it.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Put a copy here.", show_default="it stays in the cache")
+    ] = None,
+    zoo: Zoo = None,
+) -> None:
+    """Fetch a model's weights into the cache, checked by their hash, and print the path."""
+    from boxwright.weights.fetch import copy_into, fetch
+    from boxwright.zoo import find_model, load_zoo
+
+    path = fetch(find_model(load_zoo(zoo), name).remote)
+    typer.echo(path if out is None else copy_into(path, out))

@@ -1,0 +1,168 @@
+"""The zoo's list is sound and agrees with its sources; a list of one's own is checked, and faults are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_V2_Weights,
+    FasterRCNN_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_V2_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_V2_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+)
+
+from boxwright.recipes import built_in_recipes
+from boxwright.weights.fetch import Remote
+from boxwright.zoo import find_model, load_zoo
+from weights.hosts import serve, status, whole
+
+TORCHVISION = {
+    "fasterrcnn_resnet50_fpn": FasterRCNN_ResNet50_FPN_Weights,
+    "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights,
+    "maskrcnn_resnet50_fpn": MaskRCNN_ResNet50_FPN_Weights,
+    "maskrcnn_resnet50_fpn_v2": MaskRCNN_ResNet50_FPN_V2_Weights,
+    "retinanet_resnet50_fpn": RetinaNet_ResNet50_FPN_Weights,
+    "retinanet_resnet50_fpn_v2": RetinaNet_ResNet50_FPN_V2_Weights,
+}
+MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+
+OWN = """
+[[collections]]
+title = "Ours"
+licence = "CC-BY-4.0"
+source = "boxwright test"
+mirrors = ["https://a.example/models/", "https://b.example/"]
+models = [
+    {{ name = "first", family = "rpn", file = "x/first-0a1b2c3d.safetensors", figures = {{ AR1000 = 50.5 }} }},
+    {{ name = "second", family = "rpn", {second} }},
+]
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_zoo_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BOXWRIGHT_ZOO", raising=False)
+
+
+def own_zoo(folder: Path, second: str = 'file = "second-1a1b2c3d.pth"') -> Path:
+    path = folder / "own.toml"
+    path.write_text(OWN.format(second=second), "utf-8")
+    return path
+
+
+def test_torchvisions_entries_are_torchvisions() -> None:
+    zoo = load_zoo()
+    for name, weights in TORCHVISION.items():
+        entry, facts = zoo[name], weights.COCO_V1
+        assert entry.remote.urls == (facts.url,)
+        measured = facts.meta["_metrics"]["COCO-val2017"]
+        assert entry.model.figures["box AP"] == measured["box_map"]
+        assert entry.model.figures.get("mask AP") == measured.get("mask_map")
+
+
+def test_every_recipe_of_the_list_exists_and_is_of_its_family() -> None:
+    recipes = built_in_recipes()
+    for name, entry in load_zoo().items():
+        model = entry.model
+        assert model.recipe in recipes or not model.recipe, name
+        assert model.recipe.startswith(model.family) or not model.recipe, name
+        assert len(entry.remote.sha256) == 8
+        assert model.figures
+        assert entry.collection.licence
+
+
+def test_figures_of_the_2018_toolbox_are_those_of_the_models_page() -> None:
+    """Both were copied from its tables, each by itself."""
+    zoo, num_compared = load_zoo(), 0
+    for line in MODELS_PAGE.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        name = next((cell.strip("`") for cell in cells if re.fullmatch(r"`\w+`", cell)), "")
+        if name not in zoo or "V100" not in zoo[name].collection.source:
+            continue
+        figures = zoo[name].model.figures
+        wanted = [figures.get("AR1000", figures.get("box AP")), figures.get("mask AP")]
+        numbers = {float(number) for number in re.findall(r"(?<![\d.])\d+\.\d+", line)}
+        assert {number for number in wanted if number is not None} <= numbers, name
+        if "(2019:" not in line:  # of RetinaNet, the page has the AP of 2019 and nothing else
+            assert {figures[key] for key in ("GB", "s/iter") if key in figures} <= numbers, name
+        num_compared += 1
+    assert num_compared >= 40
+
+
+def test_the_2018_toolboxs_files_have_the_mirrors_that_it_named() -> None:
+    entry = load_zoo()["mask_rcnn_r50_fpn_1x"]
+    file = "models/mask_rcnn_r50_fpn_1x_20181010-069fa190.pth"
+    assert entry.remote.sha256 == "069fa190"
+    assert f"https://s3.ap-northeast-2.amazonaws.com/open-mmlab/mmdetection/{file}" in entry.remote.urls
+    assert f"https://open-mmlab.oss-cn-beijing.aliyuncs.com/mmdetection/{file}" in entry.remote.urls
+    assert entry.model.results == "results/mask_rcnn_r50_fpn_1x_20181010_results.pkl.json"
+
+
+def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = "1a1b2c3d" + "0" * 56
+    path = own_zoo(tmp_path, f'file = "second-1a1b2c3d.pth", sha256 = "{full}"')
+    zoo = load_zoo(path)
+    assert list(zoo) == ["first", "second"]
+    urls = ("https://a.example/models/second-1a1b2c3d.pth", "https://b.example/second-1a1b2c3d.pth")
+    assert zoo["second"].remote == Remote(name="second-1a1b2c3d.pth", urls=urls, sha256=full)
+    assert zoo["first"].remote.name == "first-0a1b2c3d.safetensors"
+    monkeypatch.setenv("BOXWRIGHT_ZOO", str(path))
+    assert list(load_zoo()) == ["first", "second"]
+    with pytest.raises(ValueError, match="no model 'fist'; did you mean 'first'"):
+        find_model(zoo, "fist")
+
+
+def test_a_zoo_at_a_url(tmp_path: Path) -> None:
+    with serve() as host:
+        url = host.answer("own.toml", whole(own_zoo(tmp_path).read_bytes()))
+        assert list(load_zoo(url)) == ["first", "second"]
+        with pytest.raises(OSError, match="HTTP 500"):
+            load_zoo(host.answer("broken.toml", status(500)))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('file = "a-1a1b2c3d.pth", licence = "MIT"', "model 'second': .*unknown field `licence`"),
+        ("file = 3", r"model 'second': Expected `str`, got `int` - at `\$.collections\[0\].models\[1\].file`"),
+        ('file = "a-1a1b2c3d.pth", figures = { AP = "high" }', "model 'second': Expected `float`, got `str`"),
+        ('recipe = "x"', "model 'second': .*missing required field `file`"),
+        ('file = "a.pth"', "model 'second': nothing tells the file's SHA-256 hash"),
+        ('file = "a-20181010.pth"', "model 'second': nothing tells the file's SHA-256 hash"),
+        ('file = "a.pth", sha256 = "0A1B2C3D"', "model 'second': sha256 '0A1B2C3D' is no hash"),
+        ('file = "a-1a1b2c3d.pth", sha256 = "00000000"', "model 'second': sha256 '00000000' is not the '1a1b2c3d'"),
+        ('file = "../a-1a1b2c3d.pth"', "model 'second': '../a-1a1b2c3d.pth' is no path"),
+        ('file = "a-1a1b2c3d.pth", results = "/b"', "model 'second': '/b' is no path"),
+    ],
+)
+def test_faults_name_the_entry(tmp_path: Path, second: str, message: str) -> None:
+    path = own_zoo(tmp_path, second)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_zoo(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"second", f', '"first", f', "model 'first': there is another of this name"),
+        ('"second", f', '"a/b", f', "model 'a/b': a name has letters"),
+        ('"https://b.example/"', '"https://b.example"', "'Ours' has 'https://b.example': give http"),
+        ('"https://b.example/"', '"ftp://b.example/"', "'Ours' has 'ftp://b.example/': give http"),
+        ('"https://a.example/models/", "https://b.example/"', "", "'Ours' has no mirror"),
+        ('licence = "CC-BY-4.0"\n', "", "collection 'Ours': .*missing required field `licence`"),
+        ("[[collections]]", "[[collection]]", "unknown field `collection`"),
+        ("[[collections]]", "[[collections", "is no TOML file"),
+    ],
+)
+def test_faults_of_a_collection(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = own_zoo(tmp_path)
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_zoo(path)
