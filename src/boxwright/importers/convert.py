@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from boxwright.data.dataset import Category
-from boxwright.importers import detectron2, mmdetection, torchvision
+from boxwright.importers import detectron, detectron2, maskrcnn_benchmark, mmdetection, torchvision
 from boxwright.importers.architecture import is_backbone, model_of, num_classes_of
 from boxwright.importers.rules import NORM_EPS, listed, rename, with_norm_eps
 from boxwright.importers.source import Settings, Source
@@ -27,6 +27,8 @@ SOURCES = (
     mmdetection.FIRST,
     mmdetection.LATER,
     detectron2.DETECTRON2,
+    detectron.DETECTRON,
+    maskrcnn_benchmark.MASKRCNN_BENCHMARK,
 )
 """The code bases whose files are read."""
 
