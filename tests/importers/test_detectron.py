@@ -11,7 +11,6 @@ from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
 from boxwright.backbones.resnet import ResNet, has_untrained_statistics
-from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import Imported, convert
 from boxwright.training.experiment import arguments_of, call_name
@@ -20,7 +19,6 @@ from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled
 
 Shapes = dict[str, tuple[int, ...]]
 NUM_CLASSES = 80
-ONE = [Category(1, "object")]
 
 
 def blob(name: str, *shape: int) -> Shapes:
@@ -148,7 +146,6 @@ def test_blobs_are_where_they_belong(kind: str, resnet: dict[str, Tensor], tmp_p
     theirs = detector(kind, resnet)
     given: Imported = convert(
         file_of({**theirs, "fc6_w_momentum": torch.ones(1), "lr": torch.ones(1)}),
-        categories=ONE if kind == "proposal_network" else None,
     )
     assert call_name(given.experiment.model).endswith("." + kind)
     assert given.unused == ["fc6_w_momentum", "lr"]

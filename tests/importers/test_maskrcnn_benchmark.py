@@ -10,7 +10,6 @@ from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
 from boxwright.backbones.resnet import FrozenBatchNorm2d
-from boxwright.data.dataset import Category
 from boxwright.geometry.boxes import decode
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import convert
@@ -19,7 +18,6 @@ from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled, laye
 
 Shapes = dict[str, tuple[int, ...]]
 NUM_CLASSES = 80
-ONE = [Category(1, "object")]
 
 
 def body() -> Shapes:
@@ -134,7 +132,7 @@ def check(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], mapping: Map
 @pytest.mark.parametrize("kind", ["proposal_network", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet"])
 def test_tensors_are_where_they_belong(kind: str) -> None:
     theirs = detector(kind)
-    given = convert(file_of(theirs), categories=ONE if kind == "proposal_network" else None)
+    given = convert(file_of(theirs))
     assert call_name(given.experiment.model).endswith("." + kind)
     assert len(given.tensors) == len(theirs)
     assert check(given.tensors, theirs, RETINANET if kind == "retinanet" else TWO_STAGES) >= 7
