@@ -56,6 +56,20 @@ def test_inspect_says_what_it_is_and_what_was_assumed(checkpoint: Path, tmp_path
     assert boxwright.load(out).detector.box_head.config.score_threshold == 0.25
 
 
+def test_what_the_file_does_not_say_can_be_told(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ours.safetensors"
+    settings = {"model.pixel_stats.order": "bgr", "model.backbone.style": "caffe", "model.conventions.plus_one": "1.0"}
+    arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    run("convert", checkpoint, "--out", out, *arguments)
+    printed = run("inspect", out)
+    for name, value in settings.items():
+        assert f"{name} = {value}" in printed
+    detector = boxwright.load(out).detector
+    assert detector.normalize.reverse_colours
+    assert detector.backbone.body.layer2[0].conv1.stride == (2, 2)
+    assert "model.backbone has no 'stile'" in run("inspect", checkpoint, "--set", "model.backbone.stile=a", status=1)
+
+
 def test_hash_that_is_not_the_files_stops_it(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.safetensors"
     assert "it is another file, or damaged" in run("convert", checkpoint, "--out", out, "--sha256", "ab", status=1)
@@ -99,7 +113,9 @@ def test_classes_that_nobody_names_must_be_given(checkpoint: Path, tmp_path: Pat
         }.items()
     }
     path = changed(checkpoint, tmp_path / "two.pth", predictor)
-    assert "does not name its 2 classes: give --categories" in run("inspect", path, status=1)
+    printed = run("convert", path, "--out", tmp_path / "ours.safetensors", status=1)
+    assert "does not name its 2 classes: give --categories" in printed
+    assert "2 classes: class 1, class 2" in run("inspect", path), "which one may look at nevertheless"
     (tmp_path / "coco.json").write_text('{"categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}]}')
     assert "2 classes: cat, dog" in run("inspect", path, "--categories", tmp_path / "coco.json")
     (tmp_path / "coco.json").write_text('{"categories": [{"name": "dog"}]}')

@@ -43,6 +43,18 @@ def test_2018_anchors() -> None:
     assert boxes.tolist() == [[-21, -9, 24, 12], [-14, -14, 17, 17], [-9, -21, 12, 24]]
 
 
+def test_detectrons_anchors_are_the_published_ones() -> None:
+    """The table that Faster R-CNN was first published with, whose pixels count from 1; and one more by hand."""
+    published = [
+        [-83, -39, 100, 56], [-175, -87, 192, 104], [-359, -183, 376, 200],
+        [-55, -55, 72, 72], [-119, -119, 136, 136], [-247, -247, 264, 264],
+        [-35, -79, 52, 96], [-79, -167, 96, 184], [-167, -343, 184, 360],
+    ]  # fmt: skip
+    assert base_anchors([128, 256, 512], RATIOS, "cell", stride=16).add(1).tolist() == published
+    # 4 x 4 becomes 6 x 3, times 8 is 48 x 24, last pixel included.
+    assert base_anchors([32], [0.5], "cell", stride=4).tolist() == [[-22, -10, 25, 13]]
+
+
 def test_2018_anchors_need_a_stride() -> None:
     with pytest.raises(ValueError, match="stride"):
         base_anchors([32], RATIOS, "detectron")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import PYTORCH
-from boxwright.data.dataset import Category
 from boxwright.geometry.anchors import base_anchors, octave_sizes
 from boxwright.importers.convert import convert
 from boxwright.importers.detectron2 import MSRA, RESNEXT
@@ -22,8 +21,6 @@ from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled, laye
 
 Shapes = dict[str, tuple[int, ...]]
 NUM_CLASSES = 80
-ONE = [Category(1, "object")]
-"""For an RPN."""
 
 
 def body(prefix: str = "backbone.bottom_up.", statistics: bool = True) -> Shapes:
@@ -133,8 +130,7 @@ OF_RETINANET["backbone.output.2.bias"] = OF_RETINANET.pop("backbone.output.3.bia
 def test_tensors_are_where_they_belong(kind: str) -> None:
     theirs = detector(kind)
     extra = {"proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4)}
-    names = None if kind != "proposal_network" else ONE
-    given = convert(file_of({**theirs, **extra}), categories=names)
+    given = convert(file_of({**theirs, **extra}))
     assert call_name(given.experiment.model).endswith("." + kind)
     assert given.unused == list(extra)
     assert len(given.tensors) == len(theirs)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 import boxwright
 from boxwright.backbones.backbone import CAFFE, PYTORCH, PixelStats
-from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import DETECTRON, MODERN
-from boxwright.importers.categories import COCO
+from boxwright.importers.categories import COCO, named
 from boxwright.importers.convert import convert
 from boxwright.training.experiment import arguments_of, call_name
 from boxwright.weights.foreign import read_foreign
@@ -23,8 +22,6 @@ from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled, laye
 
 Shapes = dict[str, tuple[int, ...]]
 NUM_CLASSES = 80
-ONE = [Category(1, "object")]
-"""For an RPN."""
 
 
 def body() -> Shapes:
@@ -130,7 +127,9 @@ def last(rows: Tensor) -> Tensor:
 def test_tensors_are_where_they_belong(kind: str, first: bool) -> None:
     theirs = detector(kind, first)
     version = "0.5.4" if first else "2.28.0"
-    given = convert(file_of(theirs, meta={"mmdet_version": version}), categories=None if kind != "rpn" else ONE)
+    given = convert(
+        file_of(theirs, meta={"mmdet_version": version}),
+    )
     assert call_name(given.experiment.model).endswith("." + MODELS[kind])
     ours, unused = given.tensors, given.unused
     assert len(ours) == len(theirs)
@@ -215,9 +214,9 @@ def test_the_numbers_of_later_versions() -> None:
 def test_single_stage_files_that_do_not_say_their_version_must_be_told(kind: str) -> None:
     tensors = detector(kind, first=False)
     with pytest.raises(ValueError, match="give --source mmdetection1 or --source mmdetection2"):
-        convert(file_of(tensors), categories=ONE if kind == "rpn" else None)
+        convert(file_of(tensors))
     for source, geometry in (("mmdetection1", DETECTRON), ("mmdetection2", MODERN)):
-        given = convert(file_of(tensors), source=source, categories=ONE if kind == "rpn" else None)
+        given = convert(file_of(tensors), source=source)
         assert arguments_of(given.experiment.model)["conventions"] == geometry
 
 
@@ -254,6 +253,14 @@ def test_classes_are_the_files_or_cocos() -> None:
     for meta in ({"CLASSES": tuple(own)}, {"dataset_meta": {"classes": own}}, {"dataset_meta": {"CLASSES": own}}):
         assert [c.name for c in convert(file_of(theirs, meta=meta)).categories] == own
     assert [c.id for c in convert(file_of(theirs)).categories][9:12] == [10, 11, 13]
+
+
+def test_proposal_networks_have_the_classes_of_their_data() -> None:
+    theirs = detector("rpn", first=True)
+    own = ["a", "b"]
+    for given, wanted in ((None, [c.name for c in COCO]), (named(own), own)):
+        found = convert(file_of(theirs), source="mmdetection1", categories=given)
+        assert [c.name for c in found.categories] == wanted
 
 
 def test_what_cannot_be_built_is_told() -> None:

@@ -20,6 +20,7 @@ ONE = torch.ones(1)
 
 
 def test_numbers_and_text_are_put_in_and_the_first_row_that_fits_counts() -> None:
+    assert rename({"a.3": ONE}, (Rule("a.{i}", "b.{i*2}"),)).tensors == {"b.6": ONE}
     table = (
         Rule("head.{i}.{j}.drop", None),
         Rule("head.{i}.{j}.*", "ours.{i*3+1}.{j-1}.*"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnext50_32x4d
 from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
@@ -135,7 +137,11 @@ def test_published_first_models_have_norms_without_eps() -> None:
     assert TORCHVISION.settings(ForeignFile(path=Path("x"), sha256=64 * "0", tensors={}, about={})).norm_eps == 1e-5
 
 
-@pytest.mark.parametrize("make", [resnet18, resnext50_32x4d])
+def timm_resnet18() -> nn.Module:
+    return timm.create_model("resnet18")
+
+
+@pytest.mark.parametrize("make", [resnet18, resnext50_32x4d, timm_resnet18])
 def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
@@ -146,20 +152,30 @@ def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
             nn.init.uniform_(module.running_var, 0.01, 2)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.weight, 0.1, 0.5)
-    torch.save(peer.state_dict(), tmp_path / "theirs.pth")
-    printed = run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors")
+    # As both publish them.
+    if make is timm_resnet18:
+        save_file(peer.state_dict(), tmp_path / "theirs")
+    else:
+        torch.save(peer.state_dict(), tmp_path / "theirs")
+    printed = run("convert", tmp_path / "theirs", "--out", tmp_path / "ours.safetensors")
     assert "fc.weight" in printed, "what is not used is named"
     tensors, _ = load_weights(tmp_path / "ours.safetensors")
-    depth = 18 if make is resnet18 else 50
-    body = ResNet(depth, **({} if depth == 18 else {"groups": 32, "width_per_group": 4})).eval()
+    body = ResNet(50, groups=32, width_per_group=4) if make is resnext50_32x4d else ResNet(18)
+    body.eval()
     body.load_state_dict({name.removeprefix("backbone.body."): tensor for name, tensor in tensors.items()})
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         peer.eval()
-        x = peer.maxpool(peer.relu(peer.bn1(peer.conv1(images))))
+        x = peer.maxpool(peer.bn1(peer.conv1(images)).relu())
         for stage, given in enumerate(body(images), start=1):
             x = getattr(peer, f"layer{stage}")(x)
             assert torch.allclose(given, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+
+
+def test_a_backbone_has_neither_settings_nor_classes(tmp_path: Path) -> None:
+    file = ForeignFile(path=tmp_path / "x.pth", sha256="00", tensors=resnet18().state_dict(), about={})
+    with pytest.raises(ValueError, match="a backbone alone"):
+        convert(file, changes=["resize.short=600"])
 
 
 def test_norms_of_another_eps_are_scaled_to_the_same(batch: Batch, tmp_path: Path) -> None:
@@ -175,4 +191,3 @@ def test_norms_of_another_eps_are_scaled_to_the_same(batch: Batch, tmp_path: Pat
     ours.load_state_dict({k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)})
     x = torch.randn(1, 64, 4, 4)
     assert torch.allclose(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
-    assert not torch.equal(theirs.weight, ours.weight)

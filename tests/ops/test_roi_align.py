@@ -79,25 +79,31 @@ def test_equals_torchvision(every_level: bool, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(ours_gradients, theirs_gradients, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize(("aligned", "plus_one"), [(True, 0.0), (False, 0.0), (False, 1.0)])
-def test_equals_the_plain_definition(aligned: bool, plus_one: float) -> None:
+@pytest.mark.parametrize(
+    ("aligned", "plus_one", "pool_plus_one"),
+    [(True, 0.0, True), (False, 0.0, True), (False, 1.0, True), (False, 1.0, False)],
+)
+def test_equals_the_plain_definition(aligned: bool, plus_one: float, pool_plus_one: bool) -> None:
     torch.manual_seed(1)
     features = pyramid(1)
     boxes = [[10.3, 20.1, 11.9, 21.4], [-12.0, 3.0, 90.7, 260.2], [0.0, 0.0, 111.0, 111.0], [33.3, 8.2, 311.0, 250.9]]
+    # Of the sides that decide on a level, here 111.5, one pixel decides.
+    boxes += [[3.0, 5.0, 114.5, 116.5]]
     pooled = multilevel_roi_align(
         features,
         torch.tensor([boxes]),
-        torch.ones(1, 4, dtype=torch.bool),
+        torch.ones(1, 5, dtype=torch.bool),
         strides=STRIDES,
         output_size=5,
         sampling_ratio=2,
         aligned=aligned,
         plus_one=plus_one,
+        pool_plus_one=pool_plus_one,
     )
     for index, (x1, y1, x2, y2) in enumerate(boxes):
         area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
         level = min(max(math.floor(math.log2(math.sqrt(area) / 56) + 1e-6), 0), 3)
-        expected = oracle(features, boxes[index], level, 5, 2, aligned, plus_one)
+        expected = oracle(features, boxes[index], level, 5, 2, aligned, plus_one * pool_plus_one)
         torch.testing.assert_close(pooled[0, index].double(), expected, rtol=0, atol=2e-5)
 
 

@@ -43,6 +43,14 @@ def test_pickles_of_arrays(tmp_path: Path, protocol: int) -> None:
     assert file.about == {"__author__": "someone"}
 
 
+def test_arrays_of_another_byte_order_and_layout(tmp_path: Path) -> None:
+    array = np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"w": array, "scalar": np.array(2.0)}))
+    tensors = read_foreign(tmp_path / "x.pkl").tensors
+    assert tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert tensors["scalar"].shape == ()
+
+
 def test_safetensors(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors", {"format": "pt"})
     file = read_foreign(tmp_path / "x.safetensors")

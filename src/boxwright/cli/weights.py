@@ -45,7 +45,7 @@ def convert(
     Nothing in the file is run. Where it does not say something, its source's published models do; `weights inspect`
     shows what is so assumed, and --set changes it.
     """
-    imported = _imported(file, source, categories, norm_eps, sha256, changes)
+    imported = _imported(file, source, categories, norm_eps, sha256, changes, require_names=True)
     imported.save(out)
     for line in _about(imported):
         typer.echo(line)
@@ -76,7 +76,7 @@ def inspect(
             if name in page:
                 typer.echo(f"{name}: {page[name]}")
     else:
-        imported = _imported(file, source, categories, norm_eps, None, changes)
+        imported = _imported(file, source, categories, norm_eps, None, changes, require_names=False)
         tensors = imported.tensors
         for line in _about(imported):
             typer.echo(line)
@@ -109,6 +109,8 @@ def _imported(
     norm_eps: float | None,
     sha256: str | None,
     changes: list[str] | None,
+    *,
+    require_names: bool,
 ) -> Imported:
     from boxwright.importers import convert as importer
     from boxwright.importers.categories import read_categories
@@ -123,6 +125,7 @@ def _imported(
         categories=None if categories is None else read_categories(categories),
         norm_eps=norm_eps,
         changes=changes or (),
+        require_names=require_names,
     )
 
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from boxwright.data.dataset import Category
 
+UNUSED = "N/A "
+"""How the names of classes begin that a model has rows for and that no data set has, as COCO's ids with their gaps."""
+
 
 def match_by_name(
     ours: Sequence[Category], theirs: Sequence[Category], *, sides: tuple[str, str], what: str, mend: str

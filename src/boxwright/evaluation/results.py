@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from boxwright.data import rle
-from boxwright.data.categories import match_by_name
+from boxwright.data.categories import UNUSED, match_by_name
 from boxwright.data.dataset import Category
 from boxwright.data.masks import Masks
 
@@ -60,8 +60,9 @@ class Results:
         )
 
     def relabel(self, new_labels: Sequence[int]) -> Results:
-        """The same detections with label `l` replaced by `new_labels[l]` (see `match_categories`)."""
-        return replace(self, labels=np.asarray(new_labels, dtype=np.int64)[self.labels])
+        """The same detections with label `l` replaced by `new_labels[l]` (see `match_categories`); -1 drops them."""
+        relabelled = replace(self, labels=np.asarray(new_labels, dtype=np.int64)[self.labels])
+        return relabelled if min(new_labels, default=0) >= 0 else relabelled.select(relabelled.labels >= 0)
 
 
 class _Mask(msgspec.Struct):
@@ -101,16 +102,22 @@ class _Row(msgspec.Struct):
 def match_categories(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
     """For each category of the model, the row of the same-named one in the data set (see `match_by_name`).
 
+    It is -1 for what the model has rows for and no name (`UNUSED`) and the data set has not.
+
     Raises:
         ValueError: The two sides do not have the same names; the message lists what each side alone has.
     """
-    return match_by_name(
-        model,
+    names = {category.name for category in data}
+    used = [category for category in model if category.name in names or not category.name.startswith(UNUSED)]
+    rows = match_by_name(
+        used,
         data,
         sides=("the model", "the data set"),
         what="the data set's categories are not the model's",
         mend="Test on data with the model's categories, or train on this data set.",
     )
+    row_of = dict(zip(map(id, used), rows, strict=True))
+    return [row_of.get(id(category), -1) for category in model]
 
 
 def write_results(path: Path, results: Results, categories: Sequence[Category]) -> None:

@@ -22,27 +22,35 @@ def base_anchors(
         sizes: side lengths of the square anchors of one level, in pixels.
         ratios: height / width; an anchor keeps the area of its size.
         rounding: "none" centres anchors on (0, 0); "torchvision" rounds those to whole pixels; "detectron" is the 2018
-            toolbox's: last pixel inclusive (x2 - x1 + 1 wide), centred on the cell's middle pixel, then rounded.
-        stride: the level's stride, which places the centre of "detectron" anchors and is not used otherwise.
+            toolbox's: last pixel inclusive (x2 - x1 + 1 wide), centred on the cell's middle pixel, then rounded. "cell"
+            is Detectron's own: placed like these, but rounded are the sides at the cell's size, which are then scaled.
+        stride: the level's stride, which "detectron" and "cell" need and the others do not use.
 
     Returns:
         [A, 4] float32 xyxy, A = len(ratios) * len(sizes), sizes fastest.
 
     Raises:
-        ValueError: if rounding is "detectron" and there is no stride.
+        ValueError: if rounding is "detectron" or "cell" and there is no stride.
     """
     # float32 from the start: torchvision's and the toolbox's roundings of halves depend on it.
     height_ratios = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
     side = torch.tensor(sizes, dtype=torch.float32)[None, :]
     widths = (1 / height_ratios * side).flatten()
     heights = (height_ratios * side).flatten()
-    if rounding == "detectron":
+    if rounding in ("detectron", "cell"):
         if stride is None:
-            raise ValueError('anchors with rounding "detectron" need the stride of their level')
+            raise ValueError(f'anchors with rounding "{rounding}" need the stride of their level')
+        if rounding == "cell":
+            cell_ratios = torch.tensor(ratios, dtype=torch.float64)[:, None]
+            cell_widths = (stride / cell_ratios.sqrt()).round()
+            scales = torch.tensor(sizes, dtype=torch.float64)[None, :] / stride
+            widths = (cell_widths * scales).flatten()
+            heights = ((cell_widths * cell_ratios).round() * scales).flatten()
         centre = 0.5 * (stride - 1)
         half_widths, half_heights = 0.5 * (widths - 1), 0.5 * (heights - 1)
         corners = [centre - half_widths, centre - half_heights, centre + half_widths, centre + half_heights]
-        return torch.stack(corners, dim=1).round()
+        boxes = torch.stack(corners, dim=1)
+        return boxes.float() if rounding == "cell" else boxes.round()
     boxes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
     return boxes.round() if rounding == "torchvision" else boxes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-AnchorRounding = Literal["none", "torchvision", "detectron"]
+AnchorRounding = Literal["none", "torchvision", "detectron", "cell"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Conventions:
     """Whether anchors lie canvas size // feature size apart, not a stride: 61 instead of 64 for P6 of 800 pixels."""
     roi_align_aligned: bool = True
     """Whether RoIAlign subtracts the half pixel that puts a feature at the centre of its cell."""
+    roi_align_plus_one: bool = True
+    """Whether RoIAlign, too, adds `plus_one` to a box's end, and takes boxes narrower than a cell as they are."""
     level_epsilon: float = 1e-6
     """Added when a box's size is turned into a pyramid level, so that powers of two do not fall one level down."""
 
@@ -31,4 +33,7 @@ TORCHVISION = Conventions(anchor_rounding="torchvision", anchor_strides_from_can
 """torchvision's detection models."""
 
 DETECTRON = Conventions(plus_one=1.0, anchor_rounding="detectron", roi_align_aligned=False)
-"""Detectron and the 2018 toolbox that followed it."""
+"""The 2018 toolbox."""
+
+CAFFE2 = Conventions(plus_one=1.0, anchor_rounding="cell", roi_align_aligned=False, roi_align_plus_one=False)
+"""Detectron itself, and maskrcnn-benchmark."""

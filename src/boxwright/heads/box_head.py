@@ -148,6 +148,7 @@ class BoxHead(nn.Module):
             sampling_ratio=self.config.sampling_ratio,
             aligned=self.conventions.roi_align_aligned,
             plus_one=self.conventions.plus_one,
+            pool_plus_one=self.conventions.roi_align_plus_one,
             level_epsilon=self.conventions.level_epsilon,
         )
         hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()

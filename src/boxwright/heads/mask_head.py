@@ -93,6 +93,7 @@ class MaskHead(nn.Module):
             sampling_ratio=self.config.sampling_ratio,
             aligned=self.conventions.roi_align_aligned,
             plus_one=self.conventions.plus_one,
+            pool_plus_one=self.conventions.roi_align_plus_one,
             level_epsilon=self.conventions.level_epsilon,
         )
         hidden = grid.flatten(0, 1)

@@ -60,15 +60,15 @@ def model_of(tensors: Tensors, settings: Settings) -> Any:
     raise ValueError(f"the tensors make no detector that is known here: there are {', '.join(sorted(parts))}")
 
 
-def num_classes_of(tensors: Tensors) -> int:
-    """Classes without background, by the last layers' shapes; 1 of an RPN."""
+def num_classes_of(tensors: Tensors) -> int | None:
+    """Classes without background, by the last layers' shapes; None of an RPN, which takes all of them for one."""
     for name in ("box_head.class_logits.bias", "box_heads.0.class_logits.bias"):
         if name in tensors:
             return tensors[name].shape[0] - 1
     if "head.class_logits.bias" in tensors:
         # Four deltas and as many logits as classes for each anchor.
         return 4 * tensors["head.class_logits.bias"].shape[0] // _size(tensors, "head.box_deltas.bias", 0)
-    return 1
+    return None
 
 
 def _backbone(tensors: Tensors, settings: Settings) -> Any:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from boxwright.data.categories import UNUSED
 from boxwright.data.dataset import Category
 
 _COCO = """\
@@ -30,7 +31,7 @@ def by_coco_id(first: int) -> tuple[Category, ...]:
         first: 1, or 0 where a class that was never trained stands before COCO's first.
     """
     names = {category.id: category.name for category in COCO}
-    return tuple(Category(id, names.get(id, f"N/A {id}")) for id in range(first, COCO[-1].id + 1))
+    return tuple(Category(id, names.get(id, f"{UNUSED}{id}")) for id in range(first, COCO[-1].id + 1))
 
 
 def named(names: Sequence[str]) -> tuple[Category, ...]:

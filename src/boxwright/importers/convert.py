@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from boxwright.data.dataset import Category
-from boxwright.importers import detectron2, mmdetection, torchvision
+from boxwright.importers import detectron, detectron2, maskrcnn_benchmark, mmdetection, torchvision
 from boxwright.importers.architecture import is_backbone, model_of, num_classes_of
+from boxwright.importers.categories import COCO
 from boxwright.importers.rules import NORM_EPS, listed, rename, with_norm_eps
 from boxwright.importers.source import Settings, Source
 from boxwright.training.experiment import Experiment, build, to_json
@@ -27,6 +28,8 @@ SOURCES = (
     mmdetection.FIRST,
     mmdetection.LATER,
     detectron2.DETECTRON2,
+    detectron.DETECTRON,
+    maskrcnn_benchmark.MASKRCNN_BENCHMARK,
 )
 """The code bases whose files are read."""
 
@@ -98,6 +101,7 @@ def convert(
     categories: Sequence[Category] | None = None,
     norm_eps: float | None = None,
     changes: Sequence[str] = (),
+    require_names: bool = True,
 ) -> Imported:
     """Bring a file's tensors under our names, and find the model that they are.
 
@@ -108,6 +112,7 @@ def convert(
         norm_eps: What the norms of the backbone add to the variance where they were trained; None takes the source's.
         changes: `name=value` each, of the experiment, where the source's usual numbers are not the file's: see
             `with_settings`.
+        require_names: Whether it is an error that nobody names the classes; otherwise they are numbered.
 
     Raises:
         ValueError: It cannot be converted whole: a tensor is unknown, missing or of another shape, or the classes are.
@@ -119,9 +124,12 @@ def convert(
     try:
         tensors, unused = _renamed(file, known, settings)
         experiment, classes = None, list[Category]()
-        if not is_backbone(tensors):
+        if is_backbone(tensors):
+            if changes or categories is not None:
+                raise ValueError("it is a backbone alone, which has neither settings nor classes: leave them out")
+        else:
             experiment = with_settings(Experiment(model=model_of(tensors, settings)), changes)
-            classes = _categories(known, file, categories, num_classes_of(tensors))
+            classes = _categories(known, file, categories, num_classes_of(tensors), require_names)
             with torch.device("meta"):
                 detector = build(experiment.model, num_classes=len(classes))
             _require_fit(tensors, detector.state_dict())
@@ -157,8 +165,14 @@ def _renamed(file: ForeignFile, source: Source, settings: Settings) -> tuple[dic
     return tensors, renamed.unused
 
 
-def _categories(source: Source, file: ForeignFile, given: Sequence[Category] | None, count: int) -> list[Category]:
+def _categories(
+    source: Source, file: ForeignFile, given: Sequence[Category] | None, count: int | None, require_names: bool
+) -> list[Category]:
+    if count is None:  # of a network for proposals, which has no classes of its own
+        return list(given or source.categories(file, len(COCO)) or COCO)
     found = source.categories(file, count) if given is None else given
+    if found is None and not require_names:
+        return [Category(number, f"class {number}") for number in range(1, count + 1)]
     if found is None:
         raise ValueError(f"it does not name its {count} classes: give --categories, a file with a name a line")
     if len(found) != count:

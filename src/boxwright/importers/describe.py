@@ -13,7 +13,7 @@ from boxwright.training.experiment import Experiment, arguments_of, call_name
 
 _TOLD = {
     "pixel_stats": ("order", "mean", "std"),
-    "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned"),
+    "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned", "roi_align_plus_one"),
     "rpn": ("test_pre_nms_per_level", "test_num_proposals", "nms_iou"),
     "box": ("sampling_ratio", "score_threshold", "nms_iou", "max_detections"),
     "mask": ("sampling_ratio",),

@@ -107,7 +107,7 @@ def _filled(template: str, match: re.Match[str]) -> str:
         return str(value)
 
     text = re.sub(r"\{(\w+?)(?:\*(\d+))?([+-]\d+)?\}", number, template)
-    return text.replace("*", match["rest"]) if "*" in template else text
+    return text.replace("*", match["rest"]) if "*" in text else text
 
 
 # Changes
@@ -156,7 +156,7 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:
-    """The body's norms for an eps that is not ours: scales that come to the same.
+    """The body's norms for an eps that is not ours: variances, and where they are too small for that scales, that do.
 
     Args:
         tensors: Under our names.
@@ -167,6 +167,7 @@ def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dic
     for name, variance in tensors.items():
         if name.startswith("backbone.body.") and name.endswith("running_var"):
             scale = name.replace("running_var", "weight")
-            factor = ((variance.double() + ours) / (variance.double() + theirs)).sqrt()
+            changed[name] = (variance.double() + theirs - ours).clamp(min=0).to(variance.dtype)
+            factor = ((changed[name].double() + ours) / (variance.double() + theirs)).sqrt()
             changed[scale] = (tensors[scale].double() * factor).to(tensors[scale].dtype)
     return changed

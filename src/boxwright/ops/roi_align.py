@@ -29,6 +29,7 @@ def multilevel_roi_align(
     sampling_ratio: int = 2,
     aligned: bool = True,
     plus_one: float = 0.0,
+    pool_plus_one: bool = True,
     level_epsilon: float = 1e-6,
     canonical_size: int = 224,
     canonical_level: int = 4,
@@ -48,6 +49,7 @@ def multilevel_roi_align(
         aligned: whether a feature sits in the middle of its cell (the half pixel of Detectron2) or at its corner.
         plus_one: 1 for the 2018 geometry: x2 and y2 name the last pixel inside. Its RoIAlign, which is never aligned,
             also keeps boxes narrower than a feature cell as they are, where torchvision's unaligned form widens them.
+        pool_plus_one: whether that holds for the pooling too, or for the choice of the level alone.
         level_epsilon: added to the level before rounding down.
         canonical_size: side of the square box that belongs to `canonical_level`.
         canonical_level: log2 of the stride of that level.
@@ -60,9 +62,10 @@ def multilevel_roi_align(
     boxes = torch.where(valid[..., None], boxes.detach(), 0.0)
     level = canonical_level + (area(boxes, plus_one).clamp(min=0).sqrt() / canonical_size).log2() + level_epsilon
     level = torch.where(valid, level.floor().clamp(finest, coarsest).to(torch.int64) - finest, len(features))
-    if plus_one:
+    longer = plus_one > 0 and pool_plus_one
+    if longer:
         boxes = torch.cat([boxes[..., :2], torch.maximum(boxes[..., 2:] + plus_one, boxes[..., :2])], -1)
-    arguments = (list(strides), output_size, sampling_ratio, aligned, not aligned and plus_one > 0)
+    arguments = (list(strides), output_size, sampling_ratio, aligned, not aligned and longer)
     if boxes.device.type == "cpu":
         return pool_own_level(features, boxes, level, *arguments)
     return pool_every_level(features, boxes, level, *arguments)

@@ -166,5 +166,6 @@ def _split(path: Path, page: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _tensor(value: Any) -> Tensor | None:
     """A dense tensor, of an array too; None of anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.from_numpy(value)
+        # torch knows no foreign byte order.
+        return torch.from_numpy(np.asarray(value, value.dtype.newbyteorder("="), order="C"))
     return value.detach() if isinstance(value, Tensor) and value.layout == torch.strided else None

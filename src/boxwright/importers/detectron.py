@@ -1,0 +1,130 @@
+"""Detectron's blobs (Caffe2): detectors on a ResNet-FPN, and the ImageNet weights that they start from.
+
+Background is first, pixels are BGR, norms are a scale and a bias, and the stride is in the first 1x1 convolution (in
+ResNeXts in the 3x3 one). What all levels share is named after the finest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+from torch import Tensor
+
+from boxwright.backbones.backbone import CAFFE
+from boxwright.data.dataset import Category
+from boxwright.geometry.conventions import CAFFE2
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.importers.categories import COCO
+from boxwright.importers.rules import (
+    Change,
+    Rule,
+    Unsupported,
+    background_to_last,
+    ratios_outermost,
+    with_statistics,
+    without_background,
+    without_background_deltas,
+)
+from boxwright.importers.source import Settings, Source, any_starts
+from boxwright.weights.foreign import ForeignFile
+
+
+def _layer(theirs: str, ours: str, change: Change | None = None) -> tuple[Rule, Rule]:
+    """A weight and a bias."""
+    return Rule(f"{theirs}_w", f"{ours}.weight", change), Rule(f"{theirs}_b", f"{ours}.bias", change)
+
+
+def _body() -> tuple[Rule, ...]:
+    rules = [
+        *_layer("conv1", "backbone.body.conv1"),
+        Rule("res_conv1_bn_s", "backbone.body.bn1.weight"),
+        Rule("res_conv1_bn_b", "backbone.body.bn1.bias"),
+    ]
+    for stage in range(2, 6):
+        block = f"backbone.body.layer{stage - 1}.{{b}}"
+        parts = {"1": ("downsample.0", "downsample.1")} | {f"2{c}": (f"conv{i}", f"bn{i}") for i, c in _BRANCH}
+        for branch, (conv, norm) in parts.items():
+            theirs = f"res{stage}_{{b}}_branch{branch}"
+            rules += [
+                Rule(f"{theirs}_w", f"{block}.{conv}.weight"),
+                Rule(f"{theirs}_bn_s", f"{block}.{norm}.weight"),
+                Rule(f"{theirs}_bn_b", f"{block}.{norm}.bias"),
+            ]
+    return tuple(rules)
+
+
+_BRANCH = ((1, "a"), (2, "b"), (3, "c"))
+
+
+def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
+    """The table; a RetinaNet's pyramid begins with stage 3, all others' with stage 2."""
+    first = 2 if any_starts(names, "fpn_res2_") else 3
+    return (
+        Rule("*_momentum", None),
+        Rule("lr", None),
+        Rule("fc1000_*", None),
+        Rule("pred_*", None),
+        *_body(),
+        *_layer("fpn_inner_res{s}_{b}_sum_lateral", f"backbone.lateral.{{s-{first}}}"),
+        *_layer("fpn_inner_res{s}_{b}_sum", f"backbone.lateral.{{s-{first}}}"),
+        *_layer("fpn_res{s}_{b}_sum", f"backbone.output.{{s-{first}}}"),
+        *_layer("fpn_6", "backbone.extra_output.0"),
+        *_layer("fpn_7", "backbone.extra_output.1"),
+        *_layer("conv_rpn_fpn2", "rpn.conv"),
+        *_layer("rpn_cls_logits_fpn2", "rpn.objectness"),
+        *_layer("rpn_bbox_pred_fpn2", "rpn.deltas"),
+        *_layer("fc6", "box_head.fc1"),
+        *_layer("fc7", "box_head.fc2"),
+        *_layer("cls_score", "box_head.class_logits", background_to_last),
+        *_layer("bbox_pred", "box_head.box_deltas", without_background_deltas),
+        *_layer("_[mask]_fcn{i}", "mask_head.convs.{i-1}"),
+        *_layer("conv5_mask", "mask_head.upsample"),
+        *_layer("mask_fcn_logits", "mask_head.mask_logits", without_background),
+        *_layer("retnet_cls_conv_n{i}_fpn3", "head.class_convs.{i*2}"),
+        *_layer("retnet_bbox_conv_n{i}_fpn3", "head.box_convs.{i*2}"),
+        *_layer("retnet_cls_pred_fpn3", "head.class_logits", ratios_outermost),
+        *_layer("retnet_bbox_pred_fpn3", "head.box_deltas", ratios_outermost),
+        Unsupported("kps_*", "keypoints cannot be detected here"),
+    )
+
+
+def finish(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Norms get statistics; the bias of the first convolution, of which ours has none, goes into its norm's."""
+    filled = with_statistics(tensors)
+    bias = filled.pop("backbone.body.conv1.bias", None)
+    if bias is not None:
+        shift = bias.double() * filled["backbone.body.bn1.weight"].double()
+        filled["backbone.body.bn1.bias"] = (filled["backbone.body.bn1.bias"].double() + shift).to(bias.dtype)
+    return filled
+
+
+SETTINGS = Settings(
+    conventions=CAFFE2,
+    pixel_stats=CAFFE,
+    style="caffe",
+    extra_relu=True,
+    train_norm_affine=False,
+    rpn=RPNConfig(test_pre_nms_per_level=1000, test_num_proposals=1000),
+)
+
+
+def _settings(file: ForeignFile) -> Settings:
+    weight = file.tensors.get("res2_0_branch2b_w")
+    grouped = weight is not None and weight.shape[0] != weight.shape[1]
+    return replace(SETTINGS, style="pytorch") if grouped else SETTINGS
+
+
+def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
+    return COCO if count == len(COCO) else None
+
+
+DETECTRON = Source(
+    name="detectron",
+    title="a Detectron model of Caffe2",
+    recognises=lambda names, file: {"conv1_w", "res2_0_branch2a_w"} <= names,
+    rules=rules,
+    settings=_settings,
+    categories=_categories,
+    finish=finish,
+)

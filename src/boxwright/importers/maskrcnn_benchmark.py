@@ -1,0 +1,104 @@
+"""maskrcnn-benchmark's detectors on a ResNet-FPN.
+
+They follow Detectron: background first, BGR pixels, the stride in the first 1x1 convolution (not in ResNeXts), its
+anchors. Norms add nothing to the variance, and RetinaNet's deltas are divided as a box head's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from boxwright.backbones.backbone import CAFFE
+from boxwright.data.dataset import Category
+from boxwright.geometry.conventions import CAFFE2
+from boxwright.heads.retina_head import RetinaConfig
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.importers.categories import COCO
+from boxwright.importers.rules import (
+    Rule,
+    Unsupported,
+    background_to_last,
+    without_background,
+    without_background_deltas,
+)
+from boxwright.importers.source import Settings, Source, any_starts
+from boxwright.weights.foreign import ForeignFile
+
+
+def undivided(rows: Tensor) -> Tensor:
+    """[A * 4, ...] RetinaNet's last layer for deltas in units of 0.1, 0.1, 0.2, 0.2 -> for plain ones."""
+    stds = torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=rows.dtype).repeat(rows.shape[0] // 4)
+    return rows * stds.view(-1, *(1,) * (rows.ndim - 1))
+
+
+def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
+    """The table; a RetinaNet's head has the RPN's names, and its pyramid begins with the second stage's maps."""
+    retina = any_starts(names, "rpn.head.cls_tower.")
+    first = 2 if retina else 1
+    single_stage = (
+        Rule("rpn.head.cls_tower.{i}.*", "head.class_convs.{i}.*"),
+        Rule("rpn.head.bbox_tower.{i}.*", "head.box_convs.{i}.*"),
+        Rule("rpn.head.cls_logits.*", "head.class_logits.*"),
+        Rule("rpn.head.bbox_pred.*", "head.box_deltas.*", undivided),
+    )
+    proposals = (
+        Rule("rpn.head.conv.*", "rpn.conv.*"),
+        Rule("rpn.head.cls_logits.*", "rpn.objectness.*"),
+        Rule("rpn.head.bbox_pred.*", "rpn.deltas.*"),
+    )
+    return (
+        Rule("*.num_batches_tracked", None),
+        Rule("rpn.anchor_generator.cell_anchors.{i}", None),
+        Rule("backbone.body.stem.*", "backbone.body.*"),
+        Unsupported("backbone.body.layer{i}.{b}.conv2.offset.*", "deformable convolutions cannot be built here"),
+        Rule("backbone.body.layer{i}.*", "backbone.body.layer{i}.*"),
+        Rule("backbone.fpn.fpn_inner{i}.*", f"backbone.lateral.{{i-{first}}}.*"),
+        Rule("backbone.fpn.fpn_layer{i}.*", f"backbone.output.{{i-{first}}}.*"),
+        Rule("backbone.fpn.top_blocks.p6.*", "backbone.extra_output.0.*"),
+        Rule("backbone.fpn.top_blocks.p7.*", "backbone.extra_output.1.*"),
+        *(single_stage if retina else proposals),
+        Rule("roi_heads.box.feature_extractor.fc6.*", "box_head.fc1.*"),
+        Rule("roi_heads.box.feature_extractor.fc7.*", "box_head.fc2.*"),
+        Rule("roi_heads.box.predictor.cls_score.*", "box_head.class_logits.*", background_to_last),
+        Rule("roi_heads.box.predictor.bbox_pred.*", "box_head.box_deltas.*", without_background_deltas),
+        Rule("roi_heads.mask.feature_extractor.mask_fcn{i}.*", "mask_head.convs.{i-1}.*"),
+        Rule("roi_heads.mask.predictor.conv5_mask.*", "mask_head.upsample.*"),
+        Rule("roi_heads.mask.predictor.mask_fcn_logits.*", "mask_head.mask_logits.*", without_background),
+        Unsupported("roi_heads.keypoint.*", "keypoints cannot be detected here"),
+    )
+
+
+SETTINGS = Settings(
+    conventions=CAFFE2,
+    pixel_stats=CAFFE,
+    style="caffe",
+    extra_relu=True,
+    train_norm_affine=False,
+    rpn=RPNConfig(test_pre_nms_per_level=1000, test_num_proposals=1000),
+    retina=RetinaConfig(nms_iou=0.4),
+    norm_eps=0.0,
+)
+
+
+def _settings(file: ForeignFile) -> Settings:
+    weight = file.tensors.get("backbone.body.layer1.0.conv2.weight")
+    grouped = weight is not None and weight.shape[0] != weight.shape[1]
+    return replace(SETTINGS, style="pytorch") if grouped else SETTINGS
+
+
+def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
+    return COCO if count == len(COCO) else None
+
+
+MASKRCNN_BENCHMARK = Source(
+    name="maskrcnn_benchmark",
+    title="a maskrcnn-benchmark detector",
+    recognises=lambda names, file: any_starts(names, "backbone.body.stem."),
+    rules=rules,
+    settings=_settings,
+    categories=_categories,
+)
