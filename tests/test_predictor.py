@@ -27,6 +27,7 @@ from boxwright.structures import Batch, Detections
 from boxwright.training.experiment import build
 from boxwright.weights.ours import load_weights, save_weights
 from small_model import BACKBONE, small_run
+from weights.hosts import serve, whole
 
 CATEGORIES = [Category(id=4, name="cell"), Category(id=2, name="dust")]
 
@@ -113,6 +114,27 @@ def test_load_and_predict(run: Path, picture: Path) -> None:
     for other in (from_file, from_pixels):
         np.testing.assert_array_equal(other.boxes, found.boxes)
         np.testing.assert_array_equal(other.scores, found.scores)
+
+
+def test_a_url_and_a_folder_with_one_weights_file(
+    run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "cache"))
+    for name in ("BOXWRIGHT_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    content = (run / "weights.safetensors").read_bytes()
+    (folder / "mine.safetensors").write_bytes(content)
+    with serve() as host:
+        url = host.answer("mine.safetensors", whole(content))
+        found = [boxwright.load(place).predict(picture) for place in (run, folder, url, url)]
+        assert len(host.requests) == 1
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.boxes, found[0].boxes)
+    (folder / "other.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"holds mine\.safetensors, other\.safetensors: name one"):
+        boxwright.load(folder)
 
 
 def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:

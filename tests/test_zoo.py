@@ -116,6 +116,15 @@ def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         find_model(zoo, "fist")
 
 
+def test_the_example_on_the_page_is_sound(tmp_path: Path) -> None:
+    page = MODELS_PAGE.with_name("zoo.md").read_text("utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "zoo.toml").write_text(example, "utf-8")
+    (entry,) = load_zoo(tmp_path / "zoo.toml").values()
+    assert entry.model.recipe in built_in_recipes()
+    assert entry.model.figures == {"box AP": 41.2, "mask AP": 37.0}
+
+
 def test_a_zoo_at_a_url(tmp_path: Path) -> None:
     with serve() as host:
         url = host.answer("own.toml", whole(own_zoo(tmp_path).read_bytes()))

@@ -24,6 +24,7 @@ from boxwright.detectors.proposal_network import ProposalNetwork
 from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
+from boxwright.weights.fetch import fetch, is_url, remote_file
 from boxwright.weights.ours import load_weights
 
 Image = str | Path | np.ndarray
@@ -181,21 +182,20 @@ def _checked_proposals(boxes: Any) -> GivenProposals:
     return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
+def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
     """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
-        path: A run's folder, or a weights file.
+        place: A run's folder, a folder that holds one weights file, such a file, or its URL.
         device: Where to run it, such as "cuda".
         trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
             imported or called, since a weights file may come from anyone.
 
     Raises:
         ValueError: It is no weights file of Boxwright's, it is damaged, or it names a module that is not trusted.
-        OSError: It cannot be read.
+        OSError: It cannot be read or fetched.
     """
-    path = Path(path)
-    file = weights_file(path)
+    file = weights_file(place)
     tensors, metadata = load_weights(file)
     missing = [name for name in ("experiment", "categories") if name not in metadata]
     if missing:
@@ -217,18 +217,26 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", trusted_module
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
 
 
-def weights_file(path: Path) -> Path:
-    """The weights file of a run's folder, or the file itself.
+def weights_file(place: str | Path) -> Path:
+    """The weights file of a run, of a published model or at a URL, which is fetched; or the file itself.
 
     Raises:
-        ValueError: The folder holds none.
-        OSError: There is nothing at the path.
+        ValueError: The folder holds none, or several.
+        OSError: There is nothing at the path, or it cannot be fetched.
     """
+    if isinstance(place, str) and is_url(place):
+        return fetch(remote_file(place))
+    path = Path(place)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run: give the folder of one, or a weights file")
     if not path.is_dir():
         return path
     file = path / "weights.safetensors"
-    if not file.is_file():
+    if file.is_file():
+        return file
+    others = sorted(path.glob("*.safetensors"))
+    if not others:
         raise ValueError(f"{path} holds no weights.safetensors: give a run's folder or a weights file")
-    return file
+    if len(others) > 1:
+        raise ValueError(f"{path} holds {', '.join(other.name for other in others)}: name one of them")
+    return others[0]

@@ -149,3 +149,9 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     proposals = small_run(tmp_path / "rpn", CELLS, proposals=True)
     result = CliRunner().invoke(app, ["test", str(proposals), "--data", str(few_cells), "--device", "cpu", "--tta"])
     assert "--tta: " in result.stderr
+
+
+def test_a_model_at_a_url_wants_a_folder_for_what_is_measured() -> None:
+    result = CliRunner().invoke(app, ["test", "http://models.example/mine.safetensors", "--data", "anywhere"])
+    assert result.exit_code == 1
+    assert "give --out" in result.stderr

@@ -24,7 +24,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"recipes"},
-    {"zoo"},
+    {"zoo", "publish"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

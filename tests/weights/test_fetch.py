@@ -272,6 +272,29 @@ def test_a_cache_that_cannot_be_written_is_named(host: Host, tmp_path: Path) -> 
         get(host.answer(NAME, whole(CONTENT)))
 
 
+def test_a_full_disk_is_told_with_the_file_and_what_came_is_kept(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = host.answer(NAME, whole(CONTENT))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=rf"{NAME} cannot be written \(.*No space left"):
+            get(url)
+    assert NAME not in kept(tmp_path)
+    assert_right(get(url), tmp_path)
+    assert len(host.requests) == 1
+
+
+@pytest.mark.parametrize("url", ["http://a.example/a b.pth", "http://a.example/ü.pth", "http://a.example:x/a.pth"])
+def test_a_url_that_cannot_be_asked_for_is_told_at_once(url: str) -> None:
+    with pytest.raises(FetchError, match="this URL cannot be asked for"):
+        fetch(Remote(name=NAME, urls=(url,), sha256=SHA256), pause=100)
+
+
 FETCH = """
 from boxwright.weights.fetch import Remote, fetch
 print(fetch(Remote(name={name!r}, urls=({url!r},), sha256={sha256!r}), timeout=20, tries=3, pause=0.01))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or a weights file.")],
+    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, or its URL.")],
     data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
     annotations: Annotated[
@@ -78,7 +78,10 @@ def measure(
     from boxwright.predictor import load, weights_file
     from boxwright.report.html import write_report
     from boxwright.training.distributed import process_group, rank, world_size
+    from boxwright.weights.fetch import is_url
 
+    if out is None and is_url(model):
+        raise ValueError("a model at a URL has no folder for what is measured: give --out")
     if annotations is not None and images is not None and data is None:
         chosen_split = Split(annotations, images)
     elif data is not None and annotations is None and images is None:

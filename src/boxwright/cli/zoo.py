@@ -1,4 +1,4 @@
-"""`boxwright zoo`: list public models, and fetch their weights."""
+"""`boxwright zoo`: list public models, fetch their weights, publish one's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Public models: list them, fetch their weights.", no_args_is_help=True)
+app = typer.Typer(help="Public models: list them, fetch their weights, publish yours.", no_args_is_help=True)
 
 Zoo = Annotated[
     str | None,
@@ -90,3 +90,23 @@ def download(
 
     path = fetch(find_model(load_zoo(zoo), name).remote)
     typer.echo(path if out is None else copy_into(path, out))
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    data: Annotated[str, typer.Option(metavar="TEXT", help="What was learnt from and measured with, in a few words.")],
+    licence: Annotated[str, typer.Option(metavar="ID", help="The licence of the weights, such as Apache-2.0.")],
+    name: Annotated[str | None, typer.Option(help="Of the model.", show_default="the run's")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a folder to put on the network: weights with their hash in the name, results, log, and a model card."""
+    from boxwright.publish import About
+    from boxwright.publish import publish as publish_run
+
+    about = About(name=name or run.resolve().name, licence=licence, data=data)
+    for path in publish_run(run, out, about, trusted_modules=trust or ()):
+        typer.echo(path)

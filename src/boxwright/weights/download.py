@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError, URLError
@@ -267,6 +267,8 @@ def _open(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
         raise kind(f"HTTP {error.code} {error.reason}") from error
     except URLError as error:
         raise _Failed(str(error.reason)) from error
+    except (InvalidURL, ValueError) as error:
+        raise _Refused(f"this URL cannot be asked for: {error}") from error
     except (OSError, HTTPException) as error:
         raise _Failed(_reason(error)) from error
     return response

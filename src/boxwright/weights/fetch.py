@@ -108,19 +108,24 @@ def fetch(remote: Remote, *, timeout: float = 20.0, tries: int = 4, pause: float
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{target.parent} cannot be made ({error}): set BOXWRIGHT_CACHE to another folder") from error
-    # The system drops this lock with its process, however that ends.
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if not _is_whole(target, remote.sha256):  # unless another process fetched it meanwhile
-            with _bar(remote.name) as show:
-                download.download(
-                    remote.urls,
-                    target,
-                    sha256=remote.sha256,
-                    timeout=timeout,
-                    tries=tries,
-                    pause=pause,
-                    show=show,
-                )
+    try:
+        # The system drops this lock with its process, however that ends.
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not _is_whole(target, remote.sha256):  # unless another process fetched it meanwhile
+                with _bar(remote.name) as show:
+                    download.download(
+                        remote.urls,
+                        target,
+                        sha256=remote.sha256,
+                        timeout=timeout,
+                        tries=tries,
+                        pause=pause,
+                        show=show,
+                    )
+    except FetchError:
+        raise
+    except OSError as error:
+        raise OSError(f"{target} cannot be written ({error}): make room or give access, then ask again") from error
     return target
 
 

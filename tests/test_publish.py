@@ -1,0 +1,172 @@
+"""What is published loads back and gives the same detections, and its card says what the run measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+import boxwright
+from boxwright.cli.main import app
+from boxwright.data.dataset import Category
+from boxwright.data.shapes import write_shapes
+from boxwright.publish import About, publish
+from boxwright.weights.ours import load_weights
+from small_model import small_run
+from weights.hosts import serve, whole
+
+ABOUT = About(name="cells", licence="CC-BY-4.0", data='BCCD: "train", val | test')
+COMMAND = "boxwright train small --data bccd"
+FIGURES = {"AP": 0.41234, "AP50": 0.7, "AP_large": -1.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that was evaluated at its last step, 12, and before."""
+    folder = small_run(tmp_path / "cells", [Category(id=4, name="cell"), Category(id=2, name="größe")])
+    page = {"experiment": {}, "command": COMMAND, "versions": {"boxwright": "0"}}
+    (folder / "experiment.json").write_text(json.dumps(page), "utf-8")
+    lines = [
+        {"kind": "evaluation", "step": 6, "metrics": {"AP": 0.1}},
+        {"kind": "evaluation", "step": 12, "metrics": FIGURES},
+        {"kind": "train", "step": 12, "total": 1.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (folder / "results.json").write_text("[]", "utf-8")
+    (folder / "checkpoints" / "step_12").mkdir(parents=True)
+    (folder / "checkpoints" / "step_12" / "optimizer.safetensors").write_bytes(b"momenta")
+    return folder
+
+
+def header_of(card: Path) -> dict:
+    return yaml.safe_load(card.read_text("utf-8").split("---\n")[1])
+
+
+def test_names_and_contents(run: Path, tmp_path: Path) -> None:
+    files = publish(run, tmp_path / "out", ABOUT)
+    weights, results, log, card = files
+    assert sorted((tmp_path / "out").iterdir()) == sorted(files)
+    found = re.fullmatch(r"cells_(20\d{6})-([0-9a-f]{8})\.safetensors", weights.name)
+    assert found
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert sha256.startswith(found[2])
+    assert results.name == f"cells_{found[1]}_results.json"
+    assert results.read_text() == "[]"
+    assert log.name == f"cells_{found[1]}_log.jsonl"
+    assert log.read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert sha256 in card.read_text("utf-8")
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+    with safe_open(run / "weights.safetensors", "pt") as file:
+        assert names == set(file.keys())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_loads_back_by_path_folder_and_url(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "cache"))
+    for name in ("BOXWRIGHT_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    weights = publish(run, tmp_path / "out", ABOUT)[0]
+    image = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    wanted = boxwright.load(run).predict(image)
+    assert len(wanted)
+    with serve() as host:
+        url = host.answer(weights.name, whole(weights.read_bytes()))
+        for place in (weights, weights.parent, url):
+            model = boxwright.load(place)
+            found = model.predict(image)
+            np.testing.assert_array_equal(found.boxes, wanted.boxes)
+            np.testing.assert_array_equal(found.scores, wanted.scores)
+            assert found.names == wanted.names
+            assert model.metadata["metrics"] == FIGURES
+            assert (model.metadata["licence"], model.metadata["data"]) == (ABOUT.licence, ABOUT.data)
+            assert model.metadata["step"] == 12
+        # A file that was changed on the way is refused by the hash that its name carries.
+        host.answer(weights.name, whole(weights.read_bytes()[:-1] + b"?"))
+        monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "other"))
+        with pytest.raises(OSError, match="SHA-256 hash begins with"):
+            boxwright.load(url)
+
+
+def test_the_card_says_what_was_measured_on_what_and_how(run: Path, tmp_path: Path) -> None:
+    card = publish(run, tmp_path / "out", ABOUT)[-1]
+    header = header_of(card)
+    assert header["license"] == "cc-by-4.0"
+    assert header["library_name"] == "boxwright"
+    assert header["pipeline_tag"] == "object-detection"
+    (entry,) = header["model-index"]
+    assert entry["name"] == "cells"
+    assert entry["results"][0]["dataset"]["name"] == ABOUT.data
+    measured = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    assert measured == {"AP": 41.2, "AP50": 70.0}  # of large objects there were none
+    text = card.read_text("utf-8")
+    for part in (COMMAND, ABOUT.data, "CC-BY-4.0", "| AP | 41.2 |", "cell, größe", "12 steps", "boxwright 0"):
+        assert part in text
+
+
+def test_the_hubs_own_reader_takes_the_card(run: Path, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard.load(publish(run, tmp_path / "out", ABOUT)[-1]).data
+    assert data.model_name == "cells"
+    assert data.license == "cc-by-4.0"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {"AP": 41.2, "AP50": 70.0}
+
+
+def test_figures_and_results_of_other_weights_are_left_out(run: Path, tmp_path: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 6, "metrics": {"AP": 0.1}}\n', "utf-8")
+    os.utime(run / "results.json", (1, 1))
+    files = publish(run, tmp_path / "out", ABOUT)
+    assert [path.suffix for path in files] == [".safetensors", ".jsonl", ".md"]
+    assert "model-index" not in header_of(files[-1])
+    assert "It was not measured." in files[-1].read_text("utf-8")
+    assert boxwright.load(files[0]).metadata["metrics"] == {}
+
+
+def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    publish(run, tmp_path / "out", ABOUT)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="name another folder"):
+        publish(run, tmp_path / "out", ABOUT)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_what_cannot_be_published_is_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a run's folder"):
+        publish(tmp_path, tmp_path / "out", ABOUT)
+    with pytest.raises(ValueError, match="cannot begin a file's name"):
+        publish(run, tmp_path / "out", About(name="a/b", licence="MIT", data="x"))
+    (run / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        publish(run, tmp_path / "out", ABOUT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_as_training_leaves_it(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "shapes", train=8, val=4)
+    out = tmp_path / "run"
+    words = ["training.runs:tiny_experiment", "--data", str(tmp_path / "shapes"), "--out", str(out), "--workers", "0"]
+    result = CliRunner().invoke(app, ["train", *words, "--set", "epochs=1"])
+    assert result.exit_code == 0, result.output
+    weights, results, log, card = publish(out, tmp_path / "out", ABOUT, trusted_modules=["training"])
+    assert json.loads(results.read_text("utf-8")) == json.loads((out / "results.json").read_text("utf-8"))
+    last = json.loads(log.read_text("utf-8").splitlines()[-1])
+    assert load_weights(weights)[1]["metrics"] == last["metrics"]
+    assert json.loads((out / "experiment.json").read_text("utf-8"))["command"] in card.read_text("utf-8")
+
+
+def test_the_command_names_the_model_after_its_run(run: Path, tmp_path: Path) -> None:
+    words = ["zoo", "publish", str(run), "--out", str(tmp_path / "out"), "--data", "BCCD", "--licence", "MIT"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    paths = [Path(line) for line in result.stdout.splitlines()]
+    assert all(path.is_file() for path in paths)
+    assert paths[0].name.startswith("cells_")
