@@ -98,6 +98,7 @@ def detector(kind: str, first: bool) -> dict[str, Tensor]:
         "fast_rcnn": box(f"{prefix}bbox_head", boxes),
         "faster_rcnn": {**rpn(), **box(f"{prefix}bbox_head", boxes)},
         "mask_rcnn": {**rpn(), **box(f"{prefix}bbox_head", boxes), **mask(f"{prefix}mask_head", masks)},
+        "cascade_rcnn": {**rpn(), **{k: s for i in range(3) for k, s in box(f"{prefix}bbox_head.{i}", 1).items()}},
         "cascade_mask_rcnn": {
             **rpn(),
             **{name: s for i in range(3) for name, s in box(f"{prefix}bbox_head.{i}", 1).items()},
@@ -113,6 +114,7 @@ MODELS = {
     "fast_rcnn": "fast_rcnn",
     "faster_rcnn": "faster_rcnn",
     "mask_rcnn": "mask_rcnn",
+    "cascade_rcnn": "cascade_rcnn",
     "cascade_mask_rcnn": "cascade_mask_rcnn",
     "retinanet": "retinanet",
 }
@@ -173,13 +175,16 @@ def test_tensors_are_where_they_belong(kind: str, first: bool) -> None:
             "mask_head.upsample.weight": theirs[f"{prefix}mask_head.upsample.weight"],
             "mask_head.mask_logits.bias": logits[1:] if first else logits,
         }
-    if kind == "cascade_mask_rcnn":
+    if kind.startswith("cascade"):
         logits = theirs[f"{prefix}bbox_head.2.fc_cls.bias"]
-        masks = theirs[f"{prefix}mask_head.1.conv_logits.weight"]
         pairs |= {
             "box_heads.0.fc2.weight": theirs[f"{prefix}bbox_head.0.shared_fcs.1.weight"],
             "box_heads.2.class_logits.bias": last(logits) if first else logits,
             "box_heads.1.box_deltas.weight": theirs[f"{prefix}bbox_head.1.fc_reg.weight"],
+        }
+    if kind == "cascade_mask_rcnn":
+        masks = theirs[f"{prefix}mask_head.1.conv_logits.weight"]
+        pairs |= {
             "mask_heads.1.mask_logits.weight": masks[1:] if first else masks,
         }
     for name, tensor in pairs.items():

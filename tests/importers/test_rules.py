@@ -49,6 +49,11 @@ def test_two_names_for_one_of_ours_and_what_is_not_supported() -> None:
         rename({"k.1": ONE}, (Unsupported("k.*", "no keypoints"),))
 
 
+def test_shapes_that_cannot_be_changed_are_told() -> None:
+    with pytest.raises(ValueError, match=r"x is \[\], which cannot be logits"):
+        rename({"x": torch.tensor(1.0)}, (Rule("x", "logits", background_to_last),))
+
+
 def test_background_goes_last_or_away() -> None:
     rows = torch.arange(12).reshape(3, 4)
     assert background_to_last(rows)[:, 0].tolist() == [4, 8, 0]

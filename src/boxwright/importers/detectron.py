@@ -93,7 +93,7 @@ def finish(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Norms get statistics; the bias of the first convolution, of which ours has none, goes into its norm's."""
     filled = with_statistics(tensors)
     bias = filled.pop("backbone.body.conv1.bias", None)
-    if bias is not None:
+    if bias is not None and {"backbone.body.bn1.weight", "backbone.body.bn1.bias"} <= filled.keys():
         shift = bias.double() * filled["backbone.body.bn1.weight"].double()
         filled["backbone.body.bn1.bias"] = (filled["backbone.body.bn1.bias"].double() + shift).to(bias.dtype)
     return filled

@@ -59,7 +59,8 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
         rules: The table.
 
     Raises:
-        ValueError: A name fits no row, fits a row of what is not supported, or two names become one of ours.
+        ValueError: A name fits no row, fits a row of what is not supported, or two names become one of ours; or a
+            tensor's shape is not such that it can be changed.
     """
     renamed: dict[str, Tensor] = {}
     unused, unknown = [], []
@@ -80,7 +81,10 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
         if ours in renamed:
             raise ValueError(f"{origin[ours]} and {name} are both {ours}: the file holds two models")
         origin[ours] = name
-        renamed[ours] = tensor if rule.change is None else rule.change(tensor)
+        try:
+            renamed[ours] = tensor if rule.change is None else rule.change(tensor)
+        except (IndexError, RuntimeError):  # of a shape that is not the layer's
+            raise ValueError(f"{name} is {list(tensor.shape)}, which cannot be {ours}") from None
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors are no part of the models that can be built here, so that the model would not be "
@@ -165,8 +169,8 @@ def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dic
     """
     changed = dict(tensors)
     for name, variance in tensors.items():
-        if name.startswith("backbone.body.") and name.endswith("running_var"):
-            scale = name.replace("running_var", "weight")
+        scale = name.removesuffix("running_var") + "weight"
+        if name.startswith("backbone.body.") and name.endswith("running_var") and scale in tensors:
             changed[name] = (variance.double() + theirs - ours).clamp(min=0).to(variance.dtype)
             factor = ((changed[name].double() + ours) / (variance.double() + theirs)).sqrt()
             changed[scale] = (tensors[scale].double() * factor).to(tensors[scale].dtype)
