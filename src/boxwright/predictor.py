@@ -26,6 +26,7 @@ from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
 from boxwright.weights.fetch import fetch, is_url, remote_file
 from boxwright.weights.ours import load_weights
+from boxwright.zoo import fetch_weights, load_zoo
 
 Image = str | Path | np.ndarray
 """A file, or uint8 [H, W, 3] RGB pixels."""
@@ -186,7 +187,8 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
     """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
-        place: A run's folder, a folder that holds one weights file, such a file, or its URL.
+        place: A run's folder, a folder that holds one weights file, such a file, its URL, or the name of a model of
+            the zoo, which is fetched and converted where need be.
         device: Where to run it, such as "cuda".
         trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
             imported or called, since a weights file may come from anyone.
@@ -218,7 +220,7 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
 
 
 def weights_file(place: str | Path) -> Path:
-    """The weights file of a run, of a published model or at a URL, which is fetched; or the file itself.
+    """The weights file of a run, of a published model, at a URL or of the zoo, which are fetched; or the file itself.
 
     Raises:
         ValueError: The folder holds none, or several.
@@ -228,7 +230,13 @@ def weights_file(place: str | Path) -> Path:
         return fetch(remote_file(place))
     path = Path(place)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such run: give the folder of one, or a weights file")
+        zoo = load_zoo()
+        if str(place) in zoo:
+            return fetch_weights(zoo[str(place)])
+        raise FileNotFoundError(
+            f"{path}: there is no such run: give the folder of one, a weights file, or a name that boxwright zoo list "
+            "prints"
+        )
     if not path.is_dir():
         return path
     file = path / "weights.safetensors"

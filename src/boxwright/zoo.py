@@ -13,8 +13,12 @@ from typing import Any
 
 import msgspec
 
+from boxwright import __version__
+from boxwright.importers.convert import convert
 from boxwright.training.experiment import nearest
-from boxwright.weights.fetch import Remote, hash_in_name, is_file_name, is_hash, is_url, read_page
+from boxwright.weights.fetch import Remote, fetch, hash_in_name, is_file_name, is_hash, is_url, read_page
+from boxwright.weights.foreign import read_foreign
+from boxwright.weights.ours import is_ours
 
 BUILT_IN = Path(__file__).with_name("zoo.toml")
 
@@ -121,6 +125,23 @@ def find_model(zoo: dict[str, Entry], name: str) -> Entry:
     if name not in zoo:
         raise ValueError(f"the zoo has no model {name!r}{nearest(name, zoo)}")
     return zoo[name]
+
+
+def fetch_weights(entry: Entry) -> Path:
+    """A model's weights in a file that `boxwright.load` opens: fetched, and brought into that form the first time.
+
+    Raises:
+        ValueError: The file is none that can be brought into our form (see `importers.convert`).
+        OSError: It cannot be fetched.
+    """
+    fetched = fetch(entry.remote)
+    if fetched.suffix == ".safetensors" and is_ours(fetched):
+        return fetched
+    # A later version may read the same file otherwise.
+    ours = fetched.with_name(f"{fetched.stem}.boxwright-{__version__}.safetensors")
+    if not ours.exists():
+        convert(read_foreign(fetched)).save(ours)
+    return ours
 
 
 def _check_mirrors(place: str, collection: Collection) -> None:

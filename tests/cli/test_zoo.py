@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from boxwright.cli.main import app
+from boxwright.importers.categories import COCO
+from importers.test_mmdetection import detector
 from weights.hosts import serve, status, whole
 
 CONTENT = b"weights" * 1000
@@ -102,3 +109,26 @@ def test_a_download_that_fails_tells_what_each_mirror_said(tmp_path: Path) -> No
     assert f"not {SHA256[:8]}" in told
     assert "Traceback" not in told
     assert not list((tmp_path / "cache").rglob(FILE))
+
+
+def test_predict_takes_a_name_fetches_another_s_weights_and_converts_them_once(tmp_path: Path) -> None:
+    tensors = {name: tensor / 50 for name, tensor in detector("faster_rcnn", first=True).items()}
+    tensors |= {name: tensor * 50 for name, tensor in tensors.items() if "running_var" in name}
+    content = io.BytesIO()
+    torch.save({"meta": {"mmdet_version": "0.5.1"}, "state_dict": tensors}, content)
+    file = f"mine-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth"
+    cv2.imwrite(str(tmp_path / "street.png"), np.zeros((64, 96, 3), np.uint8))
+    out = tmp_path / "found"
+    with serve() as host:
+        host.answer(file, whole(content.getvalue()))
+        zoo = Path(own_zoo(tmp_path, host.url))
+        zoo.write_text(zoo.read_text().replace(FILE, file))
+        words = ["predict", "mine", str(tmp_path / "street.png"), "--out", str(out), "--score", "0", "--device", "cpu"]
+        for _ in range(2):
+            result = CliRunner().invoke(app, words, env={"BOXWRIGHT_ZOO": str(zoo)})
+            assert result.exit_code == 0, result.output
+        assert len(host.requests) == 1
+    found = json.loads((out / "detections.json").read_text())
+    assert {row["category_name"] for row in found} <= {category.name for category in COCO}
+    assert (out / "street.png").is_file()
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1

@@ -21,10 +21,11 @@ FLOORS = [
     {"evaluation"},
     {"training"},
     {"importers"},
+    {"zoo"},
     {"report"},
     {"predictor"},
     {"recipes"},
-    {"zoo", "publish"},
+    {"publish"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

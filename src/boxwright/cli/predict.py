@@ -15,7 +15,7 @@ WRITABLE = SUFFIXES - {".gif"}
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, or its URL.")],
+    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a model of the zoo.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="FILES|FOLDERS", help="Pictures, or folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Where the pictures with boxes and detections.json go.")],
     score: Annotated[float, typer.Option(min=0, max=1, help="Leave out detections below this score.")] = 0.3,

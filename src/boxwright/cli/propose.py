@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def propose(
-    model: Annotated[str, typer.Argument(help="An RPN: a run's folder, a weights file, or its URL.")],
+    model: Annotated[str, typer.Argument(help="An RPN: a run's folder, a weights file, its URL, or one of the zoo.")],
     out: Annotated[Path, typer.Option(help="The proposals file to write.")],
     data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[

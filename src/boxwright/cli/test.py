@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, or its URL.")],
+    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a model of the zoo.")],
     data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
     annotations: Annotated[
@@ -79,9 +79,10 @@ def measure(
     from boxwright.report.html import write_report
     from boxwright.training.distributed import process_group, rank, world_size
     from boxwright.weights.fetch import is_url
+    from boxwright.zoo import load_zoo
 
-    if out is None and is_url(model):
-        raise ValueError("a model at a URL has no folder for what is measured: give --out")
+    if out is None and (is_url(model) or (not Path(model).exists() and model in load_zoo())):
+        raise ValueError("a model from elsewhere has no folder for what is measured: give --out")
     if annotations is not None and images is not None and data is None:
         chosen_split = Split(annotations, images)
     elif data is not None and annotations is None and images is None:
