@@ -21,6 +21,21 @@ from boxwright.training.settings import with_settings
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+COMMANDS = (
+    [],
+    ["data"],
+    ["data", "check"],
+    ["data", "shapes"],
+    ["predict"],
+    ["propose"],
+    ["test"],
+    ["train"],
+    ["weights"],
+    ["zoo"],
+    ["zoo", "publish"],
+)
+"""Those that stand in a sentence by their names alone."""
+
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -94,16 +109,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 @every_page
 def test_commands_parse(page: Path) -> None:
     for words in commands(page):
-        if words in (
-            [],
-            ["data"],
-            ["propose"],
-            ["train"],
-            ["test"],
-            ["predict"],
-            ["data", "check"],
-            ["data", "shapes"],
-        ):
+        if words in COMMANDS:
             continue  # a command's name in a sentence
         try:
             parameters = parse(words)
