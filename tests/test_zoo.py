@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,32 @@ def test_the_2018_toolboxs_files_have_the_mirrors_that_it_named() -> None:
     assert f"https://s3.ap-northeast-2.amazonaws.com/open-mmlab/mmdetection/{file}" in entry.remote.urls
     assert f"https://open-mmlab.oss-cn-beijing.aliyuncs.com/mmdetection/{file}" in entry.remote.urls
     assert entry.model.results == "results/mask_rcnn_r50_fpn_1x_20181010_results.pkl.json"
+
+
+def test_mmdetections_files_are_named_after_their_models_and_figures() -> None:
+    """Some of the files have their AP in their names."""
+    found = [entry for entry in load_zoo().values() if entry.collection.title == "mmdetection 2.x"]
+    assert Counter(entry.model.family for entry in found) == {
+        "rpn": 8,
+        "faster_rcnn": 12,
+        "mask_rcnn": 12,
+        "retinanet": 11,
+    }
+    num_compared = 0
+    for entry in found:
+        model = entry.model
+        name = re.fullmatch(r"(.+_fpn)_(?:mstrain(?:-poly)?_)?([123]x)_coco", model.name)
+        assert name, model.name
+        assert model.recipe == f"{name[1]}_{'1x' if name[2] == '1x' else '2x'}"
+        url = rf"https://download.openmmlab.com/mmdetection/v2.0/{model.family}/{model.name}/{model.name}_"
+        file = re.escape(url) + r"(?:bbox_mAP-([\d.]+)_)?(?:_segm_mAP-([\d.]+)_)?202\d{5}(?:_\d{6})?-[0-9a-f]{8}\.pth"
+        parts = re.fullmatch(file, entry.remote.urls[0])
+        assert parts, model.file
+        for key, stated in (("box AP", parts[1]), ("mask AP", parts[2])):
+            if stated is not None:
+                assert model.figures[key] == pytest.approx(100 * float(stated))
+                num_compared += 1
+    assert num_compared == 9
 
 
 def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
