@@ -99,14 +99,31 @@ def publish(
     data: Annotated[str, typer.Option(metavar="TEXT", help="What was learnt from and measured with, in a few words.")],
     licence: Annotated[str, typer.Option(metavar="ID", help="The licence of the weights, such as Apache-2.0.")],
     name: Annotated[str | None, typer.Option(help="Of the model.", show_default="the run's")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hf:OWNER/NAME",
+            help="Push the folder to this repository of the Hugging Face hub.",
+            show_default="no",
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --to: only for the repository's owner.")] = False,
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
 ) -> None:
     """Make a folder to put on the network: weights with their hash in the name, results, log, and a model card."""
+    from boxwright.hub import push, repository
     from boxwright.publish import About
     from boxwright.publish import publish as publish_run
 
+    if private and to is None:
+        raise ValueError("--private is of what is pushed: give --to too")
+    # Told before anything is made.
+    repo = None if to is None else repository(to)
     about = About(name=name or run.resolve().name, licence=licence, data=data)
-    for path in publish_run(run, out, about, trusted_modules=trust or ()):
+    files = publish_run(run, out, about, trusted_modules=trust or ())
+    for path in files:
         typer.echo(path)
+    if repo is not None:
+        typer.echo(f"{push(out, repo, private=private)}/resolve/main/{files[0].name}")
