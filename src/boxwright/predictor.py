@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -207,8 +207,13 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
         experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
         if not isinstance(experiment, Experiment) or not isinstance(experiment.resize, Resize):
             raise TypeError("its settings are of other kinds than an experiment's")
+        if not trusted_modules:
+            # Without memory at first, so that a page that names a huge model takes none.
+            with torch.device("meta"):
+                _require_shapes(build(experiment.model, num_classes=len(categories)), tensors)
         detector = build(experiment.model, num_classes=len(categories))
-    except (ValueError, TypeError, AttributeError) as error:  # whatever parts raise that were not made for each other
+    # Whatever parts raise that were not made for each other, or that are given numbers out of range.
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"{file}: the model cannot be rebuilt from what the file says: {error}") from error
     try:
         detector.load_state_dict(tensors)
@@ -217,6 +222,17 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
     if isinstance(detector, ProposalNetwork):  # it takes all classes for one
         categories = [Category(id=1, name="object")]
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
+
+
+def _require_shapes(detector: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that a file's tensors are of the model's shapes; what is missing or over is told when they are loaded.
+
+    Raises:
+        ValueError: some are of other shapes.
+    """
+    for name, tensor in detector.state_dict().items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(tensors[name].shape)} in the file and {list(tensor.shape)} in the model")
 
 
 def weights_file(place: str | Path) -> Path:

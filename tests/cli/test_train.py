@@ -104,6 +104,12 @@ def test_faults_take_one_line(shapes: Path, tmp_path: Path) -> None:
     assert "--train-annotations" in output
 
 
+def test_init_classes_wants_weights() -> None:
+    status, output = run(TINY, "--init-classes")
+    assert status == 1
+    assert "give them with --init" in " ".join(output.split())
+
+
 def test_sigterm_saves_and_leaves_with_its_status(shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tests = Path(__file__).resolve().parents[1]

@@ -153,7 +153,8 @@ def test_a_module_of_yours_must_be_trusted() -> None:
     [
         ("os.system", {"command": "true"}, "not Boxwright's"),
         ("boxwrightx.model", {}, "not Boxwright's"),
-        ("boxwright.training.run_folder.shutil.rmtree", {}, "there is no"),
+        ("boxwright.training.run_folder.shutil.rmtree", {}, "neither a part"),
+        ("boxwright.__main__.app", {}, "neither a part"),
         ("boxwright.training.run_folder.shutil", {}, "neither a part"),
         ("boxwright.training.experiment.get_close_matches", {}, "neither a part"),
         ("boxwright.training.run_folder.write_page", {"path": "x", "page": {}}, "neither a part"),

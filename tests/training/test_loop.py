@@ -18,12 +18,20 @@ from torch import nn
 
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.detectors.rcnn import faster_rcnn
-from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
+from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment, build
 from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
 from boxwright.training.non_finite import NonFiniteError, load_batches
+from boxwright.weights.ours import save_weights
 from training.fakes import Pictures, masked_detector, stumbling_detector, tiny_detector
-from training.runs import assert_same_run, assert_same_tensors, curve, start_python, tiny_experiment
+from training.runs import (
+    assert_same_run,
+    assert_same_tensors,
+    curve,
+    real_experiments,
+    start_python,
+    tiny_experiment,
+)
 
 EXPERIMENTS = {
     "sgd": tiny_experiment(),
@@ -257,6 +265,18 @@ def test_init_takes_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     run = Training(other, Pictures(), tmp_path / "second", num_workers=0, init=weights)
     trained = Training(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", resume=True)
     assert torch.equal(run.detector.body.weight, trained.detector.body.weight)
+
+
+def test_init_by_the_classes_names(tmp_path: Path) -> None:
+    """The file's circle is class 0 of one, the data set's class 1 of two."""
+    experiment = real_experiments()["faster_rcnn"]
+    tensors = build(experiment.model, num_classes=1).state_dict()
+    weights = tmp_path / "circles.safetensors"
+    save_weights(weights, tensors, {"categories": [{"id": 1, "name": "circle"}]})
+    run = Training(experiment, Pictures(), tmp_path / "run", num_workers=0, init=weights, init_classes=True)
+    rows = run.detector.state_dict()["box_head.class_logits.weight"]
+    assert torch.equal(rows[1:], tensors["box_head.class_logits.weight"])
+    assert not torch.equal(rows[0], tensors["box_head.class_logits.weight"][0])
 
 
 def test_masks_are_read_where_the_detector_needs_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,13 @@ def train(
     init: Annotated[
         Path | None, typer.Option(metavar="WEIGHTS", help="Start from the tensors of this weights file that fit.")
     ] = None,
+    init_classes: Annotated[
+        bool,
+        typer.Option(
+            "--init-classes",
+            help="With --init, take what it knows of classes by their names; other classes start anew.",
+        ),
+    ] = False,
     proposals: Annotated[
         Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
     ] = None,
@@ -103,6 +110,8 @@ def train(
     if show:
         typer.echo(describe(experiment))
         return
+    if init_classes and init is None:
+        raise ValueError("--init-classes says how to start from weights: give them with --init")
     train_splits, val_splits = _splits(data or [], (train_annotations, train_images), (val_annotations, val_images))
     out = out or Path("runs") / recipe.rpartition(":")[2]
     num_workers = _spare_cores() if workers is None else workers
@@ -132,6 +141,7 @@ def train(
             evaluate=validation,
             resume=resume,
             init=init,
+            init_classes=init_classes,
             proposals=given,
             num_workers=num_workers,
             log_every=log_every,

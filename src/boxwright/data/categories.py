@@ -34,10 +34,21 @@ def match_by_name(
             f"{what}. Only in {sides[0]} ({len(ours)} categories): {_listed(our_names - their_names)}. "
             f"Only in {sides[1]} ({len(theirs)} categories): {_listed(their_names - our_names)}. {mend}"
         )
-    rows: dict[str, list[int]] = {}
-    for row, category in enumerate(theirs):
-        rows.setdefault(category.name, []).append(row)
+    rows = _rows_by_name(theirs)
     return [rows[category.name].pop(0) for category in ours]
+
+
+def shared_by_name(ours: Sequence[Category], theirs: Sequence[Category]) -> list[int | None]:
+    """For each category of ours, the row of the same-named one of theirs, or None; the first is the first's."""
+    rows = _rows_by_name(theirs)
+    return [rows[category.name].pop(0) if rows.get(category.name) else None for category in ours]
+
+
+def _rows_by_name(categories: Sequence[Category]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, category in enumerate(categories):
+        rows.setdefault(category.name, []).append(row)
+    return rows
 
 
 def _listed(names: Counter[str]) -> str:

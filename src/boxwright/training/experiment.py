@@ -228,6 +228,13 @@ def to_json(value: Any) -> Any:
 
 MODEL_MODULES = ("boxwright.backbones", "boxwright.heads", "boxwright.detectors")
 """Whose functions a page may have called: they make modules and do nothing else."""
+SETTINGS_MODULES = (
+    "boxwright.training.experiment",
+    "boxwright.data.augment",
+    "boxwright.data.buckets",
+    "boxwright.geometry.conventions",
+)
+"""Whose dataclasses a page may hold besides. No other module is imported for a page: importing one may run it."""
 
 
 def from_json(page: Any, trusted_modules: Collection[str] = ()) -> Experiment:
@@ -277,6 +284,8 @@ def _find(name: str, trusted: tuple[str, ...]) -> Any:
         raise ValueError(
             f"{name} is not Boxwright's: name its module as trusted if you know its code and would run it here"
         )
+    if not _inside(module_name, (*MODEL_MODULES, *SETTINGS_MODULES, *trusted)):
+        raise ValueError(f"{name} is neither a part of a model nor settings")
     try:
         target = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError):

@@ -32,6 +32,7 @@ from boxwright.training.distributed import (
 )
 from boxwright.training.ema import EMA
 from boxwright.training.experiment import Experiment, build, to_json
+from boxwright.training.init_weights import load_init
 from boxwright.training.interrupt import TrainingInterrupted, stop_request
 from boxwright.training.metrics import Clock, Log, Window, memory, progress_line, say
 from boxwright.training.non_finite import NonFiniteError, keep_batches
@@ -39,7 +40,7 @@ from boxwright.training.optimizer import build_optimizer
 from boxwright.training.run_folder import RunFolder, require_same, versions, write_page
 from boxwright.training.schedule import learning_rate
 from boxwright.training.step import TrainStep
-from boxwright.weights.ours import load_weights, save_weights
+from boxwright.weights.ours import save_weights
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 """Measures a detector on all ranks together and gives every rank the numbers by name."""
@@ -65,6 +66,7 @@ class Training:
         evaluate: Evaluate | None = None,
         resume: bool = False,
         init: Path | None = None,
+        init_classes: bool = False,
         proposals: ProposalFile | None = None,
         num_workers: int = 2,
         log_every: int | None = None,
@@ -82,6 +84,7 @@ class Training:
             evaluate: measures the detector every `experiment.evaluate_every` epochs and at the end.
             resume: go on from the newest checkpoint in `out`, if there is one.
             init: weights to start from; tensors whose name or shape is not the model's are left out, with a line.
+            init_classes: take the rows of classes in `init` by the classes' names, see `load_init`.
             proposals: boxes for the images of `dataset`, for a detector without a network of its own for them.
             num_workers: processes that read images, for each rank.
             log_every: steps; None for 50, or fewer in a short run.
@@ -91,7 +94,7 @@ class Training:
 
         Raises:
             ValueError: the folder holds another run, the run to resume had another experiment or is damaged, not all
-                processes see its checkpoints, or proposals are missing or have no use.
+                processes see its checkpoints, proposals are missing or have no use, or `init` does not fit.
         """
         self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
@@ -103,7 +106,7 @@ class Training:
         if newest is None:
             self.folder.require_no_run()
         if init is not None and newest is None:
-            _load_init(self.detector, init)
+            load_init(self.detector, init, dataset.categories, match_classes=init_classes)
         needs_masks = getattr(self.detector, "needs_masks", False)
         self.loader = TrainingLoader(
             dataset,
@@ -396,20 +399,3 @@ def _what_must_stay(page: dict[str, Any]) -> dict[str, Any]:
         "categories": page.get("categories"),
     }
     return {**page["experiment"]["arguments"], "images_per_device": None, **facts}
-
-
-def _load_init(detector: nn.Module, path: Path) -> None:
-    """Start from the tensors of a weights file that fit by name and shape.
-
-    Raises:
-        ValueError: none does.
-    """
-    tensors, _ = load_weights(path)
-    own = detector.state_dict()
-    fitting = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
-        raise ValueError(f"{path} holds no tensor that fits the model: it belongs to another kind of model")
-    detector.load_state_dict(fitting, strict=False)
-    fresh = sorted(set(own) - set(fitting))
-    if fresh:
-        say(f"{path}: {len(fitting)} tensors taken; {len(fresh)} start anew, not there or of another shape: {fresh}")

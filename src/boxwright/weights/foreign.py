@@ -70,6 +70,8 @@ def read_foreign(path: Path, *, sha256: str | None = None) -> ForeignFile:
     if sha256 is not None and sha256.lower() != found:
         raise ValueError(f"{path} has sha256 {found}, not {sha256.lower()}: it is another file, or damaged")
     if start.startswith(_ZIP) or start == _OLD_TORCH:
+        if start.startswith(_ZIP):
+            _require_stored(path)
         page = _read_torch(path)
     elif start[8:9] == b"{":
         page = _read_safetensors(path)
@@ -104,12 +106,11 @@ def require_safe_torch(version: str) -> None:
 
 def _read_torch(path: Path) -> Any:
     require_safe_torch(torch.__version__)
-    if zipfile.is_zipfile(path):
-        _require_stored(path)
     try:
         with warnings.catch_warnings():
-            # Of old files with storages of types.
+            # Of old files with storages of types, and of files that torch did not write.
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -124,7 +125,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _require_stored(path: Path) -> None:
-    """Check that a zip file unpacks to no more than its own size, as torch's do, which pack nothing."""
+    """Check that a zip file is whole and unpacks to no more than its own size, as torch's do, which pack nothing."""
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()

@@ -103,7 +103,7 @@ def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
         )
     try:
         page = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of no JSON, a number of thousands of digits, or endless nesting
         raise ValueError(f"{path} has metadata that is no JSON ({error})") from None
     if not isinstance(page, dict) or page.get("format") != FORMAT:
         found = page.get("format") if isinstance(page, dict) else page

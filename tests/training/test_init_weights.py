@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from boxwright.data.dataset import Category
+from boxwright.detectors.class_rows import class_rows
+from boxwright.training.init_weights import load_init
+from boxwright.weights.ours import save_weights
+from factory import small_detector
+
+
+def named(*names: str) -> list[Category]:
+    return [Category(id=10 * place + 1, name=name) for place, name in enumerate(names)]
+
+
+OLD = named("cat", "dog", "bird", "fish")
+NEW = named("whale", "bird", "cat")
+BY_NAME = [(1, 2), (2, 0)]
+"""(row of NEW, row of OLD)."""
+
+
+def module(kind: str, categories: Sequence[Category], seed: int) -> nn.Module:
+    """A detector of numbers all of its own."""
+    detector = cast(nn.Module, small_detector(kind, len(categories)))
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return detector
+
+
+def write(path: Path, kind: str, categories: Sequence[Category], said: Any = None) -> dict[str, Tensor]:
+    """Weights of a detector of these categories, which says that they are others where `said` is given."""
+    tensors = module(kind, categories, 1).state_dict()
+    known = [{"id": category.id, "name": category.name} for category in categories]
+    save_weights(path, tensors, {"categories": known if said is None else said})
+    return tensors
+
+
+def copies(detector: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "retinanet"])
+def test_rows_of_shared_classes_go_by_name(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = write(tmp_path / "w.safetensors", kind, OLD)
+    detector = module(kind, NEW, 2)
+    before = copies(detector)
+    load_init(detector, tmp_path / "w.safetensors", NEW, match_classes=True)
+    after = detector.state_dict()
+    # Spelt out apart from the table: rows of background behind the classes, rows a class.
+    layouts = {"class_logits": (1, 1), "box_deltas": (0, 4), "mask_logits": (0, 1)}
+    num_checked = 0
+    for name, tensor in after.items():
+        layer = name.split(".")[-2]
+        if name.startswith(("box_head", "mask_head")) and layer in layouts and tensor.shape != given[name].shape:
+            background, values = layouts[layer]
+            for new, old in [*BY_NAME, *([(len(NEW), len(OLD))] if background else [])]:
+                got, want = tensor[new * values : (new + 1) * values], given[name][old * values : (old + 1) * values]
+                assert torch.equal(got, want), name
+            assert torch.equal(tensor[:values], before[name][:values]), f"{name}: the whale starts anew"
+            num_checked += 1
+        elif name.startswith("head.class_logits"):
+            anchors = len(tensor) // len(NEW)
+            for anchor in range(anchors):
+                for new, old in BY_NAME:
+                    assert torch.equal(tensor[anchor * len(NEW) + new], given[name][anchor * len(OLD) + old])
+                assert torch.equal(tensor[anchor * len(NEW)], before[name][anchor * len(NEW)])
+            num_checked += 1
+        else:
+            assert torch.equal(tensor, given[name]), name
+    # Weight and bias of logits, boxes and masks; a cascade's three stages have class-agnostic boxes here.
+    assert num_checked == {"faster_rcnn": 4, "mask_rcnn": 6, "cascade_mask_rcnn": 12, "retinanet": 2}[kind]
+    said = capsys.readouterr().out
+    assert "the rows of 2 classes taken by name: bird, cat; 1 start anew: whale" in said
+    assert "warning" not in said
+
+
+def test_classes_in_another_order_and_of_the_same_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = write(tmp_path / "w.safetensors", "retinanet", OLD)
+    turned = OLD[::-1]
+    detector = module("retinanet", turned, 2)
+    load_init(detector, tmp_path / "w.safetensors", turned, match_classes=True)
+    anchors = given["head.class_logits.bias"].view(-1, len(OLD))
+    assert torch.equal(detector.state_dict()["head.class_logits.bias"].view(-1, len(OLD)), anchors.flip(1))
+    assert "start anew" not in capsys.readouterr().out
+    # Without the flag by place, with a warning; with the very same classes without one.
+    load_init(detector, tmp_path / "w.safetensors", turned)
+    assert torch.equal(detector.state_dict()["head.class_logits.bias"], given["head.class_logits.bias"])
+    assert "warning: rows of classes are taken by their place" in capsys.readouterr().out
+    load_init(detector, tmp_path / "w.safetensors", OLD)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_larger_set_of_classes_scores_the_known_ones_as_before(tmp_path: Path) -> None:
+    """RetinaNet's scores of a class depend on its own rows alone."""
+    write(tmp_path / "w.safetensors", "retinanet", OLD)
+    wider = named("whale", *[category.name for category in OLD[::-1]], "ant")
+    old, new = (module("retinanet", classes, 1) for classes in (OLD, wider))
+    load_init(new, tmp_path / "w.safetensors", wider, match_classes=True)
+    features = [torch.randn(1, 32, 16 // 2**level, 16 // 2**level) for level in range(5)]
+    with torch.inference_mode():
+        before = cast(nn.Module, old.head)(features, (64, 64)).logits
+        after = cast(nn.Module, new.head)(features, (64, 64)).logits
+    for first, second in zip(before, after, strict=True):
+        torch.testing.assert_close(second[..., 1:5].flip(-1), first)
+
+
+def test_without_the_flag_what_does_not_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = write(tmp_path / "w.safetensors", "mask_rcnn", OLD)
+    detector = module("mask_rcnn", NEW, 2)
+    before = copies(detector)
+    load_init(detector, tmp_path / "w.safetensors", NEW)
+    fresh = {
+        name for name, tensor in detector.state_dict().items() if not torch.equal(tensor, given[name][: len(tensor)])
+    }
+    assert fresh == {name for name in given if class_rows(name)}
+    assert all(torch.equal(detector.state_dict()[name], before[name]) for name in fresh)
+    said = capsys.readouterr().out
+    assert f"{len(given) - 6} of the model's {len(given)} tensors taken" in said
+    assert "6 tensors start anew, which do not fit" in said
+    assert "box_head.class_logits.bias is [5] there and [4] here" in said
+    save_weights(tmp_path / "w.safetensors", {"rpn.conv.bias": given["rpn.conv.bias"]}, {})
+    load_init(detector, tmp_path / "w.safetensors", NEW)
+    assert f"{len(given) - 1} tensors start anew, which it does not have: backbone." in capsys.readouterr().out
+
+
+def test_class_agnostic_boxes_fit_any_classes(tmp_path: Path) -> None:
+    given = write(tmp_path / "w.safetensors", "ohem_rcnn", OLD)
+    detector = module("ohem_rcnn", NEW, 2)
+    load_init(detector, tmp_path / "w.safetensors", NEW, match_classes=True)
+    assert torch.equal(detector.state_dict()["box_head.box_deltas.weight"], given["box_head.box_deltas.weight"])
+
+
+def test_what_cannot_go_by_name_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+
+    def start(kind: str, categories: Sequence[Category] = NEW) -> None:
+        load_init(module(kind, categories, 2), path, categories, match_classes=True)
+
+    write(path, "retinanet", OLD)
+    with pytest.raises(ValueError, match=r"w\.safetensors shares no class .*bird, cat, dog, fish\. .*has ant, bee\."):
+        start("retinanet", named("bee", "ant"))
+    with pytest.raises(ValueError, match="no layer with rows of classes fits the model, for the 4 classes"):
+        start("faster_rcnn")
+    write(path, "retinanet", OLD, said=[])
+    with pytest.raises(ValueError, match="does not name its classes"):
+        start("retinanet")
+    write(path, "retinanet", OLD, said=[{"id": "x"}])
+    with pytest.raises(ValueError, match=r"w\.safetensors: its categories cannot be read"):
+        start("retinanet")
+    write(path, "retinanet", OLD, said=[{"id": 1, "name": "cat"}, *[{"id": 3, "name": "x"}] * 10])
+    with pytest.raises(ValueError, match="for the 11 classes that the file names"):
+        start("retinanet")
+    save_weights(path, {"other": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="holds no tensor that fits the model"):
+        load_init(module("retinanet", NEW, 2), path, NEW)

@@ -1,0 +1,231 @@
+"""Files made to do harm are refused by all that reads weights: with an error of one line, and without effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import boxwright
+from boxwright.cli.main import app
+from boxwright.data.dataset import Category
+from boxwright.data.proposals_foreign import open_proposals
+from boxwright.training.init_weights import load_init
+from boxwright.weights.foreign import read_foreign
+
+CATEGORIES = [Category(id=1, name="a")]
+EXPERIMENT = "boxwright.training.experiment.Experiment"
+FASTER = "boxwright.detectors.rcnn.faster_rcnn"
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+def read_init(path: Path) -> None:
+    load_init(nn.Linear(1, 1), path, CATEGORIES)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "load": boxwright.load,
+    "init": read_init,
+    "foreign": read_foreign,
+    "proposals": partial(open_proposals, image_ids=[1]),
+}
+
+
+def safetensors(header: Any, body: bytes = bytes(4), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+FILES = {
+    "the same bytes twice": safetensors({"a": ONE, "b": ONE}),
+    "overlapping offsets": safetensors(
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {**ONE, "data_offsets": [4, 8]}}, bytes(8)
+    ),
+    "offsets past the end": safetensors({"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}),
+    "offsets backwards": safetensors({"a": {**ONE, "data_offsets": [4, 0]}}),
+    "a hole": safetensors({"a": {**ONE, "data_offsets": [4, 8]}}, bytes(8)),
+    "bytes behind the end": safetensors({"a": ONE}, bytes(8)),
+    "a header of 2^63 bytes": safetensors({"a": ONE}, length=2**63),
+    "a header of 2^64 - 1 bytes": safetensors({"a": ONE}, length=2**64 - 1),
+    "a header longer than the file": safetensors({"a": ONE}, length=99_000_000),
+    "a header that is no JSON": safetensors(b"{no JSON}"),
+    "a header nested 50,000 deep": safetensors(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "a name twice": safetensors(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        bytes(8),
+    ),
+    "two pages": safetensors(b'{"__metadata__":{"boxwright":"1"},"__metadata__":{"boxwright":"2"}}', b""),
+    "an unknown type": safetensors({"a": {**ONE, "dtype": "PYOBJECT"}}),
+    "a huge shape": safetensors({"a": {**ONE, "shape": [2**31, 2**31]}}),
+    "a shape whose size overflows": safetensors({"a": {**ONE, "shape": [2**62, 4], "data_offsets": [0, 0]}}, b""),
+    "a negative shape": safetensors({"a": {**ONE, "shape": [-1]}}),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_headers(name: str, reader: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(FILES[name])
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        READERS[reader](path)
+
+
+def experiment(model: Any) -> dict[str, Any]:
+    resize = {"call": "boxwright.data.buckets.Resize", "arguments": {}}
+    return {"call": EXPERIMENT, "arguments": {"model": model, "resize": resize}}
+
+
+def faster(backbone: Any = None, **arguments: Any) -> dict[str, Any]:
+    backbone = backbone or {"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {"depth": 18}}
+    return {"call": FASTER, "arguments": {"backbone": backbone, **arguments}}
+
+
+def box(**numbers: Any) -> dict[str, Any]:
+    return experiment(faster(box={"call": "boxwright.heads.box_head.BoxConfig", "arguments": numbers}))
+
+
+NAMES = (
+    "os.system",
+    "builtins.eval",
+    "subprocess.run",
+    "boxwright.data.shapes.write_shapes",
+    "boxwright.weights.ours.save_weights",
+    "boxwright.training.experiment.importlib.import_module",
+    "boxwright.training.experiment.build",
+    "boxwright.detectors.rcnn.RCNN",
+    "boxwright.detectors.rcnn.torch.load",
+    "boxwright.__main__.app",
+    "boxwright.cli.main.app",
+    "boxwright..os.system",
+    "",
+)
+PAGES: dict[str, Any] = {
+    **{f"calls {name!r}": {"call": name, "arguments": {"command": "touch hit"}} for name in NAMES},
+    **{f"holds {name!r}": experiment(faster({"call": name, "arguments": {"folder": "hit"}})) for name in NAMES},
+    "a huge layer": box(width=10**7),
+    "a negative layer": box(width=-5),
+    "a depth that is text": experiment(
+        faster({"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {"depth": "os"}})
+    ),
+    "no call": {"call": 1, "arguments": []},
+}
+TEXTS = {
+    "a page that is no JSON": "{",
+    "a page nested 100,000 deep": "[" * 100_000 + "]" * 100_000,
+    "a page of calls in calls": '{"format": "boxwright-1", "categories": [], "experiment": '
+    + f'{{"call": "{FASTER}", "arguments": {{"backbone": ' * 5000
+    + "1"
+    + "}}" * 5000
+    + "}",
+    "a number of 5,000 digits": '{"format": "boxwright-1", "step": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("name", [*PAGES, *TEXTS])
+def test_hostile_pages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = {"format": "boxwright-1", "categories": [{"id": 1, "name": "a"}], "experiment": PAGES.get(name)}
+    path = tmp_path / "weights.safetensors"
+    text = TEXTS.get(name) or json.dumps(page)
+    path.write_bytes(safetensors({"__metadata__": {"boxwright": text}, "a": ONE}))
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        boxwright.load(path)
+    result = CliRunner().invoke(app, ["weights", "inspect", str(path)])
+    assert result.exit_code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+class Reduces:
+    """An object whose pickle calls `os.system`."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def programs(command: str) -> dict[str, bytes]:
+    """Pickles that run a command where they are loaded in full, or ask for more than data."""
+    line = command.encode()
+    string = struct.pack("<I", len(line)) + line
+    return {
+        **{f"reduce, protocol {number}": pickle.dumps({"model": Reduces(command)}, number) for number in range(6)},
+        "global": b"cos\nsystem\n(S'" + line + b"'\ntR.",
+        "inst": b"(S'" + line + b"'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nX" + string + b"o.",
+        "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93X" + string + b"\x85R.",
+        "build": b"cos\nsystem\n}(S'x'\nI1\nub.",
+        "persistent id": b"P" + line + b"\n.",
+        "binary persistent id": b"\x80\x02X" + string + b"Q.",
+    }
+
+
+@pytest.mark.parametrize("place", ["plain", "archive"])
+@pytest.mark.parametrize("name", programs(""))
+def test_programs_are_not_run(name: str, place: str, tmp_path: Path) -> None:
+    program = programs(f"touch {tmp_path / 'hit'}")[name]
+    path = tmp_path / "x.pth"
+    if place == "plain":
+        path.write_bytes(program)
+    else:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", program)
+            file.writestr("archive/version", "3")
+    for reader in READERS.values():
+        with pytest.raises(ValueError, match=r"x\.pth"):
+            reader(path)
+    for command in (["inspect"], ["convert", "--out", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, ["weights", command[0], str(path), *command[1:]])
+        assert result.exit_code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_archives_that_unpack_to_much_or_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "inside" / "x.pth"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(20_000_000))
+    with pytest.raises(ValueError, match="it is packed"):
+        read_foreign(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("../hit", b"1")
+        file.writestr("/tmp/../hit", b"1")
+    with pytest.raises(ValueError, match="no whole torch file"):
+        read_foreign(path)
+    assert list(tmp_path.rglob("*hit*")) == []
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_cut_files(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    tensors = {"w": torch.ones(1000)}
+    for suffix in ("new", "old"):
+        torch.save(tensors, path, _use_new_zipfile_serialization=suffix == "new")
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        for reader in READERS.values():
+            with pytest.raises(ValueError, match=r"x\.pth"):
+                reader(path)
+
+
+def test_a_wrong_hash_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(programs(f"touch {tmp_path / 'hit'}")["global"])
+    arguments = ["weights", "convert", str(path), "--out", str(tmp_path / "out"), "--sha256", "0" * 64]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    with pytest.raises(ValueError, match="has sha256"):
+        read_foreign(path, sha256="0" * 64)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pkl"]
