@@ -132,8 +132,7 @@ def compare(
     for boxes, box_areas in columns:
         summary: tuple[Tensor, Tensor, Tensor] | None = None
         for row, (members, member_areas, member_crowd) in enumerate(rows):
-            shared = intersection(members, boxes, plus_one)
-            iou = shared / (member_areas[..., None] + box_areas[:, None] - shared)
+            shared, iou = _overlaps(members, member_areas, boxes, box_areas, plus_one)
             best = iou.amax(1)
             # The first slot that holds the maximum; max(1) would say the same three times slower on the CPU.
             first = torch.where(iou == best[:, None], slot_order[: iou.shape[1]], 0.0).amax(1)
@@ -161,13 +160,20 @@ def compare(
     for boxes, box_areas in columns:
         reached = None
         for (members, member_areas, _), goal in zip(rows, goals, strict=True):
-            shared = intersection(members, boxes, plus_one)
-            iou = shared / (member_areas[..., None] + box_areas[:, None] - shared)
+            _, iou = _overlaps(members, member_areas, boxes, box_areas, plus_one)
             here = (iou - goal[..., None]).amax(1) >= 0
             reached = here if reached is None else reached | here
         assert reached is not None
         best_of_object.append(reached)
     return best_iou, matched, held, torch.cat(best_of_object, 1)
+
+
+def _overlaps(
+    objects: Tensor, object_areas: Tensor, candidates: Tensor, areas: Tensor, plus_one: float
+) -> tuple[Tensor, Tensor]:
+    """[B, G, N] shared areas and IoUs of all pairs."""
+    shared = intersection(objects, candidates, plus_one)
+    return shared, shared / (object_areas[..., None] + areas[:, None] - shared)
 
 
 @torch.library.custom_op("boxwright::match", mutates_args=(), device_types="cpu")
