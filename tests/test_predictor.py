@@ -137,6 +137,24 @@ def test_a_url_and_a_folder_with_one_weights_file(
         boxwright.load(folder)
 
 
+def test_a_loaded_detector_is_the_built_one_bit_for_bit(run: Path, picture: Path) -> None:
+    """Loading skips what fills parameters; anchors and pixel statistics, which no file holds, must be there."""
+    loaded = boxwright.load(run)
+    tensors, _ = load_weights(run / "weights.safetensors")
+    built = build(loaded.experiment.model, num_classes=len(CATEGORIES))
+    built.load_state_dict(tensors)
+    wanted, given = dict(built.named_buffers()), dict(loaded.detector.named_buffers())
+    assert {"normalize.mean", "rpn.anchors.base_0"} <= wanted.keys()
+    for name, tensor in [*wanted.items(), *built.named_parameters()]:
+        other = given[name] if name in given else loaded.detector.get_parameter(name)
+        assert torch.equal(tensor, other), name
+        assert (tensor.dtype, tensor.requires_grad) == (other.dtype, other.requires_grad), name
+    found = loaded.predict(picture)
+    other = Predictor(built, experiment=loaded.experiment, categories=CATEGORIES).predict(picture)
+    np.testing.assert_array_equal(found.boxes, other.boxes)
+    np.testing.assert_array_equal(found.scores, other.scores)
+
+
 def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
     predictor = boxwright.load(run)
     with pytest.raises(ValueError, match=r"float64 \[4, 4, 3\] is no picture"):

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from boxwright.data.augment import place
 from boxwright.data.buckets import Resize, round_up
@@ -207,21 +208,45 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
         experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
         if not isinstance(experiment, Experiment) or not isinstance(experiment.resize, Resize):
             raise TypeError("its settings are of other kinds than an experiment's")
-        if not trusted_modules:
-            # Without memory at first, so that a page that names a huge model takes none.
-            with torch.device("meta"):
-                _require_shapes(build(experiment.model, num_classes=len(categories)), tensors)
-        detector = build(experiment.model, num_classes=len(categories))
+        detector = _unfilled(experiment, len(categories))
+        _require_shapes(detector, tensors)
     # Whatever parts raise that were not made for each other, or that are given numbers out of range.
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"{file}: the model cannot be rebuilt from what the file says: {error}") from error
+    own = detector.state_dict()
+    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in tensors.items()}
     try:
-        detector.load_state_dict(tensors)
+        # The file's own memory, which is mapped: nothing is copied, and what is written later stays out of the file.
+        detector.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{file}: the weights do not fit the model that it names: {error}") from error
+    if any(tensor.is_meta for tensor in (*detector.parameters(), *detector.buffers())):  # a part of the user's own
+        detector = build(experiment.model, num_classes=len(categories))
+        detector.load_state_dict(tensors)
     if isinstance(detector, ProposalNetwork):  # it takes all classes for one
         categories = [Category(id=1, name="object")]
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within it `torch.empty` takes no memory, as `torch.device("meta")` has it for all tensors.
+
+    Parameters begin as `torch.empty`, and what fills them is skipped; tensors that are made of values stay real, such
+    as anchors and pixel statistics, which no weights file holds.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+def _unfilled(experiment: Experiment, num_classes: int) -> nn.Module:
+    """The detector, its parameters without memory, so that a file that names a huge model takes none either."""
+    with _EmptyOnMeta():
+        detector: nn.Module = build(experiment.model, num_classes=num_classes)
+    return detector
 
 
 def _require_shapes(detector: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
