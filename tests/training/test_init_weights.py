@@ -103,7 +103,8 @@ def test_a_larger_set_of_classes_scores_the_known_ones_as_before(tmp_path: Path)
     wider = named("whale", *[category.name for category in OLD[::-1]], "ant")
     old, new = (module("retinanet", classes, 1) for classes in (OLD, wider))
     load_init(new, tmp_path / "w.safetensors", wider, match_classes=True)
-    features = [torch.randn(1, 32, 16 // 2**level, 16 // 2**level) for level in range(5)]
+    levels = range(len(cast(nn.Module, old.backbone).strides))
+    features = [torch.randn(1, 32, 16 // 2**level, 16 // 2**level) for level in levels]
     with torch.inference_mode():
         before = cast(nn.Module, old.head)(features, (64, 64)).logits
         after = cast(nn.Module, new.head)(features, (64, 64)).logits
