@@ -187,3 +187,9 @@ def test_thousands_of_objects_never_meet_all_candidates_at_once() -> None:
     wanted = box_iou(objects[0], candidates[0, some]).max(0)
     torch.testing.assert_close(best_iou[0, some], wanted.values)
     assert torch.equal(matched[0, some], torch.where(wanted.values > 0, wanted.indices, 0))
+
+
+def test_operator_is_well_behaved() -> None:
+    objects = random_objects(5, 0)[None]
+    arguments = (anchors_of()[None], area(anchors_of())[None], objects, area(objects), torch.zeros(1, 5), 0.0, 0.7, 0.3)
+    torch.library.opcheck(module.compare_on_cpu, arguments)
