@@ -15,7 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from boxwright.backbones.resnet import Norm, make_norm
+from boxwright.backbones.norm import Norm, make_norm
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.structures import Batch, Detections

@@ -50,3 +50,26 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
     assert (boxes <= torch.tensor([90, 60, 90, 60])).all()
     scores = output.objectness.sigmoid().gather(1, proposals.sources)
     assert torch.equal(scores[proposals.valid], proposals.scores[proposals.valid])
+
+
+def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient() -> None:
+    torch.manual_seed(0)
+    head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0))).double()
+    maps = [feature.double().requires_grad_() for feature in features()]
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    output = head(maps, (64, 96))
+    # Corners and edges of both levels, where padding is read, and others.
+    total = sum(output.level_lengths)
+    corners = torch.tensor([0, 1, 47, 767, output.level_lengths[0], total - 1])
+    indices = torch.stack([torch.cat([corners, torch.randint(total, (40,))]) for _ in range(2)])
+    objectness, deltas = head.at_anchors(maps, indices)
+    dense = output.objectness.gather(1, indices), output.deltas.gather(1, indices[..., None].expand(-1, -1, 4))
+    weights = torch.randn_like(dense[0]), torch.randn_like(dense[1])
+    inputs = [*maps, *head.parameters()]
+
+    def gradients(objectness: torch.Tensor, deltas: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((objectness * weights[0]).sum() + (deltas * weights[1]).sum(), inputs)
+
+    torch.testing.assert_close((objectness, deltas), dense, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradients(objectness, deltas), gradients(*dense), rtol=0, atol=1e-10)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.backbones.resnet import ResNet, has_untrained_statistics
+from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.backbones.resnet import ResNet
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import Imported, convert
 from boxwright.training.experiment import arguments_of, call_name

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.resnet import ResNet, has_untrained_statistics
+from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.backbones.resnet import ResNet
 from boxwright.importers.rules import (
     Rule,
     Unsupported,

@@ -97,9 +97,9 @@ class CascadeRCNN(nn.Module):
         """
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        output = self.rpn(features, batch.images.shape[-2:])
-        losses = self.rpn.losses(output, batch, batch.targets)
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=True)
+        canvas = (batch.images.shape[2], batch.images.shape[3])
+        losses = self.rpn.losses(features, canvas, batch, batch.targets)
+        proposals = self.rpn.propose(features, canvas, batch.image_sizes, training=True)
         stages = self._stages
         for stage, (head, weight) in enumerate(zip(stages, self.loss_weights, strict=True)):
             sampled = head.sample(proposals, batch.targets, batch.seeds, features, stage)
@@ -121,8 +121,9 @@ class CascadeRCNN(nn.Module):
         averages the probabilities, and has a mask head in the last stage alone.
         """
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        output = self.rpn(features, batch.images.shape[-2:])
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
+        proposals = self.rpn.propose(
+            features, (batch.images.shape[2], batch.images.shape[3]), batch.image_sizes, training=False
+        )
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
         stages = self._stages
         all_logits = []

@@ -20,7 +20,7 @@ from boxwright.assign.sample import hardest, sample
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.suppression import Suppression
-from boxwright.losses import cross_entropy, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Detections, Proposals, Targets, take_slots
 
@@ -152,7 +152,8 @@ class BoxHead(nn.Module):
             level_epsilon=self.conventions.level_epsilon,
         )
         hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()
-        return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_boxes, 4))
+        logits, deltas = at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
+        return logits, deltas.unflatten(-1, (self.num_boxes, 4))
 
     def sample(
         self,

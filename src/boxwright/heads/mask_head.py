@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import SampledBoxes
-from boxwright.losses import binary_cross_entropy, weighted_mean
+from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Detections, Targets, take_slots
@@ -104,7 +104,7 @@ class MaskHead(nn.Module):
         weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
         assert self.mask_logits.bias is not None
         bias = self.mask_logits.bias[labels]
-        logits = torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)).float()
+        logits = at_least_float32(torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)))
         return logits.view(*labels.shape, *hidden.shape[-2:]) + bias[..., None, None]
 
     def losses(

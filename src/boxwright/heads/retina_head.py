@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.assign.match import IGNORED, POSITIVE, match
-from boxwright.backbones.resnet import make_norm
+from boxwright.backbones.norm import make_norm
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.heads.suppression import Suppression
-from boxwright.losses import sigmoid_focal_loss, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, sigmoid_focal_loss, smooth_l1, weighted_mean
 from boxwright.structures import Detections, Targets, take_slots
 
 
@@ -127,7 +127,7 @@ class RetinaHead(nn.Module):
             canvas: (height, width) in pixels that the features were computed from.
         """
         logits = [by_anchor(self.class_logits(self.class_convs(x)), self.num_classes) for x in features]
-        deltas = [by_anchor(self.box_deltas(self.box_convs(x)), 4).float() for x in features]
+        deltas = [at_least_float32(by_anchor(self.box_deltas(self.box_convs(x)), 4)) for x in features]
         return RetinaOutput(
             logits=tuple(logits),
             deltas=torch.cat(deltas, 1),
@@ -188,7 +188,7 @@ class RetinaHead(nn.Module):
             anchors = level.amax(2).topk(min(config.pre_nms_per_level, length)).indices
             rows = take_slots(level, anchors).flatten(1)
             best, places = rows.topk(min(config.pre_nms_per_level, rows.shape[1]))
-            logits.append(best.float())
+            logits.append(at_least_float32(best))
             indices.append(anchors.gather(1, places // self.num_classes) + start)
             labels.append(places % self.num_classes)
             start += length
