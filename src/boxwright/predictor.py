@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -21,8 +21,9 @@ from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
+from boxwright.detectors.inference import pack_convolutions
 from boxwright.detectors.proposal_network import ProposalNetwork
-from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
+from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json
 from boxwright.weights.fetch import fetch, is_url, remote_file
@@ -79,6 +80,8 @@ class Predictor:
         """
         self.device = torch.device(device)
         self.detector = detector.to(self.device).eval()
+        if self.device.type == "cpu" and experiment.precision == "bfloat16":
+            pack_convolutions(self.detector)
         self.experiment = experiment
         self.categories = list(categories)
         self.metadata = metadata or {}
@@ -184,13 +187,20 @@ def _checked_proposals(boxes: Any) -> GivenProposals:
     return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
 
-def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
+def load(
+    place: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+    trusted_modules: Collection[str] = (),
+) -> Predictor:
     """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
         place: A run's folder, a folder that holds one weights file, such a file, its URL, or the name of a model of
             the zoo, which is fetched and converted where need be.
         device: Where to run it, such as "cuda".
+        precision: What the detector computes in; None for what it was trained in.
         trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
             imported or called, since a weights file may come from anyone.
 
@@ -225,6 +235,8 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
         detector.load_state_dict(tensors)
     if isinstance(detector, ProposalNetwork):  # it takes all classes for one
         categories = [Category(id=1, name="object")]
+    if precision is not None:
+        experiment = replace(experiment, precision=precision)
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
 
 

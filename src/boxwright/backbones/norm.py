@@ -1,4 +1,4 @@
-"""Normalisation layers, and convolutions that have one behind them.
+"""Normalisation layers.
 
 B images, C channels, H x W positions.
 """
@@ -78,30 +78,6 @@ def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Mod
     raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
 
 
-def convolve(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(convolution(x))`.
-
-    A norm of constant statistics is a scale and a shift of each channel, so it is put into the weights and the bias:
-    the same in real arithmetic, gradients included, without another pass over the map and without a second map to keep
-    for the backward pass.
-
-    Args:
-        convolution: an `nn.Conv2d`.
-        norm: of its outputs.
-        x: [B, inputs, H, W].
-
-    Returns:
-        [B, C, H', W'].
-    """
-    if not _has_constant_statistics(norm):
-        y: Tensor = norm(convolution(x))
-        return y
-    assert isinstance(convolution, nn.Conv2d)
-    assert isinstance(convolution.padding, tuple)
-    weight, bias = folded(convolution, norm)
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-
-
 def folded(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight [C, inputs / groups, K, K] and bias [C] of the one convolution that does what both do."""
     assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
@@ -112,7 +88,8 @@ def folded(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return convolution.weight * scale[:, None, None, None], norm.bias - before * scale
 
 
-def _has_constant_statistics(norm: nn.Module) -> bool:
+def has_constant_statistics(norm: nn.Module) -> bool:
+    """Whether the norm is a scale and a shift of each channel, whatever it is given."""
     if isinstance(norm, FrozenBatchNorm2d):
         return True
     return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from boxwright.backbones.norm import Norm, convolve, make_norm
+from boxwright.backbones.convolve import convolve
+from boxwright.backbones.norm import Norm, make_norm
 
 Style = Literal["pytorch", "caffe"]
 
@@ -77,10 +78,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, width, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
-        x = F.relu(convolve(self.conv1, self.bn1, x), inplace=True)
-        x = convolve(self.conv2, self.bn2, x)
-        x += shortcut
-        return F.relu(x, inplace=True)
+        x = convolve(self.conv1, self.bn1, x, relu=True)
+        return convolve(self.conv2, self.bn2, x, shortcut, relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -117,11 +116,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, 4 * width, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
-        x = F.relu(convolve(self.conv1, self.bn1, x), inplace=True)
-        x = F.relu(convolve(self.conv2, self.bn2, x), inplace=True)
-        x = convolve(self.conv3, self.bn3, x)
-        x += shortcut
-        return F.relu(x, inplace=True)
+        x = convolve(self.conv1, self.bn1, x, relu=True)
+        x = convolve(self.conv2, self.bn2, x, relu=True)
+        return convolve(self.conv3, self.bn3, x, shortcut, relu=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> nn.Sequential | None:
@@ -220,7 +217,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels -> the maps of `out_stages`."""
-        x = F.relu(convolve(self.conv1, self.bn1, images), inplace=True)
+        x = convolve(self.conv1, self.bn1, images, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []
         for index in range(self.num_stages):

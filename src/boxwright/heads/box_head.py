@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.assign.match import POSITIVE, Matches, match
 from boxwright.assign.sample import hardest, sample
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.slots import used_slots
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import at_least_float32, cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
@@ -276,7 +278,10 @@ class BoxHead(nn.Module):
             Detections in D = `max_detections` slots (fewer where there are fewer than D proposals x classes).
         """
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
-        logits, deltas = self(features, boxes, proposals.valid)
+        num_slots = used_slots(proposals.valid)
+        logits, deltas = self(features, boxes[:, :num_slots], proposals.valid[:, :num_slots])
+        num_unused = boxes.shape[1] - num_slots
+        logits, deltas = F.pad(logits, (0, 0, 0, num_unused)), F.pad(deltas, (0, 0, 0, 0, 0, num_unused))
         return self.best_detections(logits, self.refine(boxes, deltas, image_sizes), proposals.valid)
 
     def best_detections(self, logits: Tensor, boxes: Tensor, valid: Tensor) -> Detections:

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from boxwright.backbones.convolve import convolve
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import SampledBoxes
+from boxwright.heads.slots import used_slots
 from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.roi_align import multilevel_roi_align
@@ -98,7 +100,7 @@ class MaskHead(nn.Module):
         )
         hidden = grid.flatten(0, 1)
         for conv in self.convs:
-            hidden = conv(hidden).relu()
+            hidden = convolve(conv, None, hidden, relu=True)
         hidden = self.upsample(hidden).relu()
         # The last layer's rows are picked by class before it is applied: a mask instead of C of them for every box.
         weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
@@ -122,7 +124,8 @@ class MaskHead(nn.Module):
             `mask`, scalar: the mean over all cells of the positives whose object has a mask; 0 without any.
         """
         assert targets.masks is not None, "a mask head needs masks in its targets"
-        boxes, matched, positive = (field[:, :max_positives] for field in sampled[:3])
+        num_slots = used_slots(sampled.positive[:, :max_positives])
+        boxes, matched, positive = (field[:, :num_slots] for field in sampled[:3])
         positive = positive & take_slots(targets.masks.valid, matched)
         labels = torch.where(positive, take_slots(targets.labels, matched), 0)
         logits = self(features, boxes, labels, positive)
@@ -144,5 +147,9 @@ class MaskHead(nn.Module):
             features: L of [B, channels, H_l, W_l], finest first.
             detections: D slots an image.
         """
-        logits = self(features, detections.boxes, detections.labels, detections.valid)
-        return replace(detections, masks=torch.where(detections.valid[..., None, None], logits.sigmoid(), 0.0))
+        valid = detections.valid
+        num_slots = used_slots(valid)
+        logits = self(features, detections.boxes[:, :num_slots], detections.labels[:, :num_slots], valid[:, :num_slots])
+        unused = (0, 0, 0, 0, 0, valid.shape[1] - num_slots)
+        masks = F.pad(logits.sigmoid(), unused)
+        return replace(detections, masks=torch.where(valid[..., None, None], masks, 0.0))

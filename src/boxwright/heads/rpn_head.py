@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from boxwright.assign.match import match
 from boxwright.assign.sample import sample
+from boxwright.backbones.convolve import convolve
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
@@ -120,7 +121,7 @@ class RPNHead(nn.Module):
         """
         objectness, deltas = [], []
         for feature in features:
-            hidden = self.conv(feature).relu()
+            hidden = convolve(self.conv, None, feature, relu=True)
             objectness.append(at_least_float32(by_anchor(self.objectness(hidden), 1).squeeze(2)))
             deltas.append(at_least_float32(by_anchor(self.deltas(hidden), 4)))
         anchors = self.anchors(features, canvas)
