@@ -26,6 +26,7 @@ from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
+from boxwright.weights.hub import hub_file, is_hub_place
 from boxwright.weights.ours import load_weights
 from boxwright.zoo import fetch_weights, load_zoo
 
@@ -188,8 +189,9 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
     """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
-        place: A run's folder, a folder that holds one weights file, such a file, its URL, or the name of a model of
-            the zoo, which is fetched and converted where need be.
+        place: A run's folder, a folder that holds one weights file, such a file, its URL, its repository on the
+            Hugging Face hub (`hf:owner/name`), or the name of a model of the zoo, which is fetched and converted where
+            need be.
         device: Where to run it, such as "cuda".
         trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
             imported or called, since a weights file may come from anyone.
@@ -288,6 +290,8 @@ def weights_file(place: str | Path) -> Path:
     """
     if isinstance(place, str) and is_url(place):
         return fetch(remote_file(place))
+    if isinstance(place, str) and is_hub_place(place):
+        return fetch(hub_file(place))
     path = Path(place)
     if not path.exists():
         zoo = load_zoo()

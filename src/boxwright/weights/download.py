@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPException, HTTPMessage, HTTPResponse, InvalidURL
@@ -26,6 +27,8 @@ _CHUNK = 1 << 18
 _GOOD_PIECE = 1 << 20
 # Timed out, too early, too many requests: another time they may do.
 _PASSING = {408, 425, 429}
+# What the hub says of a private repository to those who may not read it.
+_NOT_FOR_ALL = {401, 403, 404}
 
 Show = Callable[[int, int | None], None]
 """Told the bytes that are there and those that there will be, if the host says so."""
@@ -241,8 +244,35 @@ class _Download:
         self._page.unlink(missing_ok=True)
 
 
+def hub() -> str:
+    """The URL of the Hugging Face hub, without a slash behind it; `HF_ENDPOINT` may name another host."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _is_of_hub(url: str) -> bool:
+    """Whether a URL is of the hub's own host and port, over https."""
+    asked, own = urlsplit(url), urlsplit(hub())
+    same = (asked.hostname, asked.port or 443) == (own.hostname, own.port or 443)
+    return same and asked.scheme == own.scheme == "https"
+
+
+def _with_token(request: Request) -> Request:
+    """The request, with `HF_TOKEN` if it goes to the hub; the token goes nowhere else, by a redirect neither.
+
+    Raises:
+        _Refused: what `HF_TOKEN` holds cannot be one.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and _is_of_hub(request.full_url):
+        if not re.fullmatch(r"[!-~]+", token):
+            raise _Refused("HF_TOKEN holds more than letters, digits and signs: set it to the token alone")
+        # Those that are not "unredirected" urllib sends on to wherever a host points.
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return request
+
+
 class _Redirects(HTTPRedirectHandler):
-    """Follows no redirect away from HTTP, and none from https to http."""
+    """Follows no redirect away from HTTP, and none from https to http; a token goes to the hub alone."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -250,21 +280,23 @@ class _Redirects(HTTPRedirectHandler):
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
             fp.close()
             raise _Refused(f"redirects to {newurl}, which is less safe and not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        return None if request is None else _with_token(request)
 
 
 def _open(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
     """The answer to a request, if it is one of success. Proxies are those of the environment."""
     own = {"User-Agent": f"boxwright/{__version__}", "Accept-Encoding": "identity"}
     try:
-        response: HTTPResponse = build_opener(_Redirects()).open(
-            Request(url, headers={**own, **headers}), None, timeout
-        )
+        request = _with_token(Request(url, headers={**own, **headers}))
+        response: HTTPResponse = build_opener(_Redirects()).open(request, None, timeout)
     except HTTPError as error:
         error.close()
         passing = error.code >= 500 or error.code in _PASSING
         kind = _OutOfRange if error.code == 416 else _Failed if passing else _Refused
-        raise kind(f"HTTP {error.code} {error.reason}") from error
+        private = error.code in _NOT_FOR_ALL and _is_of_hub(url)
+        hint = "; if it is private, set HF_TOKEN to a token that may read it" if private else ""
+        raise kind(f"HTTP {error.code} {error.reason}{hint}") from error
     except URLError as error:
         raise _Failed(str(error.reason)) from error
     except (InvalidURL, ValueError) as error:
