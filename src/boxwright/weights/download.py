@@ -61,7 +61,15 @@ class _Part(msgspec.Struct):
 
 
 def download(
-    urls: Sequence[str], target: Path, *, sha256: str, timeout: float, tries: int, pause: float, show: Show
+    urls: Sequence[str],
+    target: Path,
+    *,
+    sha256: str,
+    md5: str = "",
+    timeout: float,
+    tries: int,
+    pause: float,
+    show: Show,
 ) -> None:
     """Download a file; the caller sees to it that nobody else does so at the same time.
 
@@ -69,6 +77,7 @@ def download(
         urls: the mirrors, the first to ask first.
         target: the file's path; its folder exists.
         sha256: the hash, or its first digits, in lower-case hexadecimal; empty if unknown.
+        md5: the same of the MD5 hash.
         timeout: seconds that a host may be silent.
         tries: how often a mirror is asked whose fault may pass.
         pause: seconds before the second round; doubled for each further one, up to half a minute.
@@ -78,7 +87,7 @@ def download(
         FetchError: no mirror gave the file.
         OSError: it cannot be written.
     """
-    work = _Download(target, sha256, timeout, show)
+    work = _Download(target, sha256, md5, timeout, show)
     said: dict[str, str] = {}
     mirrors = list(urls)
     for number in range(tries):
@@ -116,7 +125,16 @@ def read_url(url: str, *, limit: int, timeout: float) -> bytes:
 
 def sha256_of(path: Path) -> str:
     """A file's hash, 64 hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    return _hash_of(path, hashlib.sha256())
+
+
+def md5_of(path: Path) -> str:
+    """A file's MD5 hash, 32 hexadecimal digits: it tells damage, and not who made a file."""
+    return _hash_of(path, hashlib.md5(usedforsecurity=False))
+
+
+def _hash_of(path: Path, digest: hashlib._Hash) -> str:
+    buffer = bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -126,8 +144,9 @@ def sha256_of(path: Path) -> str:
 class _Download:
     """One file on its way."""
 
-    def __init__(self, target: Path, sha256: str, timeout: float, show: Show) -> None:
+    def __init__(self, target: Path, sha256: str, md5: str, timeout: float, show: Show) -> None:
         self._target, self._sha256, self._timeout, self._show = target, sha256, timeout, show
+        self._md5 = md5
         self._file = target.with_name(f"{target.name}.part")
         self._page = target.with_name(f"{target.name}.part.json")
 
@@ -153,12 +172,13 @@ class _Download:
         have = self._size() if part else 0
         if part is None or have < part.length:
             self._receive(url, part, have)
-        actual = sha256_of(self._file) if self._sha256 else ""
-        if not actual.startswith(self._sha256):
-            self._drop()
-            what = f"the file's SHA-256 hash begins with {actual[: len(self._sha256)]}, not {self._sha256}"
-            # Pieces of two versions may have met: begun anew, the same mirror may well give the right file.
-            raise _Failed(what) if have else _Refused(what)
+        for name, hash_of, stated in (("SHA-256", sha256_of, self._sha256), ("MD5", md5_of, self._md5)):
+            actual = hash_of(self._file) if stated else ""
+            if not actual.startswith(stated):
+                self._drop()
+                what = f"the file's {name} hash begins with {actual[: len(stated)]}, not {stated}"
+                # Pieces of two versions may have met: begun anew, the same mirror may well give the right file.
+                raise _Failed(what) if have else _Refused(what)
         with self._file.open("rb+") as file:
             os.fsync(file.fileno())
         self._file.replace(self._target)
