@@ -197,6 +197,26 @@ def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
         assert [getattr(part, n, None) for n in numbers] == [getattr(theirs, n, None) for n in numbers]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"depth": 34},
+        {"depth": 101},
+        {"depth": 50, "groups": 32, "width_per_group": 4},
+        {"depth": 101, "groups": 32, "width_per_group": 8},
+        {"depth": 101, "groups": 64, "width_per_group": 4},
+    ],
+)
+def test_every_body_that_torchvision_has_fits_its_model(body: dict[str, int]) -> None:
+    model = partial(mask_rcnn, backbone=partial(resnet_fpn, **body), conventions=TORCHVISION)  # type: ignore[arg-type]
+    names: dict[str, Any] = {}
+    with torch.device("meta"):
+        given = export(build(model, num_classes=len(NAMES)), Experiment(model=model), CATEGORIES)
+        exec(given.code, names)
+    wanted = {name: tensor.shape for name, tensor in names["model"].state_dict().items()}
+    assert {name: tensor.shape for name, tensor in given.tensors.items()} == wanted
+
+
 def faults(model: Any) -> str:
     with torch.device("meta"):
         detector = build(model, num_classes=len(NAMES))
