@@ -63,6 +63,11 @@ class RetinaConfig:
     max_detections: int = 100
     """Detections an image."""
 
+    def __post_init__(self) -> None:
+        # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
+        if not 1 <= self.scales_per_octave <= 100:
+            raise ValueError(f"scales_per_octave={self.scales_per_octave}: give 1 to 100, such as 3")
+
 
 class RetinaOutput(NamedTuple):
     """The head's answer at every anchor."""

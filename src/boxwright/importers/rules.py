@@ -93,6 +93,32 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
     return Renamed(renamed, unused)
 
 
+def rename_back(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -> dict[str, Tensor]:
+    """Undo `rename`. Where several rows lead to a name of ours, the first is taken back.
+
+    Args:
+        tensors: By our names.
+        rules: The table that brings theirs under ours.
+
+    Raises:
+        ValueError: No row leads to a name of ours, or none whose change can be undone.
+    """
+    theirs: dict[str, Tensor] = {}
+    lost = []
+    for name, tensor in tensors.items():
+        for rule in rules:
+            origin = _origin(rule, name)
+            if origin is not None and next(r for r in rules if _pattern(r.theirs).fullmatch(origin)) is rule:
+                assert isinstance(rule, Rule)
+                theirs[origin] = tensor if rule.change is None else _UNDO[rule.change](tensor)
+                break
+        else:
+            lost.append(name)
+    if lost:
+        raise ValueError(f"{len(lost)} tensors have no names there: {listed(lost)}")
+    return theirs
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -114,6 +140,33 @@ def _filled(template: str, match: re.Match[str]) -> str:
     return text.replace("*", match["rest"]) if "*" in text else text
 
 
+def _origin(rule: Rule | Unsupported, ours: str) -> str | None:
+    """The name of theirs that a row would turn into this one of ours; None if there is none, or no way back."""
+    if isinstance(rule, Unsupported) or rule.ours is None or rule.change not in (None, *_UNDO):
+        return None
+    numbers: list[tuple[str, int, int]] = []
+
+    def part(place: re.Match[str]) -> str:
+        if place[0] == "*":
+            return "(?P<rest>.+)"
+        numbers.append((place[1], int(place[2] or 1), int(place[3] or 0)))
+        return rf"(?P<{place[1]}>\d+)"
+
+    pieces = re.split(r"(\*|\{[^}]*\})", rule.ours)
+    places = [re.sub(r"\*|\{(\w+?)(?:\*(\d+))?([+-]\d+)?\}", part, piece) for piece in pieces[1::2]]
+    texts = [re.escape(piece) for piece in pieces[::2]]
+    match = re.fullmatch("".join(a + b for a, b in zip(texts, [*places, ""], strict=True)), ours)
+    if match is None:
+        return None
+    name = rule.theirs.replace("*", match["rest"]) if "*" in rule.theirs else rule.theirs
+    for key, times, plus in numbers:
+        number, rest = divmod(int(match[key]) - plus, times)
+        if rest or number < 0:
+            return None
+        name = name.replace(f"{{{key}}}", str(number))
+    return name
+
+
 # Changes
 
 
@@ -130,6 +183,29 @@ def without_background(rows: Tensor) -> Tensor:
 def without_background_deltas(rows: Tensor) -> Tensor:
     """[4 * (1 + C), ...] with background first -> [4 * C, ...]; the [4, ...] of a box for all classes stay."""
     return rows if rows.shape[0] == 4 else rows[4:]
+
+
+def background_to_first(rows: Tensor) -> Tensor:
+    """[C + 1, ...] with background last -> [1 + C, ...] with it first."""
+    return torch.cat([rows[-1:], rows[:-1]])
+
+
+def with_background(rows: Tensor) -> Tensor:
+    """[C, ...] -> [1 + C, ...] with zeros for background first."""
+    return torch.cat([torch.zeros_like(rows[:1]), rows])
+
+
+def with_background_deltas(rows: Tensor) -> Tensor:
+    """[4 * C, ...] -> [4 * (1 + C), ...] with zeros for background first."""
+    return torch.cat([torch.zeros_like(rows[:4]), rows])
+
+
+_UNDO: dict[Change, Change] = {
+    background_to_last: background_to_first,
+    without_background: with_background,
+    without_background_deltas: with_background_deltas,
+}
+"""What undoes a change. Rows that were dropped come back as zeros: they are background's, which is never read."""
 
 
 def ratios_outermost(rows: Tensor) -> Tensor:
