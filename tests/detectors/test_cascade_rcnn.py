@@ -8,7 +8,8 @@ from torch import Tensor
 
 from boxwright.detectors.cascade_rcnn import CascadeConfig, CascadeRCNN, cascade_rcnn, refined_proposals
 from boxwright.geometry.boxes import iou
-from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.box_sample import FIRST_OBJECT_SOURCE
 from boxwright.structures import Batch
 from factory import SMALL_BOX, SMALL_RPN, random_batch, small_backbone, small_detector
 
