@@ -118,6 +118,7 @@ SETTINGS = Settings(
     extra_relu=True,
     train_norm_affine=False,
     rpn=RPNConfig(
+        low_quality=0.0,
         border=None,
         smooth_l1_beta=0.0,
         num_proposals=1000,
@@ -131,12 +132,12 @@ SETTINGS = Settings(
         mask_in_all_stages=False,
     ),
     mask=MaskConfig(sampling_ratio=0),
-    retina=RetinaConfig(smooth_l1_beta=0.1),
+    retina=RetinaConfig(smooth_l1_beta=0.0, clip_first=False),
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """The file's own pixels where it holds them, as files of the first versions do."""
+    """The file's own pixels where it holds them, as files of the first versions do; of an RPN alone, more proposals."""
     mean, std = (file.tensors.get(f"pixel_{name}") for name in ("mean", "std"))
     if mean is not None and std is not None:
         means = _three(mean)
@@ -145,7 +146,10 @@ def _settings(file: ForeignFile) -> Settings:
     else:
         stats = RESNEXT if _is_resnext(file.tensors) else MSRA
     caffe = stats.std == (1.0, 1.0, 1.0) and not _has_group_norm(file.tensors)
-    return replace(SETTINGS, pixel_stats=stats, style="caffe" if caffe else "pytorch")
+    rpn = SETTINGS.rpn
+    if not any_starts(file.tensors.keys(), "roi_heads."):
+        rpn = replace(rpn, test_num_proposals=2000)
+    return replace(SETTINGS, pixel_stats=stats, style="caffe" if caffe else "pytorch", rpn=rpn)
 
 
 def _three(values: Tensor) -> tuple[float, float, float]:
