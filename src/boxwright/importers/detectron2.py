@@ -124,8 +124,10 @@ SETTINGS = Settings(
         num_proposals=1000,
         test_pre_nms_per_level=1000,
         test_num_proposals=1000,
+        # All that are not empty.
+        min_size=1e-9,
     ),
-    box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0),
+    box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
     cascade=CascadeConfig(
         stds=((1 / 20, 1 / 20, 1 / 10, 1 / 10), (1 / 30, 1 / 30, 1 / 15, 1 / 15)),
         mean_of="probabilities",
