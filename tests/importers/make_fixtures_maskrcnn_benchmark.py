@@ -99,13 +99,17 @@ GAINS = {
     # Scores that spread, and boxes that stay near their anchors.
     "rpn.head.bbox_pred.weight": 0.15,
     "rpn.head.cls_logits.weight": 0.7,
-    "roi_heads.box.predictor.cls_score.weight": 0.55,
+    "roi_heads.box.predictor.cls_score.weight": 0.45,
+    # Several classes in a picture: units that are on for some boxes alone.
+    "*.fc6.bias": 24.0,
+    "*.fc7.bias": 10.0,
 }
 RESNEXT_GAINS = {
     # So that the threshold on scores leaves fewer detections than there may be.
-    "roi_heads.box.predictor.cls_score.weight": 0.4,
+    "roi_heads.box.predictor.cls_score.weight": 0.24,
+    "*.fc?.bias": 1.0,
 }
-RETINA_GAINS = {"rpn.head.cls_logits.weight": 0.5, "rpn.head.bbox_pred.weight": 2.0}
+RETINA_GAINS = {"rpn.head.cls_logits.weight": 0.35, "rpn.head.bbox_pred.weight": 2.0}
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
 
@@ -154,7 +158,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         # The anchors are in its files, too; they are no weights.
         shapes = {k: tuple(tensor.shape) for k, tensor in model.state_dict().items() if "anchor_generator" not in k}
         special = RESNEXT_GAINS if "resnext" in name else RETINA_GAINS if "retinanet" in name else {}
-        gains = GAINS | special
+        gains = special | {pattern: gain for pattern, gain in GAINS.items() if pattern not in special}
         missing, unexpected = model.load_state_dict(fill(shapes, gains), strict=False)
         assert not unexpected, unexpected
         assert all("anchor_generator" in name for name in missing), missing
