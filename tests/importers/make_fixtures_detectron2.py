@@ -59,13 +59,13 @@ GAINS = {
     "*.anchor_deltas.weight": 0.15,
     "roi_heads.box_predictor*.cls_score.weight": 2.0,
     "roi_heads.box_predictor*.bbox_pred.weight": 1.0,
-    "head.cls_score.weight": 0.5,
+    "head.cls_score.weight": 0.66,
     "head.bbox_pred.weight": 0.4,
 }
 RESNEXT_GAINS = {
     "*.stem.conv1.weight": 0.5,
     # So that the threshold on scores leaves fewer detections than there may be.
-    "roi_heads.box_predictor*.cls_score.weight": 1.0,
+    "roi_heads.box_predictor*.cls_score.weight": 0.66,
 }
 """In place of those, where pixels are divided."""
 NORM_GAINS = {
