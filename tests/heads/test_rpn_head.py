@@ -50,3 +50,22 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
     assert (boxes <= torch.tensor([90, 60, 90, 60])).all()
     scores = output.objectness.sigmoid().gather(1, proposals.sources)
     assert torch.equal(scores[proposals.valid], proposals.scores[proposals.valid])
+
+
+def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
+    head = RPNHead(6, STRIDES, RPNConfig(num_convs=3))
+    maps = features()
+    torch.manual_seed(0)
+    for conv in (head.conv, *head.more_convs):
+        torch.nn.init.normal_(conv.weight, std=0.3)
+    hidden = maps[0]
+    for conv in (head.conv, *head.more_convs):
+        hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, padding=1).clamp(min=0)
+    wanted = head.objectness(hidden)
+    assert wanted.std() > 0
+    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], wanted[:, 0].flatten(1))
+
+
+def test_at_least_one_convolution_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="num_convs=0"):
+        RPNConfig(num_convs=0)
