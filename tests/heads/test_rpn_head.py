@@ -52,12 +52,13 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
     assert torch.equal(scores[proposals.valid], proposals.scores[proposals.valid])
 
 
-def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize("num_convs", [1, 3])
+def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: int) -> None:
     torch.manual_seed(0)
-    head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0))).double()
+    head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0), num_convs=num_convs)).double()
     maps = [feature.double().requires_grad_() for feature in features()]
     for parameter in head.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)
     output = head(maps, (64, 96))
     # Corners and edges of both levels, where padding is read, and others.
     total = sum(output.level_lengths)
@@ -73,3 +74,22 @@ def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient() -> None:
 
     torch.testing.assert_close((objectness, deltas), dense, rtol=0, atol=1e-10)
     torch.testing.assert_close(gradients(objectness, deltas), gradients(*dense), rtol=0, atol=1e-10)
+
+
+def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
+    head = RPNHead(6, STRIDES, RPNConfig(num_convs=3))
+    maps = features()
+    torch.manual_seed(0)
+    for conv in (head.conv, *head.more_convs):
+        torch.nn.init.normal_(conv.weight, std=0.3)
+    hidden = maps[0]
+    for conv in (head.conv, *head.more_convs):
+        hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, padding=1).clamp(min=0)
+    wanted = head.objectness(hidden)
+    assert wanted.std() > 0
+    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], wanted[:, 0].flatten(1))
+
+
+def test_at_least_one_convolution_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="num_convs=0"):
+        RPNConfig(num_convs=0)

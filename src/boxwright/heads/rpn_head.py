@@ -9,9 +9,9 @@ section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ SAMPLING_SALT = 1
 class RPNConfig:
     """The numbers of a region proposal network; the defaults are the 2018 toolbox's."""
 
+    num_convs: int = 1
+    """3x3 convolutions before the two 1x1 ones, at least 1."""
     anchor_scale: float = 8.0
     """An anchor's side in units of its level's stride."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -66,6 +68,10 @@ class RPNConfig:
     min_size: float = 1e-3
     """Proposals with a shorter side, in pixels, are dropped."""
 
+    def __post_init__(self) -> None:
+        if self.num_convs < 1:
+            raise ValueError(f"num_convs={self.num_convs}: a region proposal network has at least 1 convolution")
+
 
 class RPNOutput(NamedTuple):
     """The head's answer at every anchor, levels one after another, finest first."""
@@ -81,7 +87,7 @@ class RPNOutput(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """One 3x3 convolution and two 1x1 ones, shared by all levels, with their losses and their proposals."""
+    """3x3 convolutions, as a rule one, and two 1x1 ones, shared by all levels; their losses and their proposals."""
 
     def __init__(
         self,
@@ -105,12 +111,19 @@ class RPNHead(nn.Module):
         sizes = [[config.anchor_scale * stride] for stride in strides]
         self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.more_convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_convs - 1)
+        )
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (*self._convs, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
+
+    @property
+    def _convs(self) -> list[nn.Conv2d]:
+        return [self.conv, *cast(Iterable[nn.Conv2d], self.more_convs)]
 
     def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RPNOutput:
         """Score and refine every anchor.
@@ -121,7 +134,9 @@ class RPNHead(nn.Module):
         """
         objectness, deltas = [], []
         for feature in features:
-            hidden = convolve(self.conv, None, feature, relu=True)
+            hidden = feature
+            for conv in self._convs:
+                hidden = convolve(conv, None, hidden, relu=True)
             objectness.append(at_least_float32(by_anchor(self.objectness(hidden), 1).squeeze(2)))
             deltas.append(at_least_float32(by_anchor(self.deltas(hidden), 4)))
         anchors = self.anchors(features, canvas)
@@ -196,8 +211,14 @@ class RPNHead(nn.Module):
             start += feature.shape[-2] * feature.shape[-1] * num_anchors
             level = level + (indices >= start)
             place = torch.where(indices >= start, indices - start, place)
-        patches, _ = gather_patches(features, level, torch.div(place, num_anchors, rounding_mode="floor"), radius=1)
-        hidden = F.conv2d(patches.flatten(0, 1), self.conv.weight, self.conv.bias).relu()
+        hidden, inside = gather_patches(
+            features, level, torch.div(place, num_anchors, rounding_mode="floor"), radius=len(self._convs)
+        )
+        hidden, inside = hidden.flatten(0, 1), inside.flatten(0, 1)[:, None]
+        for conv in self._convs:
+            # Beyond the map's edge, the next convolution reads its padding and not what this one says there.
+            inside = inside[..., 1:-1, 1:-1]
+            hidden = torch.where(inside, F.conv2d(hidden, conv.weight, conv.bias).relu(), 0.0)
         own = (place % num_anchors)[..., None, None]
         objectness = self.objectness(hidden).view(*indices.shape, num_anchors, 1)
         deltas = self.deltas(hidden).view(*indices.shape, num_anchors, 4)

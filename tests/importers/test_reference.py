@@ -1,0 +1,58 @@
+"""Checkpoints in other code bases' layouts give the detections of those code bases' own models, on real pictures."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import boxwright
+from boxwright.importers.convert import convert
+from boxwright.weights.foreign import read_foreign
+from importers.reference import Reference, compare, detect, pictures, proposals
+
+
+def write_arrays(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """As the files of Detectron2's model zoo are."""
+    page = {"model": {name: tensor.numpy() for name, tensor in tensors.items()}, "__author__": "Detectron2 Model Zoo"}
+    file.write_bytes(pickle.dumps(page))
+
+
+def write_checkpoint(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """As maskrcnn-benchmark saves while it trains on several GPUs."""
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}, "iteration": 90000}, file)
+
+
+Writer = Callable[[Mapping[str, Tensor], Path], None]
+SOURCES: dict[str, tuple[Writer, list[str]]] = {
+    "detectron2": (
+        write_arrays,
+        ["proposal_network", "fast_rcnn", "faster_rcnn", "faster_rcnn_resnext", "mask_rcnn", "retinanet"],
+    ),
+    "maskrcnn_benchmark": (
+        write_checkpoint,
+        ["proposal_network", "faster_rcnn", "faster_rcnn_resnext", "mask_rcnn", "retinanet", "retinanet_p5"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "model"), [(source, model) for source in SOURCES for model in SOURCES[source][1]])
+def test_detections_are_the_peers(source: str, model: str, data_dir: Path, tmp_path: Path) -> None:
+    reference = Reference.load(f"{source}_{model}")
+    SOURCES[source][0](reference.tensors(), tmp_path / "theirs")
+    imported = convert(read_foreign(tmp_path / "theirs"))
+    assert imported.source.name == source
+    imported.save(tmp_path / "ours.safetensors")
+    detector = boxwright.load(tmp_path / "ours.safetensors").detector
+    for picture, wanted in zip(pictures(data_dir), reference.found, strict=True):
+        assert wanted.count > 50, "a check of few detections proves little"
+        given = detect(detector, picture, proposals(picture) if model == "fast_rcnn" else None)
+        different = compare(given, wanted)
+        print(different)
+        assert different.boxes < 1e-2
+        assert different.scores < 1e-4
+        assert different.masks < 1e-3
