@@ -41,6 +41,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mask_rcnn": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", R50),
     "retinanet": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", R50),
     "cascade_mask_rcnn": ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", R50),
+    "mask_rcnn_gn": ("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml", {**NARROW, "MODEL.ROI_BOX_HEAD.CONV_DIM": 32}),
+    # Two convolutions in the RPN, as the models under `new_baselines` have them beside their norms.
+    "mask_rcnn_syncbn": (
+        "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml",
+        {**R50, "MODEL.ROI_BOX_HEAD.CONV_DIM": 32, "MODEL.RPN.CONV_DIMS": [-1, -1]},
+    ),
 }
 GAINS = {
     # Pixels of about 70, where nothing divides them.
@@ -66,6 +72,13 @@ RESNEXT_GAINS = {
     "roi_heads.box_predictor*.cls_score.weight": 0.66,
 }
 """In place of those, where pixels are divided."""
+NORM_GAINS = {
+    # Norms bring the scale back that untrained layers before them lose.
+    "backbone.fpn_lateral*.weight": 1.0,
+    "backbone.fpn_output*.weight": 1.0,
+    "roi_heads.box_predictor*.cls_score.weight": 1.0,
+}
+"""In place of those, where pyramid and heads have norms."""
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
 
@@ -117,6 +130,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         model = build_model(cfg).eval()
         shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         gains = GAINS | (RESNEXT_GAINS if "resnext" in name else {})
+        gains |= NORM_GAINS if cfg.MODEL.FPN.NORM else {}
         model.load_state_dict(fill(shapes, gains))
         found = [found_by(model, picture, cfg.MODEL.LOAD_PROPOSALS) for picture in pictures(data)]
         about = {"peer": "detectron2", "commit": commit, "config": config, "changes": changes}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import boxwright
+from boxwright.data.buckets import Resize
 from boxwright.importers.convert import convert
 from boxwright.weights.foreign import read_foreign
 from importers.reference import Reference, compare, detect, pictures, proposals
@@ -68,3 +69,24 @@ def test_detections_are_the_peers(source: str, model: str, data_dir: Path, tmp_p
         assert different.boxes < 1e-2
         assert different.scores < 1e-4
         assert different.masks < 1e-3
+
+
+# (height, width) of a picture, and what Detectron2, maskrcnn-benchmark and Detectron make of it.
+RESIZED = {
+    (480, 640): ((800, 1067), (800, 1066), (800, 1067)),
+    (640, 427): ((1199, 800), (1199, 800), (1199, 800)),
+    (375, 500): ((800, 1067), (800, 1066), (800, 1067)),
+    (333, 500): ((800, 1201), (800, 1201), (800, 1201)),
+    (640, 360): ((1333, 750), (1333, 750), (1333, 750)),
+    (213, 640): ((444, 1333), (444, 1334), (444, 1333)),
+    (500, 1023): ((652, 1333), (652, 1333), (652, 1333)),
+    (1333, 800): ((1333, 800), (1333, 800), (1333, 800)),
+}
+
+
+@pytest.mark.parametrize("size", RESIZED)
+def test_pictures_are_resized_to_detectron2s_size_and_within_a_pixel_of_the_others(size: tuple[int, int]) -> None:
+    given = Resize(800, 1333).size(*size)
+    assert given == RESIZED[size][0]
+    for wanted in RESIZED[size]:
+        assert max(abs(given[0] - wanted[0]), abs(given[1] - wanted[1])) <= 1

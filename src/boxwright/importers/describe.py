@@ -16,6 +16,7 @@ _TOLD = {
     "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned", "roi_align_plus_one", "proposal_clip_multiple"),
     "rpn": ("test_pre_nms_per_level", "test_num_proposals", "nms_iou"),
     "box": ("sampling_ratio", "score_threshold", "nms_iou", "max_detections"),
+    "cascade": ("mean_of",),
     "mask": ("sampling_ratio",),
     "retina": ("ratios", "clip_first", "pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"),
 }
