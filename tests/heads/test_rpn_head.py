@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from boxwright.geometry.conventions import CAFFE2
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 
 STRIDES = (4, 8)
@@ -74,6 +77,18 @@ def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: 
 
     torch.testing.assert_close((objectness, deltas), dense, rtol=0, atol=1e-10)
     torch.testing.assert_close(gradients(objectness, deltas), gradients(*dense), rtol=0, atol=1e-10)
+
+
+def test_testing_may_take_padding_for_picture_and_training_never() -> None:
+    torch.manual_seed(0)
+    conventions = replace(CAFFE2, proposal_clip_multiple=32)
+    head = RPNHead(6, STRIDES, RPNConfig(num_proposals=2000), conventions)
+    sizes = torch.tensor([[50, 90], [64, 96]])
+    output = head(features(), (64, 96))
+    for training, corner in ((True, [89.0, 49.0]), (False, [95.0, 63.0])):
+        proposals = head.proposals(output, sizes, training=training)
+        boxes = proposals.boxes[0][proposals.valid[0]]
+        assert boxes[:, 2:].amax(0).tolist() == corner
 
 
 def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:

@@ -1,15 +1,17 @@
-"""Writes the fixtures `maskrcnn_benchmark_*`: what its own models detect, see `reference.py`. Run by hand:
+"""Write the fixtures `maskrcnn_benchmark_*`: what its own models detect, see `reference.py`.
+
+To be run by hand:
 
     git clone https://github.com/facebookresearch/maskrcnn-benchmark CLONE
     pip install yacs
     PYTHONPATH=src:tests:CLONE python -m importers.make_fixtures_maskrcnn_benchmark CLONE DATA
 
-The committed ones come from commit 57eec25 (November 2019) on torch 2.14 and torchvision 0.29, on a CPU. Its compiled
-part is not built: `_Compiled` below stands in for the two functions that detection needs, after `csrc/cpu/nms_cpu.cpp`
-and `csrc/cpu/ROIAlign_cpu.cpp`. What else it wants of 2019 (apex, names that torch and numpy dropped) is given to it.
+DATA is what `BOXWRIGHT_DATA` names. The committed ones come from commit 57eec25 (November 2019) on torch 2.14 and
+torchvision 0.29, on a CPU. Its compiled part is not built: `_Compiled` below stands in for the two functions that
+detection needs, after `csrc/cpu/nms_cpu.cpp` and `csrc/cpu/ROIAlign_cpu.cpp`. What else it wants of 2019 (apex, names
+that torch and numpy dropped) is given to it.
 
-Models are those of its configurations but for narrower layers and, of the ResNeXt, fewer of them. DATA is what
-`BOXWRIGHT_DATA` names.
+Models are those of its configurations but for narrower layers and, of the ResNeXt, fewer of them.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def _stand_in() -> None:
     helpers.csHelpers = None
     six.PY3 = True
     torch._six = six
-    float = float
+    setattr(np, "float", float)  # noqa: B010
     compiled = sys.modules["maskrcnn_benchmark._C"] = _Compiled("maskrcnn_benchmark._C")
     import maskrcnn_benchmark
 
@@ -95,7 +97,9 @@ GAINS = {
     "*.bn3.weight": 0.3,
     "backbone.fpn.fpn_inner*.weight": 0.3,
     "backbone.fpn.fpn_layer*.weight": 0.3,
-    "backbone.fpn.top_blocks.*.weight": 0.3,
+    # Detections of the coarsest level, too.
+    "backbone.fpn.top_blocks.p6.weight": 0.4,
+    "backbone.fpn.top_blocks.p7.weight": 1.0,
     # Scores that spread, and boxes that stay near their anchors.
     "rpn.head.bbox_pred.weight": 0.15,
     "rpn.head.cls_logits.weight": 0.7,
@@ -110,6 +114,9 @@ RESNEXT_GAINS = {
     "*.fc?.bias": 1.0,
 }
 RETINA_GAINS = {"rpn.head.cls_logits.weight": 0.35, "rpn.head.bbox_pred.weight": 2.0}
+P5_GAINS = RETINA_GAINS | {"backbone.fpn.top_blocks.p6.weight": 3.0}
+SPECIAL_GAINS = {"faster_rcnn_resnext": RESNEXT_GAINS, "retinanet": RETINA_GAINS, "retinanet_p5": P5_GAINS}
+"""What comes first, of single models."""
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
 
@@ -157,7 +164,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         model = build_detection_model(cfg).eval()
         # The anchors are in its files, too; they are no weights.
         shapes = {k: tuple(tensor.shape) for k, tensor in model.state_dict().items() if "anchor_generator" not in k}
-        special = RESNEXT_GAINS if "resnext" in name else RETINA_GAINS if "retinanet" in name else {}
+        special = SPECIAL_GAINS.get(name, {})
         gains = special | {pattern: gain for pattern, gain in GAINS.items() if pattern not in special}
         missing, unexpected = model.load_state_dict(fill(shapes, gains), strict=False)
         assert not unexpected, unexpected
@@ -166,7 +173,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         about = {"peer": "maskrcnn-benchmark", "commit": commit, "config": config, "changes": changes}
         Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"maskrcnn_benchmark_{name}")
         for one in found:
-            print(name, one.count, len(set(one.labels)), np.quantile(one.scores, [0, 0.25, 0.5, 0.75, 1]).round(4))
+            print(name, one.count, len(set(one.labels)), np.quantile(one.scores, [0, 0.5, 1]).round(4))
 
 
 if __name__ == "__main__":

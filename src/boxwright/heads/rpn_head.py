@@ -249,7 +249,7 @@ class RPNHead(nn.Module):
 
         Args:
             output: the head's answer.
-            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped.
+            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped (see `Conventions`).
             training: whether the numbers of training or of testing apply.
 
         Returns:
@@ -267,7 +267,8 @@ class RPNHead(nn.Module):
         boxes = box_geometry.decode(
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        multiple = 1 if training else self.conventions.proposal_clip_multiple
+        boxes = box_geometry.clip(boxes, (image_sizes + multiple - 1) // multiple * multiple, plus_one=plus_one)
         scores = take_slots(output.objectness, candidates).sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2] + plus_one
         num_proposals = config.num_proposals if training else config.test_num_proposals
