@@ -207,6 +207,23 @@ def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = 
     )
 
 
+def found_in(tensors: Mapping[str, Tensor], first_label: int = 0) -> Found:
+    """One picture's detections as torchvision gives them, or ours by the same names.
+
+    Args:
+        tensors: `boxes` [n, 4], `scores` [n], `labels` [n] and maybe `masks` [n, S, S] or [n, 1, S, S].
+        first_label: the number of the first class.
+    """
+    masks = tensors.get("masks")
+    return Found(
+        boxes=tensors["boxes"].numpy(),
+        scores=tensors["scores"].numpy(),
+        labels=tensors["labels"].numpy() - first_label,
+        count=len(tensors["scores"]),
+        masks=None if masks is None else masks.reshape(-1, *masks.shape[-2:]).numpy(),
+    )
+
+
 def thinned(masks: np.ndarray) -> np.ndarray:
     """[m, S, S] -> every third row and column."""
     return masks[:, ::MASK_STEP, ::MASK_STEP]

@@ -87,14 +87,16 @@ def real_objects(folder: Path, num_images: int = 2) -> Batch:
     return replace(batch, targets=replace(batch.targets, labels=batch.targets.labels % NUM_CLASSES))
 
 
-def peer_inputs(batch: Batch, first_label: int = 1) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def peer_inputs(
+    batch: Batch, first_label: int = 1, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1 or so."""
     images = [
-        image[:, :height, :width].double()
+        image[:, :height, :width].to(dtype)
         for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)
     ]
     targets = [
-        {"boxes": boxes[valid].double(), "labels": labels[valid] + first_label}
+        {"boxes": boxes[valid].to(dtype), "labels": labels[valid] + first_label}
         for boxes, labels, valid in zip(batch.targets.boxes, batch.targets.labels, batch.targets.valid, strict=True)
     ]
     return images, targets

@@ -71,8 +71,8 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("roi_heads.box_head.{i}.0.*", f"box_head.convs.{{i}}{box_pair}.*"),
         Rule("roi_heads.box_head.{i}.1.*", "box_head.convs.{i}.1.*"),
         # Between the last convolution and this layer stands one that only flattens.
-        Rule(f"roi_heads.box_head.{num_box_convs + 1}.*", "box_head.fc1.*"),
         Rule("roi_heads.box_head.fc6.*", "box_head.fc1.*"),
+        Rule(f"roi_heads.box_head.{num_box_convs + 1}.*", "box_head.fc1.*"),
         Rule("roi_heads.box_head.fc7.*", "box_head.fc2.*"),
         Rule("roi_heads.box_predictor.cls_score.*", "box_head.class_logits.*", background_to_last),
         Rule("roi_heads.box_predictor.bbox_pred.*", "box_head.box_deltas.*", without_background_deltas),
