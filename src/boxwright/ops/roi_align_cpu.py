@@ -44,7 +44,8 @@ def pool_own_level(
         [B, P, C, S, S], zeros for boxes that are not pooled; in memory the channels come last.
     """
     dtype = pooling_dtype(features[0])
-    pooled = features[0].new_zeros((level.numel(), output_size**2, features[0].shape[1]))
+    pooled = features[0].new_empty((level.numel(), output_size**2, features[0].shape[1]))
+    pooled[level.flatten() == len(features)] = 0
     for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         rows = feature.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
         shape = feature.shape[2], feature.shape[3]
@@ -185,11 +186,9 @@ def _sums(
     if not (aligned or keep_narrow):
         sides = sides.clamp(min=1)
     samples = torch.full_like(sides, sampling_ratio) if sampling_ratio else (sides / size).ceil().clamp(min=0)
-    most = samples.amax(1)
+    most = samples.amax(1).clamp(min=1)  # A box without a side takes one, which weighs nothing.
     for count in most.unique().int().tolist():
         own = (most == count).nonzero().squeeze(1)
-        if count == 0:
-            continue
         columns, column_weights = _along_a_side(start[own, 0], sides[own, 0], samples[own, 0], count, size, shape[1])
         rows, row_weights = _along_a_side(start[own, 1], sides[own, 1], samples[own, 1], count, size, shape[0])
         image = torch.div(members[own], here.shape[1], rounding_mode="floor").int()
