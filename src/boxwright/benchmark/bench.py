@@ -120,6 +120,7 @@ class Bench:
             task="train" if training else "infer",
             batch=len(batch.images),
             size=(height, width),
+            asked_size=self.plan.size,
             precision=self.experiment.precision if ours else self.peer_precision,
             compiled=ours and training and self.experiment.compile,
             pictures=Path(self.plan.data).resolve().name if self.plan.data else "generated",

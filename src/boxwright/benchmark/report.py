@@ -32,6 +32,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Images at a time."""
     size: tuple[int, int]
     """(height, width) of the canvas of the first batch."""
+    asked_size: tuple[int, int] | None = None
+    """(height, width) that was asked for; None for the recipe's."""
     precision: str
     """Of the arithmetic."""
     compiled: bool = False
