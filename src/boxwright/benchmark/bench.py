@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
+from boxwright.benchmark.peer_process import PEERS, PeerProcess, find_serve
 from boxwright.benchmark.pictures import given_proposals, kept_batches, open_pictures
 from boxwright.benchmark.plan import Plan, computes_in, require_file
 from boxwright.benchmark.report import Case
 from boxwright.benchmark.system import BoxwrightSystem, System, build_detector
+from boxwright.benchmark.torchvision_peer import TorchvisionSystem, family_of, torchvision_peer
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.evaluation.evaluate import Precision
 from boxwright.structures import Batch
-from boxwright.training.experiment import build
+from boxwright.training.experiment import build, nearest
 
 OURS = "boxwright"
 
@@ -42,7 +44,29 @@ class Bench:
             images_per_device=plan.batch_size(self.experiment, training=True),
         )
         self.peer_precision: Precision = computes_in(self.device, plan.peer_precision or self.experiment.precision)
+        self._check_peer()
         self._batches: dict[bool, list[Batch]] = {}
+        self.peer_versions: dict[str, str] = {}
+        """Of a peer in another process, once it was built."""
+
+    def _check_peer(self) -> None:
+        """Find out before any work whether there can be a peer."""
+        plan = self.plan
+        if not plan.peer:
+            if plan.peer_python or plan.peer_precision:
+                raise ValueError("--peer-python and --peer-precision are of a peer: name it with --against")
+            return
+        if plan.peer not in ("torchvision", *PEERS):
+            raise ValueError(f"--against {plan.peer}{nearest(plan.peer, ('torchvision', *PEERS))}")
+        if (plan.peer == "torchvision") == bool(plan.peer_python):
+            raise ValueError(
+                "--against torchvision runs in this process: leave --peer-python out"
+                if plan.peer_python
+                else f"--against {plan.peer}: give --peer-python, an interpreter that has {plan.peer}"
+            )
+        family_of(self.experiment.model)
+        if plan.peer_python:
+            find_serve()
 
     def __enter__(self) -> Bench:
         if self.plan.threads is not None:
@@ -87,9 +111,20 @@ class Bench:
         Raises:
             ValueError: there is no such peer, or it has no such model.
         """
-        detector = build_detector(
-            self.plan, self.experiment, self.dataset.categories, self.batches(training=training)[0]
-        )
+        if name in PEERS:
+            peer = PeerProcess(
+                name,
+                self.plan.peer_python,
+                self.experiment.model,
+                num_classes=len(self.dataset.categories),
+                device=self.device,
+                precision=self.peer_precision,
+                training=training,
+            )
+            self.peer_versions.update(peer.versions)
+            return peer
+        batch = self.batches(training=training)[0]
+        detector = build_detector(self.plan, self.experiment, self.dataset.categories, batch)
         if name == OURS:
             return BoxwrightSystem(
                 detector,
@@ -98,8 +133,6 @@ class Bench:
                 training=training,
                 compiled=self.experiment.compile if compiled is None else compiled,
             )
-        from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_peer
-
         return TorchvisionSystem(
             torchvision_peer(self.experiment.model, detector),
             self.experiment.optimizer,

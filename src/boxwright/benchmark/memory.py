@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
+from boxwright.benchmark.bench import Bench
+from boxwright.benchmark.peer_process import PeerProcess
 from boxwright.benchmark.plan import Plan
+from boxwright.benchmark.system import System
+from boxwright.structures import Batch
 
 _STEPS = 3
 
@@ -74,20 +79,33 @@ def measure_memory(plan: Plan, task: str, system: str) -> Peak:
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=Peak)
 
 
+def measure_process(bench: Bench, task: str) -> Peak:
+    """The same of a peer, which is a process of its own anyway."""
+    training = task == "train"
+    peer = bench.system(bench.plan.peer, training=training)
+    assert isinstance(peer, PeerProcess)
+    with closing(peer):
+        start = peer.memory()["peak_rss"]
+        _work(peer, bench.batches(training=training), training=training)
+        return Peak(start_rss=start, **peer.memory())
+
+
+def _work(system: System, batches: Sequence[Batch], *, training: bool) -> None:
+    """A few steps or batches."""
+    work = system.train_step if training else system.infer
+    for number in range(_STEPS):
+        work(system.prepare(batches[number % len(batches)]))
+
+
 def main() -> None:
     """Do the order on the standard input and print the peak."""
-    from boxwright.benchmark.bench import Bench
-
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
     plan = order.plan
     with Bench(plan) as bench:
         start = peak_rss()
         training = order.task == "train"
         batches = bench.batches(training=training)
-        system: Any = bench.system(order.system, training=training)
-        work = system.train_step if training else system.infer
-        for number in range(_STEPS):
-            work(system.prepare(batches[number % len(batches)]))
+        _work(bench.system(order.system, training=training), batches, training=training)
         cuda: dict[str, int] = {}
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import msgspec
 
 from boxwright.benchmark.bench import OURS, Bench
 from boxwright.benchmark.measure import Task, Times, alternate, infer_with_loader, train_with_loader
-from boxwright.benchmark.memory import measure_memory
+from boxwright.benchmark.memory import measure_memory, measure_process
 from boxwright.benchmark.operations import best_rate, count_operations
 from boxwright.benchmark.parts import time_parts
+from boxwright.benchmark.peer_process import PEERS
 from boxwright.benchmark.pictures import inference_loader, training_loader
 from boxwright.benchmark.plan import Plan
 from boxwright.benchmark.report import (
@@ -48,6 +50,8 @@ def measure(plans: Sequence[Plan], phases: Sequence[str], *, command: str, say: 
     for bench in benches:
         with bench:
             _measure_one(bench, phases, report, say)
+        # Of torch, too, a peer may have another.
+        report.versions |= {f"{bench.plan.peer}'s {name}": text for name, text in bench.peer_versions.items()}
     # Threads may have been set meanwhile.
     report.machine = machine(device)
     return report
@@ -76,15 +80,17 @@ def _measure_one(bench: Bench, phases: Sequence[str], report: Report, say: Say) 
 def _in_memory(bench: Bench, names: Sequence[str], task: Task) -> list[Timing]:
     """Ours and a peer's times of the same batches, in turns."""
     training, plan = task == "train", bench.plan
-    times = alternate(
-        [bench.system(name, training=training) for name in names],
-        bench.batches(training=training),
-        task,
-        iterations=plan.iterations,
-        warmup=plan.warmup,
-        steps_per_time=plan.steps_per_time if training else 1,
-        device=bench.device,
-    )
+    with ExitStack() as stack:
+        systems = [stack.enter_context(closing(bench.system(name, training=training))) for name in names]
+        times = alternate(
+            systems,
+            bench.batches(training=training),
+            task,
+            iterations=plan.iterations,
+            warmup=plan.warmup,
+            steps_per_time=plan.steps_per_time if training else 1,
+            device=bench.device,
+        )
     return [_timing(bench.case(name, training=training), one) for name, one in zip(names, times, strict=True)]
 
 
@@ -109,7 +115,8 @@ def _timing(case: Case, times: Times, *, loading: bool = False) -> Timing:
 
 
 def _memory(bench: Bench, name: str, *, training: bool) -> Memory:
-    peak = measure_memory(bench.plan, "train" if training else "infer", name)
+    task = "train" if training else "infer"
+    peak = measure_process(bench, task) if name in PEERS else measure_memory(bench.plan, task, name)
     return Memory(
         case=bench.case(name, training=training),
         peak_rss=peak.peak_rss,

@@ -38,6 +38,10 @@ class System(Protocol):
         """Forward and post-processing, to boxes and masks in the pixels of the files."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds outside of this process."""
+        ...
+
 
 def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Category], batch: Batch) -> nn.Module:
     """The detector on the CPU, with the weights of the plan's file or random ones.
@@ -94,3 +98,6 @@ class BoxwrightSystem:
     def infer(self, given: Batch) -> None:
         """`detect_dataset` of one batch: boxes clipped to the file, masks pasted and run-length encoded."""
         detect_dataset(cast(Detector, self.detector), [given], device=self._device, precision=self._precision)
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""

@@ -58,12 +58,7 @@ def torchvision_peer(model: Callable[..., nn.Module], ours: nn.Module) -> Torchv
     Raises:
         ValueError: torchvision has no such model.
     """
-    family = _FAMILIES.get(call_name(model))
-    if family is None:
-        raise ValueError(
-            f"torchvision has no model like {call_name(model).rpartition('.')[2]}: it is compared with "
-            f"{', '.join(_FAMILIES.values())} alone"
-        )
+    family = family_of(model)
     given = arguments_of(model)
     backbone = _backbone(given["backbone"])
     strides: list[int] = list(getattr(ours.backbone, "strides"))  # noqa: B009
@@ -83,6 +78,21 @@ def torchvision_peer(model: Callable[..., nn.Module], ours: nn.Module) -> Torchv
     copy_weights(ours, peer, reversed_colours=stats.order == "bgr")
     limit = int(getattr(ours, "max_detections"))  # noqa: B009
     return TorchvisionDetector(peer, num_classes, limit, first_label=0 if family == "retinanet" else 1)
+
+
+def family_of(model: Callable[..., nn.Module]) -> str:
+    """The kind of model, where peers have it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    family = _FAMILIES.get(call_name(model))
+    if family is None:
+        raise ValueError(
+            f"peers are compared with {', '.join(_FAMILIES.values())} alone, not with "
+            f"{call_name(model).rpartition('.')[2]}"
+        )
+    return family
 
 
 def copy_weights(ours: nn.Module, peer: nn.Module, *, reversed_colours: bool = False) -> None:
@@ -157,7 +167,7 @@ class TorchvisionDetector(nn.Module):
             for boxes, labels, use in zip(batch.targets.boxes, batch.targets.labels, wanted, strict=True)
         ]
         if self.needs_masks:
-            for target, masks in zip(targets, _bitmaps(batch, wanted), strict=True):
+            for target, masks in zip(targets, object_bitmaps(batch, wanted), strict=True):
                 target["masks"] = masks.to(target["boxes"].device)
         return targets
 
@@ -210,6 +220,9 @@ class TorchvisionSystem:
         for one in found:
             for tensor in one.values():
                 tensor.cpu()
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
 
 
 class ProposalsOnly(nn.Module):
@@ -379,7 +392,7 @@ def _with_rows(rows: Tensor, count: int) -> Tensor:
     return torch.cat([torch.zeros_like(rows[:count]), rows])
 
 
-def _bitmaps(batch: Batch, wanted: Tensor) -> list[Tensor]:
+def object_bitmaps(batch: Batch, wanted: Tensor) -> list[Tensor]:
     """Of each image the masks of the wanted objects as pixels, [n, height, width] uint8."""
     assert batch.targets is not None, "losses need targets"
     assert batch.targets.masks is not None, "a mask head needs masks in its targets"
