@@ -12,8 +12,9 @@ from boxwright.zoo import Entry
 
 _HEAD = """# Benchmark and Model Zoo
 
-`{command}` writes this page from the files in `{folder}`, each of which `boxwright benchmark --json` wrote, and from
-the figures that others published with their models ([the zoo](zoo.md)). A cell that was never measured is empty."""
+`boxwright zoo page --out docs/benchmark.md` writes this page from the files in `{folder}`, each of which
+`boxwright benchmark --json` wrote, and from the figures that others published with their models ([the zoo](zoo.md)). A
+cell that was never measured is empty."""
 
 _SETTINGS = """## Common settings
 
@@ -30,9 +31,10 @@ _SETTINGS = """## Common settings
 
 _COMPARISON = """## Comparison with peers
 
-Peers are measured with the same architecture, weights and pictures, in turns with ours on the same machine; a ratio is
-the median over these turns (least to most). torchvision keeps its own frozen normalisation, whose scale and bias do not
-learn as ours do, and its masks are pasted but not encoded as ours are.
+Peers are measured with the same architecture and pictures, in turns with ours on the same machine; a ratio is the median
+over these turns (least to most). torchvision has our weights too. It keeps its own frozen normalisation, whose scale and
+bias do not learn as ours do, and its masks are pasted but not encoded as ours are. Detectron2 and mmdetection run in
+processes of their own, with their published numbers and random weights that are settled as ours are.
 
 ### Performance
 
@@ -44,13 +46,12 @@ Seconds a step, the lower the better. The floor is what the operations of convol
 the best rate that a convolution reached on the machine."""
 
 
-def write_page(folder: Path, zoo: Mapping[str, Entry], *, command: str) -> str:
+def write_page(folder: Path, zoo: Mapping[str, Entry]) -> str:
     """The page as Markdown.
 
     Args:
         folder: of the stored measurements.
         zoo: the published models.
-        command: that writes the page, named on it.
 
     Raises:
         ValueError: a file of the folder is no measurement.
@@ -65,7 +66,7 @@ def write_page(folder: Path, zoo: Mapping[str, Entry], *, command: str) -> str:
         machines[f"- [{one.machine}] {_listed(one.report.machine)}"] = None
         software[f"- {_listed(one.report.versions)}"] = None
     sections = [
-        _HEAD.format(command=command, folder=folder.as_posix()),
+        _HEAD.format(folder=folder.as_posix()),
         "## Environment",
         "### Hardware",
         "\n".join(machines),

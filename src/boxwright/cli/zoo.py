@@ -143,6 +143,6 @@ def page(
 
     if not measured.is_dir():
         raise ValueError(f"{measured}: there is no such folder: give --measured, of boxwright benchmark --json")
-    text = write_page(measured, load_zoo(zoo), command=f"boxwright zoo page --out {out.as_posix()}")
+    text = write_page(measured, load_zoo(zoo))
     out.write_text(text, encoding="utf-8")
     typer.echo(out)
