@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from boxwright.benchmark import memory
+from boxwright.benchmark import memory, operations
 from boxwright.benchmark.memory import measure_memory
 from boxwright.benchmark.page import write_page
 from boxwright.benchmark.plan import Plan
@@ -26,10 +26,11 @@ PHASES = ["train", "infer", "train-loader", "infer-loader", "parts", "flops"]
 @pytest.fixture(scope="module")
 def report() -> Report:
     threads = torch.get_num_threads()
-    try:
-        return measure([PLAN], PHASES, command="boxwright benchmark ...", say=lambda _: None)
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "_SHAPES", ((32, 32, 3, 40, 40),))
+        found = measure([PLAN], PHASES, command="boxwright benchmark ...", say=lambda _: None)
+    torch.set_num_threads(threads)
+    return found
 
 
 def test_everything_is_measured_as_often_as_asked_for(report: Report) -> None:
@@ -122,9 +123,13 @@ def test_memory_is_that_of_a_fresh_process() -> None:
     assert held.sum() == 0
 
 
-def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match="there is no recipe"):
-        measure_memory(Plan(recipe="no_such_recipe"), "train", "boxwright")
+def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no memory left >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(memory.sys, "executable", str(broken))
+    with pytest.raises(RuntimeError, match="no memory left"):
+        measure_memory(PLAN, "train", "boxwright")
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ _SETTINGS = """## Common settings
 
 _COMPARISON = """## Comparison with peers
 
-Peers are measured with the same architecture and pictures, in turns with ours on the same machine; a ratio is the median
-over these turns (least to most). torchvision has our weights too. It keeps its own frozen normalisation, whose scale and
-bias do not learn as ours do, and its masks are pasted but not encoded as ours are. Detectron2 and mmdetection run in
-processes of their own, with their published numbers and random weights that are settled as ours are.
+Peers are measured with the same architecture and pictures, in turns with ours on the same machine; a ratio is the
+median over these turns (least to most). torchvision has our weights too. It keeps its own frozen normalisation, whose
+scale and bias do not learn as ours do, and its masks are pasted but not encoded as ours are. Detectron2 and mmdetection
+run in processes of their own, with their published numbers and random weights that are settled as ours are.
 
 ### Performance
 

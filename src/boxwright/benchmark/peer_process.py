@@ -56,7 +56,6 @@ class PeerProcess:
         """
         self.name = name
         self._masks = training and family_of(model) == "mask_rcnn"
-        self._folder = TemporaryDirectory()
         self._num_batches = 0
         script = find_serve()
         try:
@@ -65,6 +64,7 @@ class PeerProcess:
             )
         except OSError as error:
             raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from None
+        self._folder = TemporaryDirectory()
         backbone = arguments_of(arguments_of(model)["backbone"])
         try:
             answer = self._order(
