@@ -12,9 +12,9 @@ from boxwright.zoo import Entry
 
 _HEAD = """# Benchmark and Model Zoo
 
-`boxwright zoo page --out docs/benchmark.md` writes this page from the files in `{folder}`, each of which
-`boxwright benchmark --json` wrote, and from the figures that others published with their models ([the zoo](zoo.md)). A
-cell that was never measured is empty."""
+`boxwright zoo page --out docs/benchmark.md` writes this page from the files in `{folder}`, which `boxwright benchmark`
+wrote ([how it measures](measuring.md)), and from the figures that others published with their models ([the
+zoo](zoo.md)). A cell that was never measured is empty."""
 
 _SETTINGS = """## Common settings
 

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from boxwright.benchmark.measure import Task, synchronize
 from boxwright.benchmark.system import BoxwrightSystem
@@ -112,7 +112,7 @@ def time_parts(
 @contextmanager
 def _wrapped(system: BoxwrightSystem, watch: Stopwatch) -> Iterator[None]:
     """While it lasts, the parts of a system count their time."""
-    places: list[tuple[Any, str, str]] = [(system.detector, "detect", REST), (Tensor, "backward", "backward")]
+    places: list[tuple[Any, str, str]] = [(system.detector, "detect", REST), (torch.autograd, "backward", "backward")]
     for path, module in system.detector.named_modules():
         for pattern, method, part in _METHODS:
             # A head of a cascade has its stage's number behind its list's name.

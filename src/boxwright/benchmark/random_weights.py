@@ -2,9 +2,7 @@
 
 Fresh layers score everything alike: nothing passes a threshold, and a detector that looks at survivors alone would be
 timed at doing nothing. So residual branches get weak, as training makes them, and the last layers are scaled until
-their answers to a batch spread as a trained model's do.
-
-B images, P boxes, C classes.
+their answers to a picture spread as a trained model's do.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from boxwright.heads.rpn_head import RPNHead
 from boxwright.structures import Batch
 
 SEED = 0
+_CORNER = 384
 _BRANCH = 0.2
 """Scale of the last norm of a residual branch."""
 _OBJECTNESS, _RPN_DELTAS = 1.0, 0.1
@@ -36,7 +35,7 @@ def settle(detector: nn.Module, batch: Batch) -> None:
 
     Args:
         detector: on the CPU.
-        batch: a few pictures, on the CPU.
+        batch: on the CPU; its first picture is looked at.
     """
     for name, tensor in detector.state_dict().items():
         last = name.endswith("bn3.weight") or (name.endswith("bn2.weight") and _is_basic(detector, name))
@@ -46,9 +45,11 @@ def settle(detector: nn.Module, batch: Batch) -> None:
     normalize, backbone = (getattr(detector, name, None) for name in ("normalize", "backbone"))
     if not heads or not isinstance(normalize, PixelNormalizer) or backbone is None:
         return
-    features = cast("list[Tensor]", backbone(normalize(batch.images, batch.image_sizes)))
-    canvas = cast("tuple[int, int]", tuple(batch.images.shape[-2:]))
-    boxes, valid = _some_boxes(batch)
+    # A corner of one picture will do, and takes less memory than what is to be measured.
+    images, sizes = batch.images[:1, :, :_CORNER, :_CORNER], batch.image_sizes[:1].clamp(max=_CORNER)
+    features = cast("list[Tensor]", backbone(normalize(images, sizes)))
+    canvas = cast("tuple[int, int]", tuple(images.shape[-2:]))
+    boxes, valid = _some_boxes(canvas)
     for head in heads:
         if isinstance(head, RPNHead):
             output = head(features, canvas)
@@ -76,12 +77,11 @@ def _scale(layer: nn.Conv2d | nn.Linear, answer: Tensor, spread: float) -> None:
     layer.weight.mul_(spread / answer.float().std().clamp(min=1e-6))
 
 
-def _some_boxes(batch: Batch, count: int = 64) -> tuple[Tensor, Tensor]:
-    """[B, count, 4] boxes of any size in the canvas, and that all are valid."""
+def _some_boxes(canvas: tuple[int, int], count: int = 64) -> tuple[Tensor, Tensor]:
+    """[1, count, 4] boxes of any size in a canvas, and that all are valid."""
     generator = torch.Generator().manual_seed(SEED)
-    height, width = batch.images.shape[-2:]
-    num_images = len(batch.images)
+    height, width = canvas
     limits = torch.tensor([float(width), float(height)])
-    sides = 16 * (limits / 16) ** torch.rand(num_images, count, 2, generator=generator)
-    corners = torch.rand(num_images, count, 2, generator=generator) * (limits - sides)
-    return torch.cat([corners, corners + sides], -1), torch.ones(num_images, count, dtype=torch.bool)
+    sides = 16 * (limits / 16) ** torch.rand(1, count, 2, generator=generator)
+    corners = torch.rand(1, count, 2, generator=generator) * (limits - sides)
+    return torch.cat([corners, corners + sides], -1), torch.ones(1, count, dtype=torch.bool)
