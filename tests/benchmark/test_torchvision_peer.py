@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from boxwright.backbones.backbone import CAFFE
 from boxwright.backbones.fpn import resnet_fpn
 from boxwright.benchmark.random_weights import settle
+from boxwright.benchmark.torchvision_models import family_of
 from boxwright.benchmark.torchvision_peer import (
     TorchvisionDetector,
     TorchvisionSystem,
-    family_of,
     object_bitmaps,
     pictures_of,
     torchvision_peer,
@@ -47,7 +47,9 @@ MODELS: dict[str, Any] = {
         mask=SMALL_MASK,
     ),
     "retinanet": partial(
-        retinanet, backbone=partial(R18, out_stages=(3, 4, 5), extra="c5"), retina=RetinaConfig(num_convs=2, norm="gn")
+        retinanet,
+        backbone=partial(R18, channels=64, out_stages=(3, 4, 5), extra="c5"),
+        retina=RetinaConfig(num_convs=2, norm="gn", score_threshold=0.001),
     ),
     "retinanet of P2 to P6": partial(retinanet, backbone=R18, retina=SMALL_RETINA),
 }

@@ -13,7 +13,8 @@ from boxwright.benchmark.pictures import given_proposals, kept_batches, open_pic
 from boxwright.benchmark.plan import Plan, computes_in, require_file
 from boxwright.benchmark.report import Case
 from boxwright.benchmark.system import BoxwrightSystem, System, build_detector
-from boxwright.benchmark.torchvision_peer import TorchvisionSystem, family_of, torchvision_peer
+from boxwright.benchmark.torchvision_models import family_of
+from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_peer
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.evaluation.evaluate import Precision
@@ -38,11 +39,7 @@ class Bench:
         self.device = torch.device(plan.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU here: give --device cpu")
-        self.experiment = replace(
-            self.experiment,
-            precision=computes_in(self.device, self.experiment.precision),
-            images_per_device=plan.batch_size(self.experiment, training=True),
-        )
+        self.experiment = replace(self.experiment, precision=computes_in(self.device, self.experiment.precision))
         self.peer_precision: Precision = computes_in(self.device, plan.peer_precision or self.experiment.precision)
         self._check_peer()
         self._batches: dict[bool, list[Batch]] = {}
@@ -157,5 +154,5 @@ class Bench:
             precision=self.experiment.precision if ours else self.peer_precision,
             compiled=ours and training and self.experiment.compile,
             pictures=Path(self.plan.data).resolve().name if self.plan.data else "generated",
-            weights=Path(self.plan.weights).name if self.plan.weights else "random",
+            weights=Path(self.plan.weights).name if self.plan.weights and system not in PEERS else "random",
         )

@@ -86,7 +86,7 @@ def _speed_row(
 
 def _beside(peer: Case, own: Case) -> bool:
     """Whether a peer's case is that of ours."""
-    same = ("recipe", "settings", "task", "batch", "size", "pictures", "weights")
+    same = ("recipe", "settings", "task", "batch", "size", "pictures")
     return peer.system != own.system and all(getattr(peer, name) == getattr(own, name) for name in same)
 
 

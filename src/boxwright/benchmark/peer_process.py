@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import boxwright
-from boxwright.benchmark.torchvision_peer import family_of, object_bitmaps
+from boxwright.benchmark.torchvision_models import family_of
+from boxwright.benchmark.torchvision_peer import object_bitmaps
 from boxwright.evaluation.evaluate import Precision
 from boxwright.structures import Batch
 from boxwright.training.experiment import arguments_of
