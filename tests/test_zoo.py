@@ -71,7 +71,7 @@ def test_every_recipe_of_the_list_exists_and_is_of_its_family() -> None:
         model = entry.model
         assert model.recipe in recipes or not model.recipe, name
         assert model.recipe.startswith(model.family) or not model.recipe, name
-        assert len(entry.remote.sha256) == 8
+        assert len(entry.remote.sha256) == 8 or (not entry.remote.sha256 and len(entry.remote.md5) == 6)
         assert model.figures
         assert entry.collection.licence
 
@@ -129,6 +129,47 @@ def test_mmdetections_files_are_named_after_their_models_and_figures() -> None:
     assert num_compared == 9
 
 
+def test_mmdetections_further_files_carry_their_names_and_figures() -> None:
+    found = [entry for entry in load_zoo().values() if entry.collection.title.startswith("mmdetection 2.x, caffe")]
+    assert Counter(entry.model.family for entry in found) == {
+        "faster_rcnn": 6,
+        "mask_rcnn": 8,
+        "retinanet": 3,
+        "cascade_rcnn": 10,
+        "cascade_mask_rcnn": 17,
+    }
+    num_compared = 0
+    for entry in found:
+        model = entry.model
+        folder = model.family.replace("cascade_mask", "cascade")
+        name = re.escape(f"{folder}/{model.name}/{model.name}_")
+        file = name + r"(?:bbox_mAP-([\d.]+)_)?(?:_segm_mAP-([\d.]+)_)?202\d{5}(?:_\d{6})?-[0-9a-f]{8}\.pth"
+        parts = re.fullmatch(file, model.file)
+        assert parts, model.file
+        for key, stated in (("box AP", parts[1]), ("mask AP", parts[2])):
+            if stated is not None:
+                assert model.figures[key] == pytest.approx(100 * float(stated))
+                num_compared += 1
+    assert num_compared >= 15
+
+
+def test_detectron2s_files_end_in_digits_of_their_md5_hash() -> None:
+    """As its list of models says of all its files."""
+    found = [entry for entry in load_zoo().values() if entry.collection.title == "Detectron2"]
+    assert len(found) == 15
+    for entry in found:
+        model = entry.model
+        assert re.fullmatch(rf"[\w-]+/{model.name}/\d{{8,9}}/model_final_{model.md5_prefix}\.pkl", model.file)
+        assert entry.remote.urls == (f"https://dl.fbaipublicfiles.com/detectron2/{model.file}",)
+        assert entry.collection.licence == "CC-BY-SA-3.0"
+        name = re.fullmatch(r"(\w+?)_(R_50|R_101|X_101_32x8d)_FPN_[13]x", model.name)
+        assert name, model.name
+        assert name[1] == model.family
+        # No recipe has the last body, nor one mask head behind three box heads.
+        body = {"R_50": "r50", "R_101": "r101"}.get(name[2]) if "cascade" not in name[1] else None
+        assert model.recipe == ("" if body is None else f"{model.family}_{body}_caffe_fpn_1x")
+
+
 def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = "1a1b2c3d" + "0" * 56
     path = own_zoo(tmp_path, f'file = "second-1a1b2c3d.pth", sha256 = "{full}"')
@@ -171,6 +212,8 @@ def test_a_zoo_at_a_url(tmp_path: Path) -> None:
         ('file = "a-20181010.pth"', "model 'second': nothing tells the file's SHA-256 hash"),
         ('file = "a.pth", sha256 = "0A1B2C3D"', "model 'second': sha256 '0A1B2C3D' is no hash"),
         ('file = "a-1a1b2c3d.pth", sha256 = "00000000"', "model 'second': sha256 '00000000' is not the '1a1b2c3d'"),
+        ('file = "a.pth", md5_prefix = "0a1b2"', "model 'second': md5_prefix '0a1b2' is none"),
+        ('file = "a.pth", md5_prefix = "0A1B2C"', "model 'second': md5_prefix '0A1B2C' is none"),
         ('file = "../a-1a1b2c3d.pth"', "model 'second': '../a-1a1b2c3d.pth' is no path"),
         ('file = "a-1a1b2c3d.pth", results = "/b"', "model 'second': '/b' is no path"),
     ],

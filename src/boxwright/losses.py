@@ -51,7 +51,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor | None =
     Returns:
         [...] losses.
     """
-    logits, targets = _keep_valid(_at_least_float32(logits), valid), _keep_valid(targets, valid)
+    logits, targets = _keep_valid(at_least_float32(logits), valid), _keep_valid(targets, valid)
     return _keep_valid(F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none"), valid)
 
 
@@ -66,7 +66,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None = None) -
     Returns:
         [...] losses.
     """
-    logits = _keep_valid(_at_least_float32(logits), None if valid is None else valid[..., None])
+    logits = _keep_valid(at_least_float32(logits), None if valid is None else valid[..., None])
     labels = _keep_valid(labels, valid)
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return _keep_valid(loss.view(labels.shape), valid)
@@ -106,7 +106,7 @@ class _FocalLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
         ctx.save_for_backward(logits, labels)
         ctx.alpha, ctx.gamma = alpha, gamma
-        x = _at_least_float32(logits)
+        x = at_least_float32(logits)
         place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
         no = F.softplus(x).mul_(x.sigmoid().pow_(gamma))
         no.scatter_(-1, place, torch.where(is_yes, 0.0, no.gather(-1, place)))
@@ -117,7 +117,7 @@ class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels = ctx.saved_tensors
-        x, gradient = _at_least_float32(logits), gradients[0][..., None]
+        x, gradient = at_least_float32(logits), gradients[0][..., None]
         place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
         slope = _FocalLoss.slope(x, ctx.gamma).mul_((1 - ctx.alpha) * gradient)
         yes = -ctx.alpha * gradient * _FocalLoss.slope(-x.gather(-1, place), ctx.gamma)
@@ -149,12 +149,13 @@ def smooth_l1(predictions: Tensor, targets: Tensor, beta: float, valid: Tensor |
     Returns:
         [...] losses.
     """
-    predictions = _keep_valid(_at_least_float32(predictions), valid)
+    predictions = _keep_valid(at_least_float32(predictions), valid)
     targets = _keep_valid(targets, valid).to(predictions.dtype)
     return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of half precision, else as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -21,11 +21,13 @@ from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
+from boxwright.detectors.inference import pack_convolutions
 from boxwright.detectors.proposal_network import ProposalNetwork
-from boxwright.evaluation.evaluate import autocast, file_boxes, file_masks
+from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
 from boxwright.structures import to_device
-from boxwright.training.experiment import Experiment, build, from_json
+from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
+from boxwright.weights.hub import hub_file, is_hub_place
 from boxwright.weights.ours import load_weights
 from boxwright.zoo import fetch_weights, load_zoo
 
@@ -79,6 +81,8 @@ class Predictor:
         """
         self.device = torch.device(device)
         self.detector = detector.to(self.device).eval()
+        if self.device.type == "cpu" and experiment.precision == "bfloat16":
+            pack_convolutions(self.detector)
         self.experiment = experiment
         self.categories = list(categories)
         self.metadata = metadata or {}
@@ -184,13 +188,21 @@ def _checked_proposals(boxes: Any) -> GivenProposals:
     return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
 
-def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modules: Collection[str] = ()) -> Predictor:
+def load(
+    place: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+    trusted_modules: Collection[str] = (),
+) -> Predictor:
     """Load a trained model; one that only proposes boxes calls all of them "object".
 
     Args:
-        place: A run's folder, a folder that holds one weights file, such a file, its URL, or the name of a model of
-            the zoo, which is fetched and converted where need be.
+        place: A run's folder, a folder that holds one weights file, such a file, its URL, its repository on the
+            Hugging Face hub (`hf:owner/name`), or the name of a model of the zoo, which is fetched and converted where
+            need be.
         device: Where to run it, such as "cuda".
+        precision: What the detector computes in; None for what it was trained in.
         trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
             imported or called, since a weights file may come from anyone.
 
@@ -208,7 +220,8 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
         experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
         if not isinstance(experiment, Experiment) or not isinstance(experiment.resize, Resize):
             raise TypeError("its settings are of other kinds than an experiment's")
-        detector = _unfilled(experiment, len(categories))
+        experiment = replace(experiment, model=not_pretrained(experiment.model))
+        detector = _unfilled(experiment, len(categories), tensors)
         _require_shapes(detector, tensors)
     # Whatever parts raise that were not made for each other, or that are given numbers out of range.
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
@@ -225,26 +238,46 @@ def load(place: str | Path, *, device: torch.device | str = "cpu", trusted_modul
         detector.load_state_dict(tensors)
     if isinstance(detector, ProposalNetwork):  # it takes all classes for one
         categories = [Category(id=1, name="object")]
+    if precision is not None:
+        experiment = replace(experiment, precision=precision)
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Within it `torch.empty` takes no memory, as `torch.device("meta")` has it for all tensors.
+_MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full)
+"""What layers make their parameters and statistics with."""
 
-    Parameters begin as `torch.empty`, and what fills them is skipped; tensors that are made of values stay real, such
-    as anchors and pixel statistics, which no weights file holds.
+
+class _NoLargerThan(TorchFunctionMode):
+    """Within it no model is made that is far larger than what a file holds, and its parameters take no memory.
+
+    `torch.empty` gives what `torch.device("meta")` gives for all tensors: parameters begin so, and what fills them is
+    skipped. Tensors that are made of values stay real, such as anchors and pixel statistics, which no weights file
+    holds. Layers are made one by one, so that counting them stops a loop of a billion at once. A model may make a bit
+    more than it keeps, as timm's do with their classifiers.
     """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors_left = 2 * len(tensors) + 100
+        self._numbers_left = 2 * sum(tensor.numel() for tensor in tensors.values()) + 10**6
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
+        if function in _MAKERS and kwargs.get("device") is None and kwargs.get("out") is None:
+            shape_alone: torch.Tensor = function(*args, **{**kwargs, "device": "meta"})
+            self._tensors_left -= 1
+            if function is not torch.empty:
+                self._numbers_left -= shape_alone.numel()
+            if min(self._tensors_left, self._numbers_left) < 0:
+                raise ValueError("the model that it names is larger than all the weights in it")
+            if function is torch.empty:
+                return shape_alone
         return function(*args, **kwargs)
 
 
-def _unfilled(experiment: Experiment, num_classes: int) -> nn.Module:
+def _unfilled(experiment: Experiment, num_classes: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The detector, its parameters without memory, so that a file that names a huge model takes none either."""
-    with _EmptyOnMeta():
+    with _NoLargerThan(tensors):
         detector: nn.Module = build(experiment.model, num_classes=num_classes)
     return detector
 
@@ -269,6 +302,8 @@ def weights_file(place: str | Path) -> Path:
     """
     if isinstance(place, str) and is_url(place):
         return fetch(remote_file(place))
+    if isinstance(place, str) and is_hub_place(place):
+        return fetch(hub_file(place))
     path = Path(place)
     if not path.exists():
         zoo = load_zoo()

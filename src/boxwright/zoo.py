@@ -36,6 +36,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The recipe that has the same architecture; empty if none has."""
     sha256: str = ""
     """The file's hash, in full or its first 8 digits or more; empty if the file's name carries it."""
+    md5_prefix: str = ""
+    """The MD5 hash's first 6 digits or more, where those who published the file state nothing better. It tells damage
+    and mix-ups; whoever wants to can make another file of the same."""
     results: str = ""
     """The path of what it detected, a COCO results file, behind a mirror's URL; empty if there is none."""
     figures: dict[str, float] = {}
@@ -82,6 +85,7 @@ class Entry(msgspec.Struct, frozen=True):
             name=self.model.file.rpartition("/")[2],
             urls=tuple(mirror + self.model.file for mirror in self.collection.mirrors),
             sha256=self.model.sha256 or hash_in_name(self.model.file),
+            md5=self.model.md5_prefix,
         )
 
 
@@ -161,8 +165,13 @@ def _fault(model: Model) -> str:
         if not all(map(is_file_name, path.split("/"))):
             return f"{path!r} is no path of a file behind a mirror: give one such as models/name.pth"
     stated, carried = model.sha256, hash_in_name(model.file)
-    if not stated and not carried:
-        return "nothing tells the file's SHA-256 hash: give sha256, or let the file's name end in -<8 digits of it>"
+    if model.md5_prefix and not re.fullmatch(r"[0-9a-f]{6,32}", model.md5_prefix):
+        return f"md5_prefix {model.md5_prefix!r} is none: give the first 6 to 32 lower-case hexadecimal digits"
+    if not stated and not carried and not model.md5_prefix:
+        return (
+            "nothing tells the file's SHA-256 hash: give sha256, or let the file's name end in -<8 digits of it>; or "
+            "where its makers state an MD5 hash alone, md5_prefix"
+        )
     if stated and not is_hash(stated):
         return f"sha256 {stated!r} is no hash: give 64 lower-case hexadecimal digits, or at least the first 8"
     if stated and carried and not (stated.startswith(carried) or carried.startswith(stated)):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from boxwright.backbones.backbone import Backbone
-from boxwright.backbones.resnet import Bottleneck, FrozenBatchNorm2d, ResNet, make_norm
+from boxwright.backbones.norm import FrozenBatchNorm2d, make_norm
+from boxwright.backbones.resnet import Bottleneck, ResNet
 
 
 def with_random_norms(model: nn.Module) -> nn.Module:

@@ -98,6 +98,25 @@ def test_download_into_the_cache_and_into_a_folder(tmp_path: Path) -> None:
         assert len(host.requests) == 2
 
 
+def test_of_a_weak_hash_show_says_that_it_is_one_and_what_the_better_one_is(tmp_path: Path) -> None:
+    stated = hashlib.md5(CONTENT).hexdigest()[:6]
+    with serve() as host:
+        zoo = Path(own_zoo(tmp_path, host.url))
+        weak = zoo.read_text("utf-8").replace(f'"{FILE}"', f'"model_final_{stated}.pkl", md5_prefix = "{stated}"')
+        zoo.write_text(weak, "utf-8")
+        _, shown, _ = run("show", "mine", "--zoo", str(zoo))
+        assert f"{stated} (its first 6 digits, checked: they tell damage and mix-ups, and stop no forger)" in shown
+        assert "not stated by those who published it" in shown
+        assert SHA256 not in shown
+        host.answer(f"model_final_{stated}.pkl", whole(b"another"), whole(CONTENT))
+        code, _, told = run("download", "mine", "--zoo", str(zoo))
+        assert code == 1
+        assert f"MD5 hash begins with {hashlib.md5(b'another').hexdigest()[:6]}, not {stated}" in told
+        assert run("download", "mine", "--zoo", str(zoo))[0] == 0
+        _, shown, _ = run("show", "mine", "--zoo", str(zoo))
+        assert SHA256 in shown
+
+
 def test_a_download_that_fails_tells_what_each_mirror_said(tmp_path: Path) -> None:
     with serve() as host:
         host.answer(f"a/{FILE}", status(403))

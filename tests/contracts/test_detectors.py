@@ -10,7 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.heads.box_head import BoxHead, SampledBoxes
+from boxwright.heads import box_head, mask_head
+from boxwright.heads.box_head import BoxHead
+from boxwright.heads.box_sample import SampledBoxes
 from boxwright.structures import Batch, MaskGrids, map_tensors
 from factory import DETECTORS, random_batch, small_detector
 
@@ -63,7 +65,10 @@ def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> N
 
 @pytest.mark.parametrize("kind", DETECTORS)
 @torch.no_grad()
-def test_detection_is_one_graph(kind: str) -> None:
+def test_detection_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eager mode looks at fewer slots on a CPU, where sums are rounded otherwise; here both look at all.
+    for head in (box_head, mask_head):
+        monkeypatch.setattr(head, "used_slots", lambda valid: valid.shape[1])
     detector = small_detector(kind)
     counter = CompileCounter()
     compiled = torch.compile(detector.detect, fullgraph=True, backend=counter)

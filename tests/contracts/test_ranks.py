@@ -26,7 +26,7 @@ def full_and_empty() -> Batch:
 
 
 def gradients(kind: str, batch: Batch) -> dict[str, Tensor]:
-    detector = small_detector(kind)
+    detector = small_detector(kind).double()  # so that rounding, which depends on the batch, decides nothing
     sum(detector.losses(batch).values()).backward()
     return {f"{kind}/{name}": p.grad for name, p in detector.named_parameters()}
 
@@ -55,4 +55,4 @@ def test_a_rank_without_objects_takes_part_in_the_mean(tmp_path: Path) -> None:
         assert given.keys() == wanted.keys()
         for name, gradient in wanted.items():
             error = (given[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
-            assert error < 1e-3, f"{name}: {error:.1e}"
+            assert error < 1e-6, f"{name}: {error:.1e}"

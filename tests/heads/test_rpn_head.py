@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from boxwright.geometry.conventions import CAFFE2
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 
 STRIDES = (4, 8)
@@ -50,3 +53,58 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
     assert (boxes <= torch.tensor([90, 60, 90, 60])).all()
     scores = output.objectness.sigmoid().gather(1, proposals.sources)
     assert torch.equal(scores[proposals.valid], proposals.scores[proposals.valid])
+
+
+@pytest.mark.parametrize("num_convs", [1, 3])
+def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: int) -> None:
+    torch.manual_seed(0)
+    head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0), num_convs=num_convs)).double()
+    maps = [feature.double().requires_grad_() for feature in features()]
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    output = head(maps, (64, 96))
+    # Corners and edges of both levels, where padding is read, and others.
+    total = sum(output.level_lengths)
+    corners = torch.tensor([0, 1, 47, 767, output.level_lengths[0], total - 1])
+    indices = torch.stack([torch.cat([corners, torch.randint(total, (40,))]) for _ in range(2)])
+    objectness, deltas = head.at_anchors(maps, indices)
+    dense = output.objectness.gather(1, indices), output.deltas.gather(1, indices[..., None].expand(-1, -1, 4))
+    weights = torch.randn_like(dense[0]), torch.randn_like(dense[1])
+    inputs = [*maps, *head.parameters()]
+
+    def gradients(objectness: torch.Tensor, deltas: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((objectness * weights[0]).sum() + (deltas * weights[1]).sum(), inputs)
+
+    torch.testing.assert_close((objectness, deltas), dense, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradients(objectness, deltas), gradients(*dense), rtol=0, atol=1e-10)
+
+
+def test_testing_may_take_padding_for_picture_and_training_never() -> None:
+    torch.manual_seed(0)
+    conventions = replace(CAFFE2, proposal_clip_multiple=32)
+    head = RPNHead(6, STRIDES, RPNConfig(num_proposals=2000), conventions)
+    sizes = torch.tensor([[50, 90], [64, 96]])
+    output = head(features(), (64, 96))
+    for training, corner in ((True, [89.0, 49.0]), (False, [95.0, 63.0])):
+        proposals = head.proposals(output, sizes, training=training)
+        boxes = proposals.boxes[0][proposals.valid[0]]
+        assert boxes[:, 2:].amax(0).tolist() == corner
+
+
+def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
+    head = RPNHead(6, STRIDES, RPNConfig(num_convs=3))
+    maps = features()
+    torch.manual_seed(0)
+    for conv in (head.conv, *head.more_convs):
+        torch.nn.init.normal_(conv.weight, std=0.3)
+    hidden = maps[0]
+    for conv in (head.conv, *head.more_convs):
+        hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, padding=1).clamp(min=0)
+    wanted = head.objectness(hidden)
+    assert wanted.std() > 0
+    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], wanted[:, 0].flatten(1))
+
+
+def test_at_least_one_convolution_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="num_convs=0"):
+        RPNConfig(num_convs=0)

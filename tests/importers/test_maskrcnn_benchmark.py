@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.backbones.resnet import FrozenBatchNorm2d
+from boxwright.backbones.norm import FrozenBatchNorm2d
 from boxwright.geometry.boxes import decode
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import convert

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.resnet import ResNet, has_untrained_statistics
+from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.backbones.resnet import ResNet
 from boxwright.importers.rules import (
     Rule,
     Unsupported,
     background_to_last,
     ratios_outermost,
     rename,
+    rename_back,
     with_statistics,
     without_background,
     without_background_deltas,
@@ -29,6 +31,29 @@ def test_numbers_and_text_are_put_in_and_the_first_row_that_fits_counts() -> Non
     given = rename({"head.2.10.w.x": ONE, "head.0.1.drop": ONE, "head.other": ONE}, table)
     assert given.tensors == {"ours.7.9.w.x": ONE, "rest.other": 2 * ONE}
     assert given.unused == ["head.0.1.drop"]
+
+
+def test_tables_go_back_by_the_first_row_that_leads_there_and_is_the_names_own() -> None:
+    table = (
+        Rule("lost.*", None),
+        Rule("layer.{i}.0.*", "ours.{i*3+1}.*"),
+        Rule("old{i}.*", "ours.{i}.*"),
+        Rule("fcn{i}.*", "convs.{i-1}.*"),
+        Rule("*.logits", "*.scores", background_to_last),
+    )
+    given = {"ours.7.w": ONE, "ours.8.w": ONE, "convs.0.w": ONE, "head.scores": torch.tensor([1.0, 2.0, 0.0])}
+    back = rename_back(given, table)
+    assert list(back) == ["layer.2.0.w", "old8.w", "fcn1.w", "head.logits"]
+    assert back["head.logits"].tolist() == [0.0, 1.0, 2.0]
+    again = rename(back, table).tensors
+    assert again.keys() == given.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in given.items())
+
+
+def test_names_and_changes_that_lead_nowhere_are_told() -> None:
+    table = (Rule("lost.*", None), Rule("*", "ours.*"), Rule("x", "y", ratios_outermost))
+    with pytest.raises(ValueError, match=r"3 tensors have no names there: other, y, ours\.lost\.w"):
+        rename_back({"other": ONE, "y": ONE, "ours.lost.w": ONE, "ours.w": ONE}, table)
 
 
 def test_dots_are_dots() -> None:

@@ -1,4 +1,7 @@
-"""torchvision's detectors with weights that are random but behave: activations keep their scale, scores spread."""
+"""torchvision's detectors with weights that are random but behave: activations keep their scale, scores spread.
+
+All in float64, so that rounding neither hides nor fakes a difference: one flipped ReLU moves a gradient by 1e-3.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from boxwright.assign.match import IGNORED, NEGATIVE, POSITIVE
+from boxwright.assign.sample import sample
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.data.augment import place
 from boxwright.data.coco import CocoDataset
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.layout import find_layout
+from boxwright.heads.rpn_head import SAMPLING_SALT, RPNConfig
 from boxwright.importers.rules import rename
 from boxwright.importers.torchvision import rules
 from boxwright.structures import Batch, Targets
@@ -44,7 +50,7 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
     images = torch.zeros(num_images, 3, *canvas, dtype=torch.uint8)
     for image, picture in zip(images, pictures, strict=True):
         image[:, : picture.shape[1], : picture.shape[2]] = picture
-    corners = torch.rand(num_images, 6, 2, generator=generator) * 200
+    corners = torch.rand(num_images, 6, 2, generator=generator, dtype=torch.float64) * 200
     boxes = torch.cat([corners, corners + 20 + 100 * torch.rand(num_images, 6, 2, generator=generator)], -1)
     valid = torch.ones(num_images, 8, dtype=torch.bool)
     valid[:, 6:] = False
@@ -84,11 +90,11 @@ def real_objects(folder: Path, num_images: int = 2) -> Batch:
 def peer_inputs(batch: Batch, first_label: int = 1) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1 or so."""
     images = [
-        image[:, :height, :width].float()
+        image[:, :height, :width].double()
         for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)
     ]
     targets = [
-        {"boxes": boxes[valid], "labels": labels[valid] + first_label}
+        {"boxes": boxes[valid].double(), "labels": labels[valid] + first_label}
         for boxes, labels, valid in zip(batch.targets.boxes, batch.targets.labels, batch.targets.valid, strict=True)
     ]
     return images, targets
@@ -111,15 +117,10 @@ def peer_mask_rcnn(batch: Batch, num_proposals: int, positive_iou: float) -> Mas
 
 
 def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
-    """A model.
-
-    Rounding must not hide or fake a difference: one flipped ReLU moves a gradient by more than the tolerance. So the
-    peer gets its pixels on our scale and normalises with nn.BatchNorm2d in eval mode, which round as ours do.
-    """
     torch.manual_seed(3)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
-    )
+    ).double()
     _calibrate(backbone, peer_inputs(batch)[0])
     model = kind(
         backbone,
@@ -128,7 +129,6 @@ def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
         max_size=EVERYTHING,
         image_mean=PYTORCH.mean,
         image_std=PYTORCH.std,
-        rpn_batch_size_per_image=EVERYTHING,
         box_batch_size_per_image=EVERYTHING,
         **settings,
     )
@@ -138,7 +138,8 @@ def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
         model.rpn.head.bbox_pred.weight.mul_(3)
         model.roi_heads.box_predictor.cls_score.weight.mul_(5)
         model.roi_heads.box_predictor.bbox_pred.weight.mul_(3)
-    return model.eval()
+    model.rpn.fg_bg_sampler = OurSample(batch)
+    return model.double().eval()
 
 
 def peer_retinanet(batch: Batch) -> RetinaNet:
@@ -151,7 +152,7 @@ def peer_retinanet(batch: Batch) -> RetinaNet:
         norm_layer=nn.BatchNorm2d,
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(256, 256),
-    )
+    ).double()
     _calibrate(backbone, peer_inputs(batch)[0])
     model = RetinaNet(
         backbone,
@@ -167,7 +168,30 @@ def peer_retinanet(batch: Batch) -> RetinaNet:
                 layer[0].weight.mul_(3)
         model.head.classification_head.cls_logits.weight.mul_(1.5)
         model.head.regression_head.bbox_reg.weight.mul_(0.5)
-    return model.eval()
+    return model.double().eval()
+
+
+class OurSample:
+    """In place of torchvision's random sample of anchors: ours, among those that torchvision labelled."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.seeds = batch.seeds
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """From 1 (object), 0 (background) and -1 (ignored) at every anchor, masks of what is looked at."""
+        theirs = torch.stack(labels)
+        ours = torch.where(theirs == 1, POSITIVE, torch.where(theirs == 0, NEGATIVE, IGNORED))
+        config = RPNConfig()
+        sampled = sample(
+            ours, self.seeds, num=config.num_sampled, positive_fraction=config.positive_fraction, salt=SAMPLING_SALT
+        )
+
+        def mask(slots: Tensor) -> list[Tensor]:
+            chosen = torch.zeros_like(theirs)
+            chosen.scatter_add_(1, sampled.indices, slots.to(chosen.dtype))
+            return list(chosen > 0)
+
+        return mask(sampled.positive), mask(sampled.valid & ~sampled.positive)
 
 
 def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
@@ -184,6 +208,14 @@ def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
         for image in images:
             backbone((image[None] - 115) / 57)
     backbone.eval()
+
+
+def in_float64(detector: nn.Module) -> nn.Module:
+    """The detector in eval mode, all its numbers float64."""
+    detector = detector.double().eval()
+    for buffer, values in ((detector.normalize.mean, PYTORCH.mean), (detector.normalize.std, PYTORCH.std)):
+        buffer.copy_(torch.tensor(values, dtype=torch.float64).view_as(buffer))
+    return detector
 
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from boxwright.detectors.rcnn import RCNN, fast_rcnn
 from boxwright.geometry.conventions import TORCHVISION
 from boxwright.heads.box_head import BoxConfig
 from boxwright.structures import Batch, Proposals
-from parity.peer import EVERYTHING, NUM_CLASSES, converted, peer_faster_rcnn, peer_inputs, real_batch
+from parity.peer import EVERYTHING, NUM_CLASSES, converted, in_float64, peer_faster_rcnn, peer_inputs, real_batch
 
 NUM_PROPOSALS = (120, 75)
 SLOTS = 128
@@ -27,7 +27,7 @@ def batch(data_dir: Path) -> Batch:
     """Half of each image's proposals lie around its objects, the others anywhere; NaN behind the last."""
     batch = real_batch(data_dir)
     generator = torch.Generator().manual_seed(1)
-    boxes = torch.full((2, SLOTS, 4), torch.nan)
+    boxes = torch.full((2, SLOTS, 4), torch.nan, dtype=torch.float64)
     for image, count in enumerate(NUM_PROPOSALS):
         height, width = batch.image_sizes[image].tolist()
         corner = torch.rand(count, 2, generator=generator) * torch.tensor([width - 20, height - 20])
@@ -56,8 +56,9 @@ def detector(peer: FasterRCNN) -> RCNN:
         conventions=TORCHVISION,
         box=BoxConfig(num_sampled=EVERYTHING, smooth_l1_beta=1 / 9),
     )
+    detector = in_float64(detector)
     detector.load_state_dict({k: v for k, v in converted(peer.state_dict()).items() if not k.startswith("rpn.")})
-    return detector.eval()
+    return detector
 
 
 def peer_features(batch: Batch, peer: FasterRCNN) -> tuple[dict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
@@ -75,8 +76,8 @@ def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> Non
     for index, theirs in enumerate(wanted):
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-4
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-2
+        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
         assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
 
 
@@ -87,7 +88,7 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
     given = detector.losses(batch)
     assert set(given) == {"box_class", "box_regression"}
     for ours, theirs in {"box_class": "loss_classifier", "box_regression": "loss_box_reg"}.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-4), ours
+        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
     sum(wanted.values()).backward()
     sum(given.values()).backward()
@@ -105,4 +106,4 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
             if name.startswith("backbone.output.3"):
                 continue  # these pictures are too small for boxes of the coarsest level, so that it learns nothing
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
-            assert error < 1e-4, f"{name}: {error:.1e}"
+            assert error < 1e-6, f"{name}: {error:.1e}"

@@ -19,6 +19,7 @@ from parity.peer import (
     NUM_CLASSES,
     converted,
     converted_gradients,
+    in_float64,
     peer_faster_rcnn,
     peer_inputs,
     real_batch,
@@ -44,16 +45,16 @@ def detector(peer: FasterRCNN) -> RCNN:
         rpn=RPNConfig(
             border=None,
             low_quality=0.0,
-            num_sampled=EVERYTHING,
             test_pre_nms_per_level=1000,
             test_num_proposals=1000,
         ),
         box=BoxConfig(num_sampled=EVERYTHING, smooth_l1_beta=1 / 9),
     )
+    detector = in_float64(detector)
     missing, unexpected = detector.load_state_dict(converted(peer.state_dict()), strict=False)
     assert not unexpected
     assert not missing
-    return detector.eval()
+    return detector
 
 
 @torch.inference_mode()
@@ -64,8 +65,8 @@ def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> Non
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert len(theirs["labels"].unique()) > 3
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-4
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-2
+        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
         assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
 
 
@@ -80,7 +81,7 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
         "box_regression": "loss_box_reg",
     }
     for ours, theirs in names.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-4), ours
+        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
     sum(wanted.values()).backward()
     sum(given.values()).backward()
@@ -88,4 +89,4 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
-            assert error < 1e-4, f"{name}: {error:.1e}"
+            assert error < 1e-6, f"{name}: {error:.1e}"

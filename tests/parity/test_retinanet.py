@@ -13,7 +13,7 @@ from boxwright.detectors.retinanet import RetinaNet, retinanet
 from boxwright.geometry.conventions import TORCHVISION
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.structures import Batch, map_tensors
-from parity.peer import NUM_CLASSES, converted, converted_gradients, peer_inputs, peer_retinanet, real_batch
+from parity.peer import NUM_CLASSES, converted, converted_gradients, in_float64, peer_inputs, peer_retinanet, real_batch
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,11 @@ def detector(peer: TorchvisionRetinaNet) -> RetinaNet:
         conventions=TORCHVISION,
         retina=RetinaConfig(smooth_l1_beta=0.0, max_detections=300),
     )
+    detector = in_float64(detector)
     missing, unexpected = detector.load_state_dict(converted(peer.state_dict()), strict=False)
     assert not unexpected
     assert not missing
-    return detector.eval()
+    return detector
 
 
 @torch.inference_mode()
@@ -50,8 +51,8 @@ def test_detections_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: Re
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert len(theirs["labels"].unique()) > 3
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-4
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-2
+        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
         assert torch.equal(given.labels[index][valid], theirs["labels"])
 
 
@@ -63,7 +64,7 @@ def test_losses_and_gradients_equal(batch: Batch, peer: TorchvisionRetinaNet, de
     separate = [detector.losses(picture) for picture in pictures]
     given = {name: torch.stack([losses[name] for losses in separate]).mean() for name in separate[0]}
     for ours, theirs in {"retina_class": "classification", "retina_box": "bbox_regression"}.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-4), ours
+        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
     sum(wanted.values()).backward()
     sum(given.values()).backward()
@@ -71,4 +72,4 @@ def test_losses_and_gradients_equal(batch: Batch, peer: TorchvisionRetinaNet, de
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
-            assert error < 1e-4, f"{name}: {error:.1e}"
+            assert error < 1e-6, f"{name}: {error:.1e}"

@@ -171,6 +171,28 @@ def test_another_file_is_refused_and_not_asked_for_again(host: Host, tmp_path: P
     assert kept(tmp_path) == {}
 
 
+@pytest.mark.parametrize("digits", [6, 32])
+def test_digits_of_an_md5_hash_are_checked_as_well(host: Host, tmp_path: Path, digits: int) -> None:
+    """When it comes, and each time that it is asked for."""
+    stated = hashlib.md5(CONTENT).hexdigest()[:digits]
+    url = host.answer(NAME, whole(b"another file"), whole(CONTENT))
+    remote = Remote(name=NAME, urls=(url,), md5=stated)
+    with pytest.raises(FetchError, match=f"MD5 hash begins with [0-9a-f]{{{digits}}}, not {stated}"):
+        fetch(remote, pause=0.01)
+    assert kept(tmp_path) == {}
+    assert_right(fetch(remote), tmp_path)
+    cached_path(remote).write_bytes(b"damaged")
+    assert_right(fetch(remote), tmp_path)
+    assert_right(fetch(remote), tmp_path)
+    assert len(host.requests) == 3
+
+
+def test_both_hashes_must_be_right(host: Host) -> None:
+    url = host.answer(NAME, whole(CONTENT))
+    with pytest.raises(FetchError, match="MD5"):
+        fetch(Remote(name=NAME, urls=(url,), sha256=SHA256, md5="000000"), pause=0.01)
+
+
 def test_a_length_that_is_a_lie_is_told(host: Host, tmp_path: Path) -> None:
     url = host.answer(NAME, lambda handler: handler.send(200, CONTENT, Content_Length=len(CONTENT) + 10))
     with pytest.raises(FetchError, match=r"closed the connection after 300,000 of 300,010 bytes"):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import boxwright
+from boxwright.backbones.timm import timm_fpn
 from boxwright.cli.main import app
 from boxwright.data.dataset import Category
 from boxwright.data.proposals_foreign import open_proposals
+from boxwright.detectors.rcnn import faster_rcnn
+from boxwright.heads.box_head import BoxConfig
+from boxwright.training.experiment import Experiment, build, to_json
 from boxwright.training.init_weights import load_init
 from boxwright.weights.foreign import read_foreign
+from boxwright.weights.ours import save_weights
 
 CATEGORIES = [Category(id=1, name="a")]
 EXPERIMENT = "boxwright.training.experiment.Experiment"
@@ -92,8 +101,37 @@ def faster(backbone: Any = None, **arguments: Any) -> dict[str, Any]:
     return {"call": FASTER, "arguments": {"backbone": backbone, **arguments}}
 
 
+def part(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"call": f"boxwright.{kind}", "arguments": numbers}
+
+
 def box(**numbers: Any) -> dict[str, Any]:
-    return experiment(faster(box={"call": "boxwright.heads.box_head.BoxConfig", "arguments": numbers}))
+    return experiment(faster(box=part("heads.box_head.BoxConfig", **numbers)))
+
+
+def mask(**numbers: Any) -> dict[str, Any]:
+    model = faster(mask=part("heads.mask_head.MaskConfig", **numbers))
+    return experiment({**model, "call": "boxwright.detectors.rcnn.mask_rcnn"})
+
+
+def retina(**numbers: Any) -> dict[str, Any]:
+    body = part("backbones.fpn.resnet_fpn", depth=18, out_stages=[3, 4, 5], extra="c5")
+    head = part("heads.retina_head.RetinaConfig", **numbers)
+    return experiment(part("detectors.retinanet.retinanet", backbone=body, retina=head))
+
+
+def body(**numbers: Any) -> dict[str, Any]:
+    return experiment(faster(part("backbones.fpn.resnet_fpn", **numbers)))
+
+
+def resize(side: int) -> dict[str, Any]:
+    page = box()
+    return {**page, "arguments": {**page["arguments"], "resize": part("data.buckets.Resize", short=side, long=side)}}
+
+
+def scales(mode: str, *sizes: list[int]) -> dict[str, Any]:
+    page = box()
+    return {**page, "arguments": {**page["arguments"], "scale_mode": mode, "scales": sizes}}
 
 
 NAMES = (
@@ -116,6 +154,17 @@ PAGES: dict[str, Any] = {
     **{f"holds {name!r}": experiment(faster({"call": name, "arguments": {"folder": "hit"}})) for name in NAMES},
     "a huge layer": box(width=10**7),
     "a negative layer": box(width=-5),
+    "a billion cells": box(output_size=10**9),
+    "a billion layers": mask(num_convs=10**9),
+    "a billion layers of one stage": retina(num_convs=10**9),
+    "a billion layers with norms": retina(num_convs=10**9, norm="gn"),
+    "a billion anchors": retina(scales_per_octave=10**9),
+    "a billion blocks": body(depth=10**9),
+    "a billion groups": body(depth=50, groups=10**9),
+    "groups a billion wide": body(depth=50, groups=1, width_per_group=10**9),
+    "a pyramid a billion wide": body(depth=18, channels=10**9),
+    "a billion sizes of pictures": scales("range", [1, 1], [10**12, 10**12]),
+    "a picture a billion wide": resize(10**9),
     "a depth that is text": experiment(
         faster({"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {"depth": "os"}})
     ),
@@ -145,6 +194,39 @@ def test_hostile_pages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(app, ["weights", "inspect", str(path)])
     assert result.exit_code == 1
     assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_page_makes_nothing_be_fetched_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that a builder would fetch, and the file's own come over them anyway."""
+    timm = pytest.importorskip("timm", reason="needs the extra boxwright[timm]")
+    asked = []
+
+    def create_model(*args: Any, pretrained: bool = False, **arguments: Any) -> Any:
+        asked.append(pretrained)
+        return make(*args, pretrained=pretrained, **arguments)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    backbone = partial(timm_fpn, name="resnet10t", channels=16)
+    model = partial(faster_rcnn, box=BoxConfig(width=8))
+    detector = build(partial(model, backbone=backbone), num_classes=1)
+    page = {
+        "experiment": to_json(Experiment(model=partial(model, backbone=partial(backbone, pretrained=True)))),
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    save_weights(tmp_path / "weights.safetensors", detector.state_dict(), page)
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded = boxwright.load(tmp_path / "weights.safetensors").detector.state_dict()
+    assert asked == [False]
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in detector.state_dict().items())
+    page["experiment"]["arguments"]["model"]["arguments"]["backbone"]["arguments"]["name"] = "hf-hub:someone/hit"
+    save_weights(tmp_path / "hub.safetensors", detector.state_dict(), page)
+    with pytest.raises(ValueError, match="timm knows no model 'hf-hub:someone/hit'"):
+        boxwright.load(tmp_path / "hub.safetensors")
 
 
 class Reduces:
@@ -206,6 +288,93 @@ def test_archives_that_unpack_to_much_or_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no whole torch file"):
         read_foreign(path)
     assert list(tmp_path.rglob("*hit*")) == []
+
+
+def test_names_that_lead_out_of_an_archive_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether what else is in it is whole weights or not: what is unpacked is read, and lands nowhere."""
+    inside = tmp_path / "one" / "two"
+    inside.mkdir(parents=True)
+    (tmp_path / "hit").write_bytes(b"as it was")
+    outside = ["../hit", "../../hit", str(tmp_path / "hit"), "..\\..\\hit"]
+    below = ["x/../../hit", "x/../../../hit", "x/link", "x/link/hit"]  # torch reads a whole archive that holds these
+    for name, entries in (("y", below + outside), ("x", below)):
+        torch.save({"w": torch.ones(2)}, inside / "x.pth")
+        path = (inside / "x.pth").rename(inside / f"{name}.pth")
+        with zipfile.ZipFile(path, "a") as file:
+            for entry in map(zipfile.ZipInfo, entries):
+                if entry.filename == "x/link":  # a symbolic link, as a program that unpacks would make it
+                    entry.create_system, entry.external_attr = 3, 0o120777 << 16
+                file.writestr(entry, str(tmp_path) if entry.filename == "x/link" else b"overwritten")
+    monkeypatch.chdir(inside)
+    before = listing(tmp_path)
+    for path in inside.iterdir():
+        for reader in READERS.values():
+            with suppress(ValueError):
+                reader(path)
+    assert read_foreign(inside / "x.pth").tensors.keys() == {"w"}
+    assert listing(tmp_path) == before
+
+
+def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything below a folder, with when it was last changed and what it holds."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from weights.test_hostile_files import READERS
+
+def refused(path):
+    for name, reader in READERS.items():
+        try:
+            reader(path)
+        except ValueError:
+            continue
+        if name == "load":  # the others do not look at pages
+            sys.exit(f"{path} is read")
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+refused(Path(sys.argv[1]))  # imports what reading wants
+before = peak()
+for name in sys.argv[2:]:
+    refused(Path(name))
+    print(name, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_refusing_takes_little_memory(tmp_path: Path) -> None:
+    """A bomb of 256 MB, headers and shapes of up to 2^63, and pages of models of a billion layers or channels."""
+    first = tmp_path / "first.safetensors"
+    first.write_bytes(FILES["a huge shape"])
+    paths = [tmp_path / "bomb.pth", tmp_path / "bomb in numbers.pth"]
+    with zipfile.ZipFile(paths[0], "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr("archive/data.pkl", bytes(2**28))
+    # Pickles that say how long what follows is: 2^31 - 1 bytes, of which there are 4.
+    paths[1].write_bytes(b"\x80\x02B" + struct.pack("<I", 2**31 - 1) + b"abcd.")
+    for name, content in FILES.items():
+        if "huge" in name or "header of" in name or "longer" in name or "overflows" in name:
+            paths.append(tmp_path / f"{len(paths)}.safetensors")
+            paths[-1].write_bytes(content)
+    for name, page in PAGES.items():
+        if "billion" in name or "huge" in name:
+            paths.append(tmp_path / f"{len(paths)}.safetensors")
+            about = {"format": "boxwright-1", "categories": [{"id": 1, "name": "a"}], "experiment": page}
+            paths[-1].write_bytes(safetensors({"__metadata__": {"boxwright": json.dumps(about)}, "a": ONE}))
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    command = [sys.executable, "-c", MEASURE, str(first), *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    grown = [int(line.rpartition(" ")[2]) for line in result.stdout.splitlines()]
+    assert len(grown) == len(paths) >= 15
+    assert max(grown) < 100 * 1024, result.stdout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import Backbone
-from boxwright.backbones.resnet import Norm, ResNet, Style, make_norm
+from boxwright.backbones.norm import Norm, make_norm
+from boxwright.backbones.resnet import ResNet, Style
 
 Extra = Literal["pool", "c5", "p5"]
 

@@ -8,83 +8,21 @@ activations again in the backward pass: Chen et al., Training Deep Nets with Sub
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from boxwright.backbones.convolve import convolve
+from boxwright.backbones.norm import Norm, make_norm
+
 Style = Literal["pytorch", "caffe"]
-Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics are constants, in training too; scale and bias are parameters.
-
-    Detectors train with few images a GPU, too few for statistics of their own.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, *, eps: float = 1e-5, train_affine: bool = True) -> None:
-        """Start as the identity, but for `eps`; `train_affine` says whether scale and bias learn."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels), requires_grad=train_affine)
-        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=train_affine)
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised input, in its own dtype.
-
-        `F.batch_norm` is the folded `x * scale + bias` in one pass, in float32 inside also where x is bfloat16.
-        """
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # nn.BatchNorm2d counts the batches of its statistics; ours never change.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def has_untrained_statistics(model: nn.Module) -> bool:
-    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn.
-
-    Norms that were folded into a scale and a bias have a mean of 0, too, and a variance that makes up for `eps`.
-    """
-    return any(
-        isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() and bool((m.running_var == 1).all())
-        for m in model.modules()
-    )
-
-
-def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:
-    """A normalisation layer.
-
-    Args:
-        norm: "frozen_bn" constant statistics; "bn" statistics of this process's images; "sync_bn" statistics of all
-            processes' images (CUDA only; in one process it is "bn"); "gn" 32 groups, fewer where 32 does not divide
-            the channels.
-        channels: of the maps to normalise.
-        train_affine: whether the scale and bias of "frozen_bn" learn; those of the others always do.
-    """
-    if norm == "frozen_bn":
-        return FrozenBatchNorm2d(channels, train_affine=train_affine)
-    if norm == "bn":
-        return nn.BatchNorm2d(channels)
-    if norm == "sync_bn":
-        return nn.SyncBatchNorm(channels)
-    if norm == "gn":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
-    raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
 
 
 @contextmanager
@@ -139,11 +77,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, width, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.bn2(self.conv2(x))
-        x += shortcut
-        return F.relu(x, inplace=True)
+        shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
+        x = convolve(self.conv1, self.bn1, x, relu=True)
+        return convolve(self.conv2, self.bn2, x, shortcut, relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -179,12 +115,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, 4 * width, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
-        x += shortcut
-        return F.relu(x, inplace=True)
+        shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
+        x = convolve(self.conv1, self.bn1, x, relu=True)
+        x = convolve(self.conv2, self.bn2, x, relu=True)
+        return convolve(self.conv3, self.bn3, x, shortcut, relu=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> nn.Sequential | None:
@@ -283,7 +217,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels -> the maps of `out_stages`."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = convolve(self.conv1, self.bn1, images, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []
         for index in range(self.num_stages):

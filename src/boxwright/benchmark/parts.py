@@ -29,6 +29,8 @@ _METHODS = (
     ("backbone", "forward", "pyramid"),
     ("backbone.body", "forward", "backbone"),
     ("rpn", "forward", "RPN head"),
+    ("rpn", "at_anchors", "RPN head"),
+    ("rpn", "propose", "proposals"),
     ("rpn", "proposals", "proposals"),
     ("rpn", "losses", "RPN matching, sampling and losses"),
     ("head", "forward", "RetinaNet head"),

@@ -20,7 +20,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from boxwright.backbones.resnet import BLOCKS_PER_STAGE, make_norm
+from boxwright.backbones.norm import make_norm
+from boxwright.backbones.resnet import BLOCKS_PER_STAGE
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
@@ -61,6 +62,11 @@ def torchvision_model(model: Callable[..., nn.Module], ours: nn.Module) -> nn.Mo
         box = given.get("box", BoxConfig())
         if box.class_agnostic or box.hard_examples or box.nms != "hard":
             raise ValueError("torchvision has no boxes for all classes at once, no hard examples and no Soft-NMS")
+        mask = given.get("mask", MaskConfig())
+        if box.num_convs or box.num_fcs != 2 or mask.norm is not None or given["rpn"].num_convs != 1:
+            raise ValueError(
+                "torchvision's heads are compared as they were in 2018: without norms, one layer in the RPN"
+            )
         peer = _rcnn(backbone, strides, num_classes, given["rpn"], box, given.get("mask"))
     if family == "rpn":
         peer = ProposalsOnly(peer)

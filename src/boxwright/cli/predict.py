@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from boxwright.cli.options import PrecisionOption
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 WRITABLE = SUFFIXES - {".gif"}
 
@@ -23,6 +25,7 @@ def predict(
         bool, typer.Option("--native", help="Keep the pictures' own sizes, padded to a multiple of 32.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    precision: PrecisionOption = None,
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
@@ -51,7 +54,7 @@ def predict(
     rows: list[dict[str, object]] = []
     num_unreadable = 0
     with process_group(device) as chosen:
-        predictor = load(model, device=chosen, trusted_modules=trust or ())
+        predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         if getattr(predictor.detector, "needs_proposals", False):
             raise ValueError(
                 f"{model} has no network for proposals, so that it needs boxes to look at: give them in Python "

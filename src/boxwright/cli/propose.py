@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from boxwright.cli.options import PrecisionOption
+
 if TYPE_CHECKING:
     from boxwright.data.layout import Split
     from boxwright.detectors.detector import Detector
@@ -28,6 +30,7 @@ def propose(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    precision: PrecisionOption = None,
     trust: Annotated[
         list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
     ] = None,
@@ -50,7 +53,7 @@ def propose(
 
     splits = _splits(data, split or [], annotations, images)
     with process_group(device) as chosen:
-        predictor = load(model, device=chosen, trusted_modules=trust or ())
+        predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         if not isinstance(predictor.detector, ProposalNetwork):
             raise ValueError(f"{model} is no RPN: train one, such as rpn_r50_fpn_1x, and name its run")
         datasets = {name: CocoDataset(*chosen_split) for name, chosen_split in splits.items()}

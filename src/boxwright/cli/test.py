@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from boxwright.cli.options import PrecisionOption
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -33,6 +35,7 @@ def measure(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    precision: PrecisionOption = None,
     max_detections: Annotated[
         int | None,
         typer.Option(
@@ -79,9 +82,10 @@ def measure(
     from boxwright.report.html import write_report
     from boxwright.training.distributed import process_group, rank, world_size
     from boxwright.weights.fetch import is_url
+    from boxwright.weights.hub import is_hub_place
     from boxwright.zoo import load_zoo
 
-    if out is None and (is_url(model) or (not Path(model).exists() and model in load_zoo())):
+    if out is None and (is_url(model) or is_hub_place(model) or (not Path(model).exists() and model in load_zoo())):
         raise ValueError("a model from elsewhere has no folder for what is measured: give --out")
     if annotations is not None and images is not None and data is None:
         chosen_split = Split(annotations, images)
@@ -97,7 +101,7 @@ def measure(
     shorts = _short_sides(tta_short)
     out = weights_file(model).parent if out is None else out
     with process_group(device) as chosen:
-        predictor = load(model, device=chosen, trusted_modules=trust or ())
+        predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         require_proposals(predictor.detector, proposals is not None)
         dataset = CocoDataset(*chosen_split)
         limit = predictor.experiment.given_proposals

@@ -1,4 +1,4 @@
-"""`boxwright weights`: files of other code bases into ours; what a file is; how two differ."""
+"""`boxwright weights`: files of other code bases into ours, ours into theirs; what a file is; how two differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from boxwright.importers.convert import Imported
 
 app = typer.Typer(
-    help="Convert weights of other code bases, look into weights files, compare them.", no_args_is_help=True
+    help="Convert weights of other code bases and back, look into weights files, compare them.", no_args_is_help=True
 )
 
 File = Annotated[Path, typer.Argument(help="A weights file: .pth, .pkl or .safetensors.")]
@@ -50,6 +50,31 @@ def convert(
     for line in _about(imported):
         typer.echo(line)
     typer.echo(f"written to {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a name of the zoo.")],
+    out: Annotated[Path, typer.Option(help="Where the state dict goes, a .pth file.")],
+    to: Annotated[str, typer.Option(help="Whose model it is to be: torchvision.")] = "torchvision",
+) -> None:
+    """Write weights as torchvision's detectors load them, and print the Python that builds the detector.
+
+    It then detects what the model detects here. A model that torchvision's code cannot be is an error that says why.
+    """
+    from boxwright.importers.torchvision_export import export as export_model
+    from boxwright.predictor import load
+
+    if to != "torchvision":
+        raise ValueError(f"models cannot be exported to {to!r}: give --to torchvision")
+    if out.suffix not in (".pth", ".pt"):
+        raise ValueError(f"{out}: torchvision's weights are torch's own files: give a name that ends in .pth")
+    predictor = load(model)
+    try:
+        exported = export_model(predictor.detector, predictor.experiment, predictor.categories)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
+    typer.echo(exported.save(out))
 
 
 @app.command()

@@ -48,6 +48,7 @@ def show(
     zoo: Zoo = None,
 ) -> None:
     """Print all that is known of a model."""
+    from boxwright.weights.download import sha256_of
     from boxwright.weights.fetch import cached_path
     from boxwright.zoo import find_model, load_zoo
 
@@ -55,6 +56,7 @@ def show(
     model, collection, remote = entry.model, entry.collection, entry.remote
     place = cached_path(remote)
     known = "in full" if len(remote.sha256) == 64 else f"its first {len(remote.sha256)} digits are known"
+    weak = f"its first {len(remote.md5)} digits, checked: they tell damage and mix-ups, and stop no forger"
     note = f" ({collection.licence_note})" if collection.licence_note else ""
     lines = [
         ("model", f"{model.name}, of {collection.title}"),
@@ -64,10 +66,12 @@ def show(
         ("measured by", collection.source),
         ("licence", f"{collection.licence}{note}"),
         ("file", remote.name),
-        ("sha256", f"{remote.sha256} ({known})"),
+        ("sha256", f"{remote.sha256} ({known})" if remote.sha256 else "not stated by those who published it"),
+        ("md5", f"{remote.md5} ({weak})" if remote.md5 else ""),
         *[("mirror", url) for url in remote.urls],
         *[("results", mirror + model.results) for mirror in collection.mirrors if model.results],
         ("in the cache", str(place) if place.is_file() else "no"),
+        ("its sha256", sha256_of(place) if place.is_file() else ""),
         ("note", collection.note),
     ]
     width = max(len(key) for key, _ in lines) + 2

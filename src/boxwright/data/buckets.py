@@ -14,6 +14,9 @@ import numpy as np
 STRIDE = 32
 """Canvas sides are multiples of this, the stride of the coarsest feature map that a detector halves its way down to."""
 
+MAX_SIDE = 65_535
+"""The longest side that a JPEG file can have."""
+
 Canvas = tuple[int, int]
 
 Canvases = tuple[Canvas, ...]
@@ -35,8 +38,8 @@ class Resize:
     """What the long side may not exceed, in pixels."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.short <= self.long:
-            raise ValueError(f"{self}: give 1 <= short <= long")
+        if not 1 <= self.short <= self.long <= MAX_SIDE:
+            raise ValueError(f"{self}: give 1 <= short <= long <= {MAX_SIDE}")
 
     def sizes(self, original_sizes: np.ndarray) -> np.ndarray:
         """Resized (height, width) of pictures, rounded as the 2018 toolbox does.

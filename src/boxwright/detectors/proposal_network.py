@@ -27,13 +27,14 @@ class ProposalNetwork(nn.Module):
         """`rpn_objectness` and `rpn_box`; see `RPNHead.losses`."""
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        return self.rpn.losses(self.rpn(features, batch.images.shape[-2:]), batch, batch.targets)
+        return self.rpn.losses(features, (batch.images.shape[2], batch.images.shape[3]), batch, batch.targets)
 
     def detect(self, batch: Batch) -> Detections:
         """The proposals of testing as detections of class 0, scored by objectness."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
-        output = self.rpn(features, batch.images.shape[-2:])
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
+        proposals = self.rpn.propose(
+            features, (batch.images.shape[2], batch.images.shape[3]), batch.image_sizes, training=False
+        )
         return Detections(
             boxes=proposals.boxes,
             scores=proposals.scores,

@@ -74,9 +74,9 @@ class RCNN(nn.Module):
         if self.rpn is None:
             assert batch.proposals is not None, "a detector without an RPN needs proposals in its batch"
             return batch.proposals, {}
-        output = self.rpn(features, batch.images.shape[-2:])
-        proposals = self.rpn.proposals(output, batch.image_sizes, training=targets is not None)
-        return proposals, {} if targets is None else self.rpn.losses(output, batch, targets)
+        canvas = (batch.images.shape[2], batch.images.shape[3])
+        proposals = self.rpn.propose(features, canvas, batch.image_sizes, training=targets is not None)
+        return proposals, {} if targets is None else self.rpn.losses(features, canvas, batch, targets)
 
 
 def fast_rcnn(

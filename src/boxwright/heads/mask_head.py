@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from boxwright.backbones.convolve import convolve
 from boxwright.geometry.conventions import MODERN, Conventions
-from boxwright.heads.box_head import SampledBoxes
-from boxwright.losses import binary_cross_entropy, weighted_mean
+from boxwright.heads.box_sample import SampledBoxes
+from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
+from boxwright.heads.slots import used_slots
+from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Detections, Targets, take_slots
@@ -30,6 +33,8 @@ class MaskConfig:
     """Channels of every layer."""
     num_convs: int = 4
     """3x3 convolutions before the grid is doubled."""
+    norm: GridNorm | None = None
+    """Normalises after each of them; None normalises nowhere."""
     output_size: int = 14
     """Side of the grid that RoIAlign gives; masks have twice as many cells a side."""
     sampling_ratio: int = 2
@@ -62,15 +67,10 @@ class MaskHead(nn.Module):
         self.config = config
         self.strides = tuple(strides)[: config.num_levels]
         self.conventions = conventions
-        self.convs = nn.ModuleList(
-            nn.Conv2d(config.width if index else channels, config.width, 3, padding=1)
-            for index in range(config.num_convs)
-        )
+        self.convs = grid_convs(channels, config.width, config.num_convs, config.norm)
         self.upsample = nn.ConvTranspose2d(config.width if self.convs else channels, config.width, 2, stride=2)
         self.mask_logits = nn.Conv2d(config.width, num_classes, 1)
-        for layer in (*self.convs, self.upsample, self.mask_logits):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        init_relu_convs(self)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """The masks of boxes, each for one class alone.
@@ -98,13 +98,13 @@ class MaskHead(nn.Module):
         )
         hidden = grid.flatten(0, 1)
         for conv in self.convs:
-            hidden = conv(hidden).relu()
+            hidden = convolve(conv, None, hidden, relu=True)
         hidden = self.upsample(hidden).relu()
         # The last layer's rows are picked by class before it is applied: a mask instead of C of them for every box.
         weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
         assert self.mask_logits.bias is not None
         bias = self.mask_logits.bias[labels]
-        logits = torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)).float()
+        logits = at_least_float32(torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)))
         return logits.view(*labels.shape, *hidden.shape[-2:]) + bias[..., None, None]
 
     def losses(
@@ -122,7 +122,8 @@ class MaskHead(nn.Module):
             `mask`, scalar: the mean over all cells of the positives whose object has a mask; 0 without any.
         """
         assert targets.masks is not None, "a mask head needs masks in its targets"
-        boxes, matched, positive = (field[:, :max_positives] for field in sampled[:3])
+        num_slots = used_slots(sampled.positive[:, :max_positives])
+        boxes, matched, positive = (field[:, :num_slots] for field in sampled[:3])
         positive = positive & take_slots(targets.masks.valid, matched)
         labels = torch.where(positive, take_slots(targets.labels, matched), 0)
         logits = self(features, boxes, labels, positive)
@@ -144,5 +145,9 @@ class MaskHead(nn.Module):
             features: L of [B, channels, H_l, W_l], finest first.
             detections: D slots an image.
         """
-        logits = self(features, detections.boxes, detections.labels, detections.valid)
-        return replace(detections, masks=torch.where(detections.valid[..., None, None], logits.sigmoid(), 0.0))
+        valid = detections.valid
+        num_slots = used_slots(valid)
+        logits = self(features, detections.boxes[:, :num_slots], detections.labels[:, :num_slots], valid[:, :num_slots])
+        unused = (0, 0, 0, 0, 0, valid.shape[1] - num_slots)
+        masks = F.pad(logits.sigmoid(), unused)
+        return replace(detections, masks=torch.where(valid[..., None, None], masks, 0.0))

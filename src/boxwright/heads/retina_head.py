@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from boxwright.assign.match import IGNORED, POSITIVE, match
-from boxwright.backbones.resnet import make_norm
+from boxwright.backbones.norm import make_norm
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.heads.suppression import Suppression
-from boxwright.losses import sigmoid_focal_loss, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, sigmoid_focal_loss, smooth_l1, weighted_mean
 from boxwright.structures import Detections, Targets, take_slots
 
 
@@ -62,6 +62,14 @@ class RetinaConfig:
     """Of two detections of a class that overlap more than this, the worse goes."""
     max_detections: int = 100
     """Detections an image."""
+    clip_first: bool = True
+    """Whether boxes are cut at the picture's edges before they compete, or after it (Detectron2); then those of which
+    nothing is left are dropped, and their slots stay empty."""
+
+    def __post_init__(self) -> None:
+        # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
+        if not 1 <= self.scales_per_octave <= 100:
+            raise ValueError(f"scales_per_octave={self.scales_per_octave}: give 1 to 100, such as 3")
 
 
 class RetinaOutput(NamedTuple):
@@ -127,7 +135,7 @@ class RetinaHead(nn.Module):
             canvas: (height, width) in pixels that the features were computed from.
         """
         logits = [by_anchor(self.class_logits(self.class_convs(x)), self.num_classes) for x in features]
-        deltas = [by_anchor(self.box_deltas(self.box_convs(x)), 4).float() for x in features]
+        deltas = [at_least_float32(by_anchor(self.box_deltas(self.box_convs(x)), 4)) for x in features]
         return RetinaOutput(
             logits=tuple(logits),
             deltas=torch.cat(deltas, 1),
@@ -188,7 +196,7 @@ class RetinaHead(nn.Module):
             anchors = level.amax(2).topk(min(config.pre_nms_per_level, length)).indices
             rows = take_slots(level, anchors).flatten(1)
             best, places = rows.topk(min(config.pre_nms_per_level, rows.shape[1]))
-            logits.append(best.float())
+            logits.append(at_least_float32(best))
             indices.append(anchors.gather(1, places // self.num_classes) + start)
             labels.append(places % self.num_classes)
             start += length
@@ -196,8 +204,14 @@ class RetinaHead(nn.Module):
         boxes = box_geometry.decode(
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
-        return self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+        if config.clip_first:
+            boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        found = self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+        if config.clip_first:
+            return found
+        boxes = box_geometry.clip(found.boxes, image_sizes, plus_one=plus_one)
+        left = (boxes[..., 2:] - boxes[..., :2] + plus_one > 0).all(-1)
+        return replace(found, boxes=boxes, valid=found.valid & left)
 
     @property
     def suppression(self) -> Suppression:

@@ -9,20 +9,23 @@ section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.assign.match import match
 from boxwright.assign.sample import sample
+from boxwright.backbones.convolve import convolve
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
-from boxwright.losses import binary_cross_entropy, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, binary_cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.nms import nms
+from boxwright.ops.patches import gather_patches
 from boxwright.structures import Batch, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 1
@@ -32,6 +35,8 @@ SAMPLING_SALT = 1
 class RPNConfig:
     """The numbers of a region proposal network; the defaults are the 2018 toolbox's."""
 
+    num_convs: int = 1
+    """3x3 convolutions before the two 1x1 ones, at least 1."""
     anchor_scale: float = 8.0
     """An anchor's side in units of its level's stride."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -63,6 +68,10 @@ class RPNConfig:
     min_size: float = 1e-3
     """Proposals with a shorter side, in pixels, are dropped."""
 
+    def __post_init__(self) -> None:
+        if self.num_convs < 1:
+            raise ValueError(f"num_convs={self.num_convs}: a region proposal network has at least 1 convolution")
+
 
 class RPNOutput(NamedTuple):
     """The head's answer at every anchor, levels one after another, finest first."""
@@ -78,7 +87,7 @@ class RPNOutput(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """One 3x3 convolution and two 1x1 ones, shared by all levels, with their losses and their proposals."""
+    """3x3 convolutions, as a rule one, and two 1x1 ones, shared by all levels; their losses and their proposals."""
 
     def __init__(
         self,
@@ -102,12 +111,19 @@ class RPNHead(nn.Module):
         sizes = [[config.anchor_scale * stride] for stride in strides]
         self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.more_convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_convs - 1)
+        )
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (*self._convs, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
+
+    @property
+    def _convs(self) -> list[nn.Conv2d]:
+        return [self.conv, *cast(Iterable[nn.Conv2d], self.more_convs)]
 
     def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RPNOutput:
         """Score and refine every anchor.
@@ -118,9 +134,11 @@ class RPNHead(nn.Module):
         """
         objectness, deltas = [], []
         for feature in features:
-            hidden = self.conv(feature).relu()
-            objectness.append(by_anchor(self.objectness(hidden), 1).squeeze(2).float())
-            deltas.append(by_anchor(self.deltas(hidden), 4).float())
+            hidden = feature
+            for conv in self._convs:
+                hidden = convolve(conv, None, hidden, relu=True)
+            objectness.append(at_least_float32(by_anchor(self.objectness(hidden), 1).squeeze(2)))
+            deltas.append(at_least_float32(by_anchor(self.deltas(hidden), 4)))
         anchors = self.anchors(features, canvas)
         return RPNOutput(
             objectness=torch.cat(objectness, 1),
@@ -129,11 +147,17 @@ class RPNHead(nn.Module):
             level_lengths=tuple(len(level) for level in anchors),
         )
 
-    def losses(self, output: RPNOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+    def losses(
+        self, features: Sequence[Tensor], canvas: tuple[int, int], batch: Batch, targets: Targets
+    ) -> dict[str, Tensor]:
         """Binary cross-entropy of objectness and smooth L1 of boxes, both over the number of sampled anchors.
 
+        The losses look at a few hundred anchors of a hundred thousand, and which ones does not depend on what the head
+        says of them. So the head is computed at those alone, and so is its gradient, which is 0 anywhere else.
+
         Args:
-            output: the head's answer for `batch`.
+            features: L of [B, C, H_l, W_l], finest first.
+            canvas: (height, width) in pixels that the features were computed from.
             batch: for the pictures' sizes and seeds.
             targets: the batch's ground truth; classes do not matter.
 
@@ -141,13 +165,14 @@ class RPNHead(nn.Module):
             `rpn_objectness` and `rpn_box`, scalars. Without objects the first learns background and the second is 0.
         """
         config, plus_one = self.config, self.conventions.plus_one
+        all_anchors = torch.cat(self.anchors(features, canvas))
         matches = match(
-            output.anchors,
+            all_anchors,
             targets,
             positive_iou=config.positive_iou,
             negative_iou=config.negative_iou,
             low_quality=config.low_quality,
-            candidates_valid=self._inside(output.anchors, batch.image_sizes),
+            candidates_valid=self._inside(all_anchors, batch.image_sizes),
             plus_one=plus_one,
         )
         sampled = sample(
@@ -157,18 +182,50 @@ class RPNHead(nn.Module):
             positive_fraction=config.positive_fraction,
             salt=SAMPLING_SALT,
         )
-        anchors = output.anchors[sampled.indices]
+        objectness, deltas = self.at_anchors(features, sampled.indices)
+        anchors = all_anchors[sampled.indices]
         matched = take_slots(targets.boxes, take_slots(matches.matched, sampled.indices))
         matched = torch.where(sampled.positive[..., None], matched, anchors)
         wanted = box_geometry.encode(matched, anchors, DELTA_STDS, plus_one=plus_one)
-        deltas = take_slots(output.deltas, sampled.indices)
         box_loss = smooth_l1(deltas, wanted, config.smooth_l1_beta, sampled.positive[..., None]).sum(-1)
-        objectness = take_slots(output.objectness, sampled.indices)
         objectness_loss = binary_cross_entropy(objectness, sampled.positive, sampled.valid)
         return {
             "rpn_objectness": weighted_mean(objectness_loss, sampled.valid),
             "rpn_box": weighted_mean(box_loss, sampled.valid),
         }
+
+    def at_anchors(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` says of a few anchors, computed at their positions only.
+
+        Args:
+            features: L of [B, C, H_l, W_l], finest first.
+            indices: [B, S] int64, which of the N anchors.
+
+        Returns:
+            objectness: [B, S] float32 logits.
+            deltas: [B, S, 4] float32.
+        """
+        num_anchors = len(self.config.ratios)
+        level, place, start = torch.zeros_like(indices), indices, 0
+        for feature in features[:-1]:
+            start += feature.shape[-2] * feature.shape[-1] * num_anchors
+            level = level + (indices >= start)
+            place = torch.where(indices >= start, indices - start, place)
+        hidden, inside = gather_patches(
+            features, level, torch.div(place, num_anchors, rounding_mode="floor"), radius=len(self._convs)
+        )
+        hidden, inside = hidden.flatten(0, 1), inside.flatten(0, 1)[:, None]
+        for conv in self._convs:
+            # Beyond the map's edge, the next convolution reads its padding and not what this one says there.
+            inside = inside[..., 1:-1, 1:-1]
+            hidden = torch.where(inside, F.conv2d(hidden, conv.weight, conv.bias).relu(), 0.0)
+        own = (place % num_anchors)[..., None, None]
+        objectness = self.objectness(hidden).view(*indices.shape, num_anchors, 1)
+        deltas = self.deltas(hidden).view(*indices.shape, num_anchors, 4)
+        return (
+            at_least_float32(objectness.gather(2, own).flatten(1)),
+            at_least_float32(deltas.gather(2, own.expand(*indices.shape, 1, 4)).squeeze(2)),
+        )
 
     def _inside(self, anchors: Tensor, image_sizes: Tensor) -> Tensor | None:
         """[B, N] bool, the anchors that do not cross the border of their picture; None where crossing is allowed."""
@@ -180,12 +237,19 @@ class RPNHead(nn.Module):
         return (x1 >= -border) & (y1 >= -border) & (x2 <= width + border) & (y2 <= height + border)
 
     @torch.no_grad()
+    def propose(
+        self, features: Sequence[Tensor], canvas: tuple[int, int], image_sizes: Tensor, *, training: bool
+    ) -> Proposals:
+        """`proposals` of what `forward` says; no gradient comes from either, see `losses`."""
+        return self.proposals(self(features, canvas), image_sizes, training=training)
+
+    @torch.no_grad()
     def proposals(self, output: RPNOutput, image_sizes: Tensor, *, training: bool) -> Proposals:
         """The best boxes after NMS within each level.
 
         Args:
             output: the head's answer.
-            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped.
+            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped (see `Conventions`).
             training: whether the numbers of training or of testing apply.
 
         Returns:
@@ -203,7 +267,8 @@ class RPNHead(nn.Module):
         boxes = box_geometry.decode(
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        multiple = 1 if training else self.conventions.proposal_clip_multiple
+        boxes = box_geometry.clip(boxes, (image_sizes + multiple - 1) // multiple * multiple, plus_one=plus_one)
         scores = take_slots(output.objectness, candidates).sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2] + plus_one
         num_proposals = config.num_proposals if training else config.test_num_proposals

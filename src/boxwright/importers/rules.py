@@ -93,6 +93,32 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
     return Renamed(renamed, unused)
 
 
+def rename_back(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -> dict[str, Tensor]:
+    """Undo `rename`. Where several rows lead to a name of ours, the first is taken back.
+
+    Args:
+        tensors: By our names.
+        rules: The table that brings theirs under ours.
+
+    Raises:
+        ValueError: No row leads to a name of ours, or none whose change can be undone.
+    """
+    theirs: dict[str, Tensor] = {}
+    lost = []
+    for name, tensor in tensors.items():
+        for rule in rules:
+            origin = _origin(rule, name)
+            if origin is not None and next(r for r in rules if _pattern(r.theirs).fullmatch(origin)) is rule:
+                assert isinstance(rule, Rule)
+                theirs[origin] = tensor if rule.change is None else _UNDO[rule.change](tensor)
+                break
+        else:
+            lost.append(name)
+    if lost:
+        raise ValueError(f"{len(lost)} tensors have no names there: {listed(lost)}")
+    return theirs
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -114,6 +140,33 @@ def _filled(template: str, match: re.Match[str]) -> str:
     return text.replace("*", match["rest"]) if "*" in text else text
 
 
+def _origin(rule: Rule | Unsupported, ours: str) -> str | None:
+    """The name of theirs that a row would turn into this one of ours; None if there is none, or no way back."""
+    if isinstance(rule, Unsupported) or rule.ours is None or rule.change not in (None, *_UNDO):
+        return None
+    numbers: list[tuple[str, int, int]] = []
+
+    def part(place: re.Match[str]) -> str:
+        if place[0] == "*":
+            return "(?P<rest>.+)"
+        numbers.append((place[1], int(place[2] or 1), int(place[3] or 0)))
+        return rf"(?P<{place[1]}>\d+)"
+
+    pieces = re.split(r"(\*|\{[^}]*\})", rule.ours)
+    places = [re.sub(r"\*|\{(\w+?)(?:\*(\d+))?([+-]\d+)?\}", part, piece) for piece in pieces[1::2]]
+    texts = [re.escape(piece) for piece in pieces[::2]]
+    match = re.fullmatch("".join(a + b for a, b in zip(texts, [*places, ""], strict=True)), ours)
+    if match is None:
+        return None
+    name = rule.theirs.replace("*", match["rest"]) if "*" in rule.theirs else rule.theirs
+    for key, times, plus in numbers:
+        number, rest = divmod(int(match[key]) - plus, times)
+        if rest or number < 0:
+            return None
+        name = name.replace(f"{{{key}}}", str(number))
+    return name
+
+
 # Changes
 
 
@@ -132,6 +185,29 @@ def without_background_deltas(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] == 4 else rows[4:]
 
 
+def background_to_first(rows: Tensor) -> Tensor:
+    """[C + 1, ...] with background last -> [1 + C, ...] with it first."""
+    return torch.cat([rows[-1:], rows[:-1]])
+
+
+def with_background(rows: Tensor) -> Tensor:
+    """[C, ...] -> [1 + C, ...] with zeros for background first."""
+    return torch.cat([torch.zeros_like(rows[:1]), rows])
+
+
+def with_background_deltas(rows: Tensor) -> Tensor:
+    """[4 * C, ...] -> [4 * (1 + C), ...] with zeros for background first."""
+    return torch.cat([torch.zeros_like(rows[:4]), rows])
+
+
+_UNDO: dict[Change, Change] = {
+    background_to_last: background_to_first,
+    without_background: with_background,
+    without_background_deltas: with_background_deltas,
+}
+"""What undoes a change. Rows that were dropped come back as zeros: they are background's, which is never read."""
+
+
 def ratios_outermost(rows: Tensor) -> Tensor:
     """RetinaNet's last layers with anchor sizes outermost -> with anchor ratios outermost, as ours are.
 
@@ -147,9 +223,12 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Norms that are a scale and a bias alone, with statistics under which scale and bias are all that they do.
 
     Args:
-        tensors: Under our names; the body's `bn` and `downsample.1` may lack `running_mean` and `running_var`.
+        tensors: Under our names; the body's `bn` and `downsample.1` may lack `running_mean` and `running_var`. If the
+            pyramid's norms do, too, they are GroupNorms, as the body's then are, which stay as they are.
     """
     filled = dict(tensors)
+    if "backbone.lateral.0.1.weight" in tensors and "backbone.lateral.0.1.running_var" not in tensors:
+        return filled
     for name, tensor in tensors.items():
         if re.fullmatch(r"backbone\.body\.(.+\.)?(bn\d|downsample\.1)\.weight", name):
             prefix = name.removesuffix("weight")
@@ -157,6 +236,19 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 filled[prefix + "running_mean"] = torch.zeros_like(tensor)
                 filled[prefix + "running_var"] = torch.full_like(tensor, 1 - NORM_EPS)
     return filled
+
+
+def with_batch_counts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what BatchNorms count beside their statistics, which changes nothing and which files may lack.
+
+    Args:
+        tensors: Under our names. The backbone's are BatchNorms if those of the pyramid are.
+    """
+    if "backbone.lateral.0.1.running_var" not in tensors:
+        return tensors
+    norms = [name for name in tensors if name.startswith("backbone.") and name.endswith(".running_var")]
+    counts = [name.removesuffix("running_var") + "num_batches_tracked" for name in norms]
+    return tensors | {name: torch.zeros((), dtype=torch.int64) for name in counts}
 
 
 def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:

@@ -48,5 +48,5 @@ def mask_target(
     x, y = (2 * (centres - corners) / lengths - 1).unbind(2)
     size = (*x.shape, output_size)
     grid = torch.stack([x[:, :, None].expand(size), y[..., None].expand(size)], -1).flatten(0, 1)
-    covered = F.grid_sample(bitmaps[:, None].float(), grid, align_corners=False).view(size)
+    covered = F.grid_sample(bitmaps[:, None].to(grid.dtype), grid, align_corners=False).view(size)
     return (covered >= 127.5) & valid[..., None, None]

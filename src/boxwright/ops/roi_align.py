@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from boxwright.geometry.boxes import area
+from boxwright.ops.roi_align_cpu import pool_own_level, pooling_dtype
 
 FAR_OUTSIDE = -1e6
 """Where boxes go that must not be pooled: samples outside the picture read nothing, give 0 and have no gradient."""
@@ -85,7 +85,7 @@ def pool_every_level(
 
     Arguments and result are those of `pool_own_level`.
     """
-    dtype = _pooling_dtype(features[0])
+    dtype = pooling_dtype(features[0])
     pooled = features[0].new_zeros((level.numel(), features[0].shape[1], output_size, output_size), dtype=dtype)
     for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         here = torch.where((level == index)[..., None], boxes, FAR_OUTSIDE)
@@ -96,127 +96,6 @@ def pool_every_level(
     return pooled.to(features[0].dtype).unflatten(0, level.shape)
 
 
-@torch.library.custom_op("boxwright::roi_align", mutates_args=(), device_types="cpu")
-def pool_own_level(
-    features: list[Tensor],
-    boxes: Tensor,
-    level: Tensor,
-    strides: list[int],
-    output_size: int,
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> Tensor:
-    """Each box on its level only, as one opaque operator in which shapes may depend on data: the form for CPUs.
-
-    Args:
-        features: L of [B, C, H_l, W_l].
-        boxes: [B, P, 4] finite, continuous xyxy in pixels of the canvas.
-        level: [B, P] int64, index into `features`, or L for boxes that are not pooled.
-        strides: L.
-        output_size: S.
-        sampling_ratio: as in `multilevel_roi_align`.
-        aligned: as in `multilevel_roi_align`.
-        keep_narrow: where not aligned, leave boxes narrower than a feature cell as they are.
-
-    Returns:
-        [B, P, C, S, S], zeros for boxes that are not pooled.
-    """
-    dtype = _pooling_dtype(features[0])
-    channels = features[0].shape[1]
-    pooled = features[0].new_zeros((level.numel(), channels, output_size, output_size))
-    for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        members = (level.flatten() == index).nonzero().squeeze(1)
-        if len(members):
-            rois = _rois(boxes, stride, keep_narrow).flatten(0, 1)[members].to(dtype)
-            pooled[members] = roi_align(
-                feature.to(dtype), rois, output_size, 1 / stride, sampling_ratio, aligned or keep_narrow
-            ).to(pooled.dtype)
-    return pooled.view(*level.shape, channels, output_size, output_size)
-
-
-@pool_own_level.register_fake
-def _(
-    features: list[Tensor],
-    boxes: Tensor,
-    level: Tensor,
-    strides: list[int],
-    output_size: int,
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> Tensor:
-    return features[0].new_empty((*level.shape, features[0].shape[1], output_size, output_size))
-
-
-@torch.library.custom_op("boxwright::roi_align_backward", mutates_args=(), device_types="cpu")
-def _pool_own_level_backward(
-    gradient: Tensor,
-    boxes: Tensor,
-    level: Tensor,
-    heights: list[int],
-    widths: list[int],
-    strides: list[int],
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> list[Tensor]:
-    dtype = _pooling_dtype(gradient)
-    num_images, _, channels, size, _ = gradient.shape
-    flat = gradient.flatten(0, 1)
-    gradients = []
-    for index, (height, width, stride) in enumerate(zip(heights, widths, strides, strict=True)):
-        members = (level.flatten() == index).nonzero().squeeze(1)
-        gradients.append(
-            torch.ops.torchvision._roi_align_backward(
-                flat[members].to(dtype),
-                _rois(boxes, stride, keep_narrow).flatten(0, 1)[members].to(dtype),
-                1 / stride,
-                size,
-                size,
-                num_images,
-                channels,
-                height,
-                width,
-                sampling_ratio,
-                aligned or keep_narrow,
-            ).to(gradient.dtype)
-        )
-    return gradients
-
-
-@_pool_own_level_backward.register_fake
-def _(
-    gradient: Tensor,
-    boxes: Tensor,
-    level: Tensor,
-    heights: list[int],
-    widths: list[int],
-    strides: list[int],
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> list[Tensor]:
-    shape = gradient.shape[0], gradient.shape[2]
-    return [gradient.new_empty((*shape, height, width)) for height, width in zip(heights, widths, strict=True)]
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, boxes, level, strides, _, *options = inputs
-    ctx.save_for_backward(boxes, level)
-    ctx.heights, ctx.widths = [feature.shape[2] for feature in features], [feature.shape[3] for feature in features]
-    ctx.strides, ctx.options = strides, options
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    boxes, level = ctx.saved_tensors
-    gradients = _pool_own_level_backward(gradient, boxes, level, ctx.heights, ctx.widths, ctx.strides, *ctx.options)
-    return gradients, *(None,) * 7
-
-
-pool_own_level.register_autograd(_backward, setup_context=_save_for_backward)
-
-
 def _rois(boxes: Tensor, stride: int, keep_narrow: bool) -> Tensor:
     """[B, P, 5] what torchvision's roi_align takes: image index and box."""
     if keep_narrow:
@@ -224,7 +103,3 @@ def _rois(boxes: Tensor, stride: int, keep_narrow: bool) -> Tensor:
         boxes = boxes + 0.5 * stride
     image = torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)
     return torch.cat([image[:, None, None].expand(*boxes.shape[:2], 1), boxes], -1)
-
-
-def _pooling_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

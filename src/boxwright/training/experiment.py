@@ -226,6 +226,20 @@ def to_json(value: Any) -> Any:
     )
 
 
+def not_pretrained(call: Any) -> Any:
+    """A call, and those in it, with each `pretrained` of Boxwright's off: for a model whose weights come from a file.
+
+    They would be fetched, and then overwritten.
+    """
+    if not is_call(call):
+        return call
+    function, given = _split(call)
+    changes = {name: not_pretrained(value) for name, value in given.items() if is_call(value)}
+    if _inside(function.__module__, ("boxwright",)) and given.get("pretrained"):
+        changes["pretrained"] = False
+    return partial(call, **changes) if changes else call
+
+
 MODEL_MODULES = ("boxwright.backbones", "boxwright.heads", "boxwright.detectors")
 """Whose functions a page may have called: they make modules and do nothing else."""
 SETTINGS_MODULES = (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from boxwright.backbones.resnet import has_untrained_statistics
+from boxwright.backbones.norm import has_untrained_statistics
 from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
@@ -99,7 +99,9 @@ class Training:
         self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         torch.manual_seed(experiment.seed)
-        self.detector = build(experiment.model, num_classes=len(dataset.categories)).to(self.device).train()
+        detector = build(experiment.model, num_classes=len(dataset.categories))
+        # Weights in the order of memory that the maps have (see `PixelNormalizer`), and so their gradients and momenta.
+        self.detector = detector.to(device=self.device, memory_format=torch.channels_last).train()
         require_proposals(self.detector, proposals is not None)
         newest = checkpoint.newest(self.folder.checkpoints) if resume else None
         self._require_agreement(newest)

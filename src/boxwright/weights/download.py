@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPException, HTTPMessage, HTTPResponse, InvalidURL
@@ -26,6 +27,8 @@ _CHUNK = 1 << 18
 _GOOD_PIECE = 1 << 20
 # Timed out, too early, too many requests: another time they may do.
 _PASSING = {408, 425, 429}
+# What the hub says of a private repository to those who may not read it.
+_NOT_FOR_ALL = {401, 403, 404}
 
 Show = Callable[[int, int | None], None]
 """Told the bytes that are there and those that there will be, if the host says so."""
@@ -58,7 +61,15 @@ class _Part(msgspec.Struct):
 
 
 def download(
-    urls: Sequence[str], target: Path, *, sha256: str, timeout: float, tries: int, pause: float, show: Show
+    urls: Sequence[str],
+    target: Path,
+    *,
+    sha256: str,
+    md5: str = "",
+    timeout: float,
+    tries: int,
+    pause: float,
+    show: Show,
 ) -> None:
     """Download a file; the caller sees to it that nobody else does so at the same time.
 
@@ -66,6 +77,7 @@ def download(
         urls: the mirrors, the first to ask first.
         target: the file's path; its folder exists.
         sha256: the hash, or its first digits, in lower-case hexadecimal; empty if unknown.
+        md5: the same of the MD5 hash.
         timeout: seconds that a host may be silent.
         tries: how often a mirror is asked whose fault may pass.
         pause: seconds before the second round; doubled for each further one, up to half a minute.
@@ -75,7 +87,7 @@ def download(
         FetchError: no mirror gave the file.
         OSError: it cannot be written.
     """
-    work = _Download(target, sha256, timeout, show)
+    work = _Download(target, sha256, md5, timeout, show)
     said: dict[str, str] = {}
     mirrors = list(urls)
     for number in range(tries):
@@ -113,7 +125,16 @@ def read_url(url: str, *, limit: int, timeout: float) -> bytes:
 
 def sha256_of(path: Path) -> str:
     """A file's hash, 64 hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    return _hash_of(path, hashlib.sha256())
+
+
+def md5_of(path: Path) -> str:
+    """A file's MD5 hash, 32 hexadecimal digits: it tells damage, and not who made a file."""
+    return _hash_of(path, hashlib.md5(usedforsecurity=False))
+
+
+def _hash_of(path: Path, digest: hashlib._Hash) -> str:
+    buffer = bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -123,8 +144,9 @@ def sha256_of(path: Path) -> str:
 class _Download:
     """One file on its way."""
 
-    def __init__(self, target: Path, sha256: str, timeout: float, show: Show) -> None:
+    def __init__(self, target: Path, sha256: str, md5: str, timeout: float, show: Show) -> None:
         self._target, self._sha256, self._timeout, self._show = target, sha256, timeout, show
+        self._md5 = md5
         self._file = target.with_name(f"{target.name}.part")
         self._page = target.with_name(f"{target.name}.part.json")
 
@@ -150,12 +172,13 @@ class _Download:
         have = self._size() if part else 0
         if part is None or have < part.length:
             self._receive(url, part, have)
-        actual = sha256_of(self._file) if self._sha256 else ""
-        if not actual.startswith(self._sha256):
-            self._drop()
-            what = f"the file's SHA-256 hash begins with {actual[: len(self._sha256)]}, not {self._sha256}"
-            # Pieces of two versions may have met: begun anew, the same mirror may well give the right file.
-            raise _Failed(what) if have else _Refused(what)
+        for name, hash_of, stated in (("SHA-256", sha256_of, self._sha256), ("MD5", md5_of, self._md5)):
+            actual = hash_of(self._file) if stated else ""
+            if not actual.startswith(stated):
+                self._drop()
+                what = f"the file's {name} hash begins with {actual[: len(stated)]}, not {stated}"
+                # Pieces of two versions may have met: begun anew, the same mirror may well give the right file.
+                raise _Failed(what) if have else _Refused(what)
         with self._file.open("rb+") as file:
             os.fsync(file.fileno())
         self._file.replace(self._target)
@@ -241,8 +264,35 @@ class _Download:
         self._page.unlink(missing_ok=True)
 
 
+def hub() -> str:
+    """The URL of the Hugging Face hub, without a slash behind it; `HF_ENDPOINT` may name another host."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _is_of_hub(url: str) -> bool:
+    """Whether a URL is of the hub's own host and port, over https."""
+    asked, own = urlsplit(url), urlsplit(hub())
+    same = (asked.hostname, asked.port or 443) == (own.hostname, own.port or 443)
+    return same and asked.scheme == own.scheme == "https"
+
+
+def _with_token(request: Request) -> Request:
+    """The request, with `HF_TOKEN` if it goes to the hub; the token goes nowhere else, by a redirect neither.
+
+    Raises:
+        _Refused: what `HF_TOKEN` holds cannot be one.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and _is_of_hub(request.full_url):
+        if not re.fullmatch(r"[!-~]+", token):
+            raise _Refused("HF_TOKEN holds more than letters, digits and signs: set it to the token alone")
+        # Those that are not "unredirected" urllib sends on to wherever a host points.
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return request
+
+
 class _Redirects(HTTPRedirectHandler):
-    """Follows no redirect away from HTTP, and none from https to http."""
+    """Follows no redirect away from HTTP, and none from https to http; a token goes to the hub alone."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -250,21 +300,23 @@ class _Redirects(HTTPRedirectHandler):
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
             fp.close()
             raise _Refused(f"redirects to {newurl}, which is less safe and not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        return None if request is None else _with_token(request)
 
 
 def _open(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
     """The answer to a request, if it is one of success. Proxies are those of the environment."""
     own = {"User-Agent": f"boxwright/{__version__}", "Accept-Encoding": "identity"}
     try:
-        response: HTTPResponse = build_opener(_Redirects()).open(
-            Request(url, headers={**own, **headers}), None, timeout
-        )
+        request = _with_token(Request(url, headers={**own, **headers}))
+        response: HTTPResponse = build_opener(_Redirects()).open(request, None, timeout)
     except HTTPError as error:
         error.close()
         passing = error.code >= 500 or error.code in _PASSING
         kind = _OutOfRange if error.code == 416 else _Failed if passing else _Refused
-        raise kind(f"HTTP {error.code} {error.reason}") from error
+        private = error.code in _NOT_FOR_ALL and _is_of_hub(url)
+        hint = "; if it is private, set HF_TOKEN to a token that may read it" if private else ""
+        raise kind(f"HTTP {error.code} {error.reason}{hint}") from error
     except URLError as error:
         raise _Failed(str(error.reason)) from error
     except (InvalidURL, ValueError) as error:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from boxwright.cache import cache_folders
 from boxwright.weights import download
-from boxwright.weights.download import FetchError, Show, sha256_of
+from boxwright.weights.download import FetchError, Show, md5_of, sha256_of
 
 _FILE_NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8}|[0-9a-f]{64})\.\w+$")
@@ -34,6 +34,8 @@ class Remote:
     """Its mirrors, the first to ask first; http or https."""
     sha256: str = ""
     """64 hexadecimal digits, or the first 8 or more of them, as public file names carry them; empty if unknown."""
+    md5: str = ""
+    """32 hexadecimal digits of this other hash, or the first few, where its makers state no better; checked too."""
 
 
 def remote_file(url: str) -> Remote:
@@ -100,7 +102,7 @@ def fetch(remote: Remote, *, timeout: float = 20.0, tries: int = 4, pause: float
         OSError: The cache cannot be written.
     """
     target = cached_path(remote)
-    if _is_whole(target, remote.sha256):
+    if _is_whole(target, remote):
         return target
     if is_offline():
         raise FetchError(f"there is no whole {target}, and BOXWRIGHT_OFFLINE is set: unset it, or put the file there")
@@ -111,12 +113,13 @@ def fetch(remote: Remote, *, timeout: float = 20.0, tries: int = 4, pause: float
     try:
         # The system drops this lock with its process, however that ends.
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if not _is_whole(target, remote.sha256):  # unless another process fetched it meanwhile
+            if not _is_whole(target, remote):  # unless another process fetched it meanwhile
                 with _bar(remote.name) as show:
                     download.download(
                         remote.urls,
                         target,
                         sha256=remote.sha256,
+                        md5=remote.md5,
                         timeout=timeout,
                         tries=tries,
                         pause=pause,
@@ -154,8 +157,12 @@ def is_offline() -> bool:
     return os.environ.get("BOXWRIGHT_OFFLINE", "0") not in ("", "0")
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and (not sha256 or sha256_of(path).startswith(sha256))
+def _is_whole(path: Path, remote: Remote) -> bool:
+    return (
+        path.is_file()
+        and (not remote.sha256 or sha256_of(path).startswith(remote.sha256))
+        and (not remote.md5 or md5_of(path).startswith(remote.md5))
+    )
 
 
 @contextmanager

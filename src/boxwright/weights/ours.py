@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,22 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     page = json.dumps({"format": FORMAT, **metadata})
     # Tensors that share memory are refused by safetensors, and so are views with gaps.
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(own, temporary, {_KEY: page})
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write at that becomes `path` when all is well: whatever happens, that is the old file or the new one.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a file can be renamed into place only within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
-        save_file(own, temporary, {_KEY: page})
+        yield temporary
         # safetensors lets the owner alone read its files; these are for whoever may read what is written here.
         usual = Path(folder) / "usual"
         usual.touch()

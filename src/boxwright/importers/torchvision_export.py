@@ -1,0 +1,274 @@
+"""Our weights as torchvision's: the state dict of its detector, and the Python that builds that detector.
+
+The names go back through the table of `torchvision.py`. What torchvision's constructors take is told in the Python;
+what they cannot be told is an error, so that the model detects there what it detects here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from boxwright.data.dataset import Category
+from boxwright.geometry.anchors import octave_sizes
+from boxwright.importers.rules import rename_back
+from boxwright.importers.torchvision import SETTINGS, rules
+from boxwright.training.experiment import Experiment, arguments_of, call_name
+from boxwright.weights.ours import whole_file
+
+_CLASSES = {
+    "boxwright.detectors.rcnn.faster_rcnn": "FasterRCNN",
+    "boxwright.detectors.rcnn.mask_rcnn": "MaskRCNN",
+    "boxwright.detectors.retinanet.retinanet": "RetinaNet",
+}
+_BODIES = {
+    (18, 1, 64): "resnet18",
+    (34, 1, 64): "resnet34",
+    (50, 1, 64): "resnet50",
+    (101, 1, 64): "resnet101",
+    (50, 32, 4): "resnext50_32x4d",
+    (101, 32, 8): "resnext101_32x8d",
+    (101, 64, 4): "resnext101_64x4d",
+}
+"""Torchvision's names by depth, groups and width of a group."""
+_CHANNELS = 256
+"""Of its pyramids."""
+_NORMALISED = {"head.classification_head.conv.0.1.weight"}
+"""What tells the table that RetinaNet's head has norms."""
+
+_TOLD = {
+    "conventions": {"anchor_rounding", "anchor_strides_from_canvas", "roi_align_plus_one"},
+    "rpn": {"anchor_scale", "ratios", "test_pre_nms_per_level", "test_num_proposals", "nms_iou"},
+    "box": {"width", "output_size", "sampling_ratio", "num_levels", "stds"}
+    | {"score_threshold", "nms_iou", "max_detections"},
+    "mask": {"width", "num_convs", "output_size", "sampling_ratio", "num_levels"},
+    "retina": {"norm", "anchor_scale", "scales_per_octave", "ratios"}
+    | {"pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"},
+}
+"""Settings that its model can be given, or that change nothing where the others of their kind are its."""
+_TRAINING = {
+    "rpn": {"positive_iou", "negative_iou", "low_quality", "border", "num_sampled", "positive_fraction"}
+    | {"smooth_l1_beta", "pre_nms_per_level", "num_proposals"},
+    "box": {"positive_iou", "num_sampled", "positive_fraction", "smooth_l1_beta", "hard_examples", "nms_sigma"},
+    "retina": {"positive_iou", "negative_iou", "low_quality", "prior", "focal_alpha", "focal_gamma", "smooth_l1_beta"},
+}
+"""Settings that play no part in what a model detects, or none with the others that are asked for."""
+_MEND = {
+    "roi_align_aligned": "train with --set model.conventions.roi_align_aligned=false to export",
+    "extra_relu": "train with --set model.backbone.extra_relu=true to export",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model as torchvision's."""
+
+    tensors: dict[str, Tensor]
+    """By torchvision's names."""
+    code: str
+    """Python that builds the model, `model`, without its weights."""
+    names: list[str]
+    """What its labels stand for."""
+
+    def save(self, path: Path) -> str:
+        """Write the state dict, whole or not at all; returns Python that builds the model and loads it."""
+        with whole_file(path) as temporary:
+            torch.save({name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}, temporary)
+        return f"{self.code}model.load_state_dict(torch.load({str(path)!r}, weights_only=True))\nmodel.eval()\n" + (
+            f"names = {self.names!r}"
+        )
+
+
+def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Category]) -> Exported:
+    """Bring a detector into torchvision's form.
+
+    Args:
+        detector: With its weights.
+        experiment: What it was built from.
+        categories: The classes by label.
+
+    Raises:
+        ValueError: torchvision has no such model; all that stands in the way is named.
+    """
+    kind = _CLASSES.get(call_name(experiment.model))
+    if kind is None:
+        made = call_name(experiment.model).rpartition(".")[2]
+        raise ValueError(
+            f"torchvision has no model like {made}: Faster R-CNN, Mask R-CNN and RetinaNet can be exported"
+        )
+    model = {name: arguments_of(value) for name, value in arguments_of(experiment.model).items()}
+    faults = _faults(call_name(arguments_of(experiment.model)["backbone"]), model, kind)
+    if faults:
+        raise ValueError("torchvision's model cannot be given what this one has: " + "; ".join(faults))
+    own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith(".num_batches_tracked")}
+    normalised = kind == "RetinaNet" and model["retina"]["norm"] is not None
+    names = [category.name for category in categories]
+    return Exported(
+        tensors=rename_back(own, rules(_NORMALISED if normalised else set())),
+        code=_code(kind, model, experiment, own, len(names)),
+        names=names if kind == "RetinaNet" else ["__background__", *names],
+    )
+
+
+def _faults(backbone: str, model: dict[str, dict[str, Any]], kind: str) -> list[str]:
+    """What torchvision's model cannot be given."""
+    if backbone != "boxwright.backbones.fpn.resnet_fpn":
+        return [f"its backbone is made by {backbone}, not by resnet_fpn"]
+    body = model["backbone"]
+    faults = []
+    if (body["depth"], body["groups"], body["width_per_group"]) not in _BODIES:
+        faults.append(f"torchvision has no ResNet of {body['groups']} groups {body['width_per_group']} wide")
+    if body["style"] != "pytorch" and body["depth"] >= 50:
+        faults.append("its bottlenecks have their stride in the first convolution (style caffe)")
+    if body["norm"] not in ("frozen_bn", "bn", "sync_bn"):
+        faults.append(f"its backbone has norms of kind {body['norm']}")
+    if body["fpn_norm"] is not None:
+        faults.append("its pyramid has norms")
+    if body["channels"] != _CHANNELS:
+        faults.append(f"its pyramid has {body['channels']} channels, not {_CHANNELS}")
+    if body["extra"] is None:
+        faults.append("its pyramid has no level above the last map's")
+    elif body["extra"] != "pool" and not body["extra_relu"]:
+        faults.append(f"there is no ReLU between P6 and P7 ({_MEND['extra_relu']})")
+    if model["pixel_stats"]["order"] != "rgb":
+        faults.append("it takes BGR pixels")
+    for part, told in _TOLD.items():
+        theirs = arguments_of(getattr(SETTINGS, part))
+        free = told | _TRAINING.get(part, set())
+        if part == "conventions" and kind == "RetinaNet":
+            free = free | {"roi_align_aligned", "level_epsilon"}  # of RoIAlign, which it has not
+        for name, value in model.get(part, {}).items():
+            if name not in free and value != theirs[name]:
+                mend = f" ({_MEND[name]})" if name in _MEND else ""
+                faults.append(f"{part}.{name} is {value}, not {theirs[name]}{mend}")
+    rounding = model["conventions"]["anchor_rounding"]
+    if rounding not in ("none", "torchvision"):
+        faults.append(f"its anchors are rounded as in {rounding}")
+    return faults
+
+
+def _code(
+    kind: str, model: dict[str, dict[str, Any]], experiment: Experiment, own: dict[str, Tensor], num_classes: int
+) -> str:
+    """Python that builds torchvision's model; each value is written by `repr`, whatever a weights file says it is."""
+    body, conventions, pixels = model["backbone"], model["conventions"], model["pixel_stats"]
+    stages = list(body["out_stages"])
+    # Stage 2 has stride 4, and P6 and P7 follow.
+    strides = [2**stage for stage in stages]
+    strides += [strides[-1] * 2**step for step in ((1,) if body["extra"] == "pool" else (1, 2))]
+    levels = [*map(str, range(len(stages))), *(("pool",) if body["extra"] == "pool" else ("p6", "p7"))]
+    backbone = {
+        "backbone_name": _BODIES[body["depth"], body["groups"], body["width_per_group"]],
+        "weights": None,
+        "returned_layers": [stage - 1 for stage in stages],
+    }
+    extra = "torchvision.ops.feature_pyramid_network.LastLevelMaxPool()"
+    if body["extra"] != "pool":
+        inputs = own["backbone.extra_output.0.weight"].shape[1]
+        extra = f"torchvision.ops.feature_pyramid_network.LastLevelP6P7({inputs}, {_CHANNELS})"
+    grid = model["retina" if kind == "RetinaNet" else "rpn"]
+    rounding = conventions["anchor_rounding"]
+    octave = grid.get("scales_per_octave", 1)
+    sizes = tuple(tuple(octave_sizes(grid["anchor_scale"] * stride, octave, rounding)) for stride in strides)
+    own_strides = None if conventions["anchor_strides_from_canvas"] else strides
+    anchors = "AnchorGenerator" if rounding == "torchvision" and own_strides is None else "Anchors"
+    arguments: dict[str, str] = {
+        "min_size": repr(experiment.resize.short),
+        "max_size": repr(experiment.resize.long),
+        # Torchvision's pixels lie in 0..1.
+        "image_mean": repr([round(value / 255, 12) for value in pixels["mean"]]),
+        "image_std": repr([round(value / 255, 12) for value in pixels["std"]]),
+    }
+    heads = _retina_arguments if kind == "RetinaNet" else _rcnn_arguments
+    lines = [
+        "import torch, torchvision",
+        "from torchvision.models import detection",
+        "from torchvision.models.detection.anchor_utils import AnchorGenerator",
+        "",
+        *(_anchor_class(rounding, own_strides) if anchors == "Anchors" else ()),
+        "backbone = detection.backbone_utils.resnet_fpn_backbone(",
+        *(f"    {name}={value!r}," for name, value in backbone.items()),
+        f"    extra_blocks={extra},",
+        ")",
+        f"anchors = {anchors}({sizes!r}, {(tuple(grid['ratios']),) * len(strides)!r})",
+        f"model = detection.{kind}(",
+        "    backbone,",
+        *(f"    {name}={value}," for name, value in {**arguments, **heads(model, levels, num_classes)}.items()),
+        ")",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
+    """The lines of a class of anchors that are not torchvision's own; no strides where those are."""
+    lines = ["", "class Anchors(AnchorGenerator):"]
+    if rounding == "none":
+        lines += [
+            "    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=None):",
+            "        # Torchvision rounds these to whole pixels.",
+            "        sides, ratios = torch.tensor(scales), torch.tensor(aspect_ratios).sqrt()[:, None]",
+            "        widths, heights = (1 / ratios * sides).flatten(), (ratios * sides).flatten()",
+            "        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2",
+            "",
+        ]
+    if strides is not None:
+        lines += [
+            "    def grid_anchors(self, grid_sizes, strides):",
+            "        # Torchvision divides the picture's size by the map's, which is less where it does not divide.",
+            f"        return super().grid_anchors(grid_sizes, {[(stride, stride) for stride in strides]!r})",
+            "",
+        ]
+    return [*lines, ""]
+
+
+def _rcnn_arguments(model: dict[str, dict[str, Any]], levels: list[str], num_classes: int) -> dict[str, str]:
+    rpn, box = model["rpn"], model["box"]
+
+    def pool(part: dict[str, Any]) -> str:
+        size, samples = part["output_size"], part["sampling_ratio"]
+        return f"torchvision.ops.MultiScaleRoIAlign({levels[: part['num_levels']]!r}, {size!r}, {samples!r})"
+
+    inputs, width = _CHANNELS * box["output_size"] ** 2, box["width"]
+    arguments = {
+        "rpn_anchor_generator": "anchors",
+        "rpn_pre_nms_top_n_test": repr(rpn["test_pre_nms_per_level"]),
+        "rpn_post_nms_top_n_test": repr(rpn["test_num_proposals"]),
+        "rpn_nms_thresh": repr(rpn["nms_iou"]),
+        "box_roi_pool": pool(box),
+        "box_head": f"detection.faster_rcnn.TwoMLPHead({inputs!r}, {width!r})",
+        "box_predictor": f"detection.faster_rcnn.FastRCNNPredictor({width!r}, {num_classes + 1!r})",
+        "box_score_thresh": repr(box["score_threshold"]),
+        "box_nms_thresh": repr(box["nms_iou"]),
+        "box_detections_per_img": repr(box["max_detections"]),
+        "bbox_reg_weights": repr(tuple(1 / std for std in box["stds"])),
+    }
+    if "mask" in model:
+        mask = model["mask"]
+        layers, width = [mask["width"]] * mask["num_convs"], mask["width"]
+        arguments |= {
+            "mask_roi_pool": pool(mask),
+            "mask_head": f"detection.mask_rcnn.MaskRCNNHeads({_CHANNELS}, {layers!r}, 1)",
+            "mask_predictor": "detection.mask_rcnn.MaskRCNNPredictor("
+            f"{width if layers else _CHANNELS!r}, {width!r}, {num_classes + 1!r})",
+        }
+    return arguments
+
+
+def _retina_arguments(model: dict[str, dict[str, Any]], levels: list[str], num_classes: int) -> dict[str, str]:
+    retina = model["retina"]
+    num_anchors = len(retina["ratios"]) * retina["scales_per_octave"]
+    norm = ", norm_layer=lambda channels: torch.nn.GroupNorm(32, channels)" if retina["norm"] else ""
+    return {
+        "num_classes": repr(num_classes),
+        "anchor_generator": "anchors",
+        "head": f"detection.retinanet.RetinaNetHead({_CHANNELS}, {num_anchors!r}, {num_classes!r}{norm})",
+        "topk_candidates": repr(retina["pre_nms_per_level"]),
+        "score_thresh": repr(retina["score_threshold"]),
+        "nms_thresh": repr(retina["nms_iou"]),
+        "detections_per_img": repr(retina["max_detections"]),
+    }

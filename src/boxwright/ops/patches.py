@@ -1,0 +1,48 @@
+"""The neighbourhoods of a few positions of a feature pyramid, so that a convolution can be computed at those alone.
+
+B images, S positions, L levels, C channels, K = 2 * radius + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gather_patches(
+    features: Sequence[Tensor], level: Tensor, position: Tensor, *, radius: int
+) -> tuple[Tensor, Tensor]:
+    """Cut K x K squares out of the levels.
+
+    Args:
+        features: L of [B, C, H_l, W_l], of one dtype.
+        level: [B, S] int64, index into `features`.
+        position: [B, S] int64, the middle's place y * W_l + x in its level.
+        radius: features taken on each side of the middle.
+
+    Returns:
+        patches: [B, S, C, K, K], 0 beyond the map's edge, where a padded convolution reads 0, too. Channels come last
+            in memory.
+        inside: [B, S, K, K] bool, what lies on the map.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=level.device)
+    image = torch.arange(level.shape[0], device=level.device)[:, None, None, None]
+    patches: Tensor | None = None
+    inside = torch.zeros((*level.shape, len(offsets), len(offsets)), dtype=torch.bool, device=level.device)
+    for index, feature in enumerate(features):
+        height, width = feature.shape[-2:]
+        middle = position.clamp(max=height * width - 1)  # Positions of other levels may lie beyond this one's end.
+        rows = torch.div(middle, width, rounding_mode="floor")[..., None] + offsets
+        columns = (middle % width)[..., None] + offsets
+        here = ((rows >= 0) & (rows < height))[..., :, None] & ((columns >= 0) & (columns < width))[..., None, :]
+        here &= (level == index)[..., None, None]
+        places = rows.clamp(0, height - 1)[..., :, None] * width + columns.clamp(0, width - 1)[..., None, :]
+        values = F.embedding(image * (height * width) + places, feature.permute(0, 2, 3, 1).flatten(0, 2))
+        own = torch.where(here[..., None], values, 0.0)
+        patches = own if patches is None else patches + own
+        inside |= here
+    assert patches is not None, "a pyramid has levels"
+    return patches.permute(0, 1, 4, 2, 3), inside

@@ -1,0 +1,227 @@
+"""RoIAlign for CPUs: a sparse matrix of bilinear weights times the features, each position's channels being one row.
+
+A cell of a box's grid averages samples, and a sample mixes four positions. So a cell is a short weighted sum of rows of
+[positions, channels], which PyTorch calls an embedding bag, and the gradient is the same with the transposed matrix.
+Both read and write whole rows on all threads; a kernel that goes channel by channel touches memory in single numbers.
+
+B images, P boxes, L levels, C channels, S = output_size, n boxes of a level; a cell reads t positions along a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("boxwright::roi_align", mutates_args=(), device_types="cpu")
+def pool_own_level(
+    features: list[Tensor],
+    boxes: Tensor,
+    level: Tensor,
+    strides: list[int],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> Tensor:
+    """Each box on its level only, as one opaque operator in which shapes may depend on data.
+
+    Args:
+        features: L of [B, C, H_l, W_l]; channels-last ones are read where they lie.
+        boxes: [B, P, 4] finite, continuous xyxy in pixels of the canvas.
+        level: [B, P] int64, index into `features`, or L for boxes that are not pooled.
+        strides: L.
+        output_size: S.
+        sampling_ratio: as in `multilevel_roi_align`.
+        aligned: as in `multilevel_roi_align`.
+        keep_narrow: where not aligned, leave boxes narrower than a feature cell as they are.
+
+    Returns:
+        [B, P, C, S, S], zeros for boxes that are not pooled; in memory the channels come last.
+    """
+    dtype = pooling_dtype(features[0])
+    pooled = features[0].new_zeros((level.numel(), output_size**2, features[0].shape[1]))
+    for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        rows = feature.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+        shape = feature.shape[2], feature.shape[3]
+        for members, places, weights in _sums(
+            boxes, level == index, shape, stride, output_size, sampling_ratio, aligned, keep_narrow
+        ):
+            sums = F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights.to(dtype))
+            pooled[members] = sums.view(len(members), *pooled.shape[1:]).to(pooled.dtype)
+    return pooled.view(*level.shape, output_size, output_size, -1).permute(0, 1, 4, 2, 3)
+
+
+@pool_own_level.register_fake
+def _(
+    features: list[Tensor],
+    boxes: Tensor,
+    level: Tensor,
+    strides: list[int],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> Tensor:
+    cells = features[0].new_empty((*level.shape, output_size, output_size, features[0].shape[1]))
+    return cells.permute(0, 1, 4, 2, 3)
+
+
+@torch.library.custom_op("boxwright::roi_align_backward", mutates_args=(), device_types="cpu")
+def _pool_own_level_backward(
+    gradient: Tensor,
+    boxes: Tensor,
+    level: Tensor,
+    heights: list[int],
+    widths: list[int],
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> list[Tensor]:
+    """L of [B, C, H_l, W_l] from [B, P, C, S, S]."""
+    dtype = pooling_dtype(gradient)
+    num_images, _, channels, size, _ = gradient.shape
+    cells = gradient.permute(0, 1, 3, 4, 2).reshape(-1, size**2, channels)
+    gradients = []
+    for index, (height, width, stride) in enumerate(zip(heights, widths, strides, strict=True)):
+        num_rows = num_images * height * width
+        rows = None
+        for members, places, weights in _sums(
+            boxes, level == index, (height, width), stride, size, sampling_ratio, aligned, keep_narrow
+        ):
+            own = cells[members].flatten(0, 1).to(dtype)
+            sums = _transposed_product(own, places, weights.to(dtype), num_rows)
+            rows = sums if rows is None else rows.add_(sums)
+        rows = gradient.new_zeros((num_rows, channels)) if rows is None else rows.to(gradient.dtype)
+        gradients.append(rows.view(num_images, height, width, channels).permute(0, 3, 1, 2))
+    return gradients
+
+
+@_pool_own_level_backward.register_fake
+def _(
+    gradient: Tensor,
+    boxes: Tensor,
+    level: Tensor,
+    heights: list[int],
+    widths: list[int],
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> list[Tensor]:
+    num_images, channels = gradient.shape[0], gradient.shape[2]
+    return [
+        gradient.new_empty((num_images, height, width, channels)).permute(0, 3, 1, 2)
+        for height, width in zip(heights, widths, strict=True)
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, boxes, level, strides, _, *options = inputs
+    ctx.save_for_backward(boxes, level)
+    ctx.heights, ctx.widths = [feature.shape[2] for feature in features], [feature.shape[3] for feature in features]
+    ctx.strides, ctx.options = strides, options
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    boxes, level = ctx.saved_tensors
+    gradients = _pool_own_level_backward(gradient, boxes, level, ctx.heights, ctx.widths, ctx.strides, *ctx.options)
+    return gradients, *(None,) * 7
+
+
+pool_own_level.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def pooling_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums of a tensor's numbers are made in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _transposed_product(cells: Tensor, places: Tensor, weights: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, C] where row r is the sum of `weights[i, j] * cells[i]` over all (i, j) with `places[i, j] == r`."""
+    sorted_places, order = places.flatten().sort()
+    offsets = torch.searchsorted(sorted_places, torch.arange(num_rows, dtype=places.dtype), out_int32=True)
+    cell = torch.div(order, places.shape[1], rounding_mode="floor").int()
+    return F.embedding_bag(cell, cells, offsets, mode="sum", per_sample_weights=weights.flatten()[order])
+
+
+def _sums(
+    boxes: Tensor,
+    here: Tensor,
+    shape: tuple[int, int],
+    stride: int,
+    size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The weighted sums of feature rows that the cells of a level's boxes are.
+
+    Args:
+        boxes: [B, P, 4] xyxy in pixels of the canvas.
+        here: [B, P] bool, the boxes of this level.
+        shape: (height, width) of the level.
+        stride: of the level.
+        size: S.
+        sampling_ratio: samples along each side of a cell; 0 for as many as feature cells, rounded up.
+        aligned: whether a feature sits in the middle of its cell.
+        keep_narrow: where not aligned, leave boxes narrower than a feature cell as they are.
+
+    Yields:
+        members: [n] int64, boxes in the flattened order.
+        places: [n * S * S, t * t] int32, rows of the features, [B * height * width, C].
+        weights: [n * S * S, t * t] float32 or float64.
+    """
+    members = here.flatten().nonzero().squeeze(1)
+    if not len(members):
+        return
+    corners = boxes.flatten(0, 1)[members] / stride - (0.5 if aligned else 0.0)
+    start, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    if not (aligned or keep_narrow):
+        sides = sides.clamp(min=1)
+    samples = torch.full_like(sides, sampling_ratio) if sampling_ratio else (sides / size).ceil().clamp(min=0)
+    most = samples.amax(1)
+    for count in most.unique().int().tolist():
+        own = (most == count).nonzero().squeeze(1)
+        if count == 0:
+            continue
+        columns, column_weights = _along_a_side(start[own, 0], sides[own, 0], samples[own, 0], count, size, shape[1])
+        rows, row_weights = _along_a_side(start[own, 1], sides[own, 1], samples[own, 1], count, size, shape[0])
+        image = torch.div(members[own], here.shape[1], rounding_mode="floor").int()
+        first = (image[:, None, None] * shape[0] + rows) * shape[1]
+        places = first[:, :, None, :, None] + columns[:, None, :, None, :]
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        yield members[own], places.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+
+
+def _along_a_side(
+    start: Tensor, side: Tensor, samples: Tensor, count: int, size: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """What the cells along one side of boxes read.
+
+    Args:
+        start: [n] where the box begins, in feature cells.
+        side: [n] its length.
+        samples: [n] how many samples a cell takes, at most `count`.
+        count: samples that there is room for.
+        size: S, cells along the side.
+        length: features along it.
+
+    Returns:
+        places: [n, S, t] int32, t = 2 * count, the features read, each sample's two together.
+        weights: [n, S, t] their shares; 0 for samples that are not taken or lie more than a feature outside.
+    """
+    cell, sample = torch.arange(size, dtype=start.dtype)[:, None], torch.arange(count, dtype=start.dtype)
+    start, step, samples = (value[:, None, None] for value in (start, side / size, samples))
+    at = start + cell * step + (sample + 0.5) * step / samples.clamp(min=1)  # Rounded as torchvision rounds it.
+    used = (sample < samples) & (at >= -1) & (at <= length)
+    at = at.clamp(0, length - 1)
+    low = at.int()
+    upper_share = at - low
+    weights = torch.stack([1 - upper_share, upper_share], -1) * (used / samples.clamp(min=1))[..., None]
+    return torch.stack([low, (low + 1).clamp(max=length - 1)], -1).flatten(2), weights.flatten(2)

@@ -1,0 +1,283 @@
+"""Our models detect in torchvision what they detect here; what torchvision cannot be is refused, with each reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
+from typer.testing import CliRunner
+
+import boxwright
+from boxwright.backbones.backbone import CAFFE, PixelStats
+from boxwright.backbones.fpn import resnet_fpn
+from boxwright.cli.main import app
+from boxwright.data.dataset import Category
+from boxwright.detectors.proposal_network import proposal_network
+from boxwright.detectors.rcnn import faster_rcnn, mask_rcnn
+from boxwright.detectors.retinanet import retinanet
+from boxwright.geometry.conventions import DETECTRON, MODERN, TORCHVISION
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.mask_head import MaskConfig
+from boxwright.heads.retina_head import RetinaConfig
+from boxwright.heads.rpn_head import RPNConfig
+from boxwright.importers.convert import convert
+from boxwright.importers.rules import rename
+from boxwright.importers.torchvision import rules
+from boxwright.importers.torchvision_export import export
+from boxwright.structures import Batch, map_tensors
+from boxwright.training.experiment import Experiment, build, to_json
+from boxwright.weights.foreign import ForeignFile, read_foreign
+from boxwright.weights.ours import save_weights
+from importers.test_torchvision import detections_of, picture_of
+from parity.peer import real_batch
+
+NAMES = [f'thing "{number}"' for number in range(7)]
+CATEGORIES = [Category(id=number, name=name) for number, name in enumerate(NAMES, start=1)]
+PIXELS = PixelStats(mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0))
+R18: Any = partial(resnet_fpn, depth=18, norm="bn")
+R18_P3: Any = partial(R18, out_stages=(3, 4, 5), extra="c5", extra_relu=True)
+UNROUNDED = replace(TORCHVISION, anchor_rounding="none", anchor_strides_from_canvas=False)
+RPN = RPNConfig(anchor_scale=6.0, ratios=(0.4, 1.0), test_pre_nms_per_level=300, test_num_proposals=200, nms_iou=0.6)
+BOX = BoxConfig(
+    width=64, output_size=5, num_levels=3, sampling_ratio=1, stds=(0.2, 0.1, 0.3, 0.2), score_threshold=0.1, nms_iou=0.4
+)
+MASK = MaskConfig(width=32, num_convs=2, output_size=10, num_levels=2)
+RETINA = RetinaConfig(
+    norm="gn", anchor_scale=3.0, scales_per_octave=2, ratios=(0.5, 2.0), score_threshold=0.02, max_detections=80
+)
+MODELS: dict[str, Any] = {
+    "faster_rcnn as torchvision has it": partial(faster_rcnn, backbone=R18, conventions=TORCHVISION),
+    "mask_rcnn as torchvision has it": partial(mask_rcnn, backbone=R18, conventions=TORCHVISION),
+    "mask_rcnn of other numbers and anchors": partial(
+        mask_rcnn, backbone=R18, conventions=UNROUNDED, pixel_stats=PIXELS, rpn=RPN, box=BOX, mask=MASK
+    ),
+    "retinanet as torchvision has it": partial(retinanet, backbone=R18_P3, conventions=TORCHVISION),
+    "retinanet of other numbers and our anchors": partial(
+        retinanet, backbone=partial(R18_P3, extra="p5"), conventions=MODERN, pixel_stats=PIXELS, retina=RETINA
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def batch(data_dir: Path) -> Batch:
+    return real_batch(data_dir)
+
+
+def trained(model: Any, batch: Batch) -> nn.Module:
+    """The model with random weights that behave: activations keep their scale, scores and boxes spread."""
+    torch.manual_seed(3)
+    detector: Any = build(model, num_classes=len(NAMES))
+    for name, module in detector.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, *((0.1, 0.3) if name.endswith("bn2") else (0.5, 1.5)))
+    detector.train()
+    with torch.no_grad():
+        detector.backbone(detector.normalize(batch.images, batch.image_sizes))
+        # Untrained layers start near 0, where all scores are alike.
+        if hasattr(detector, "head"):
+            for layer in (*detector.head.class_convs, *detector.head.box_convs):
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight *= 3
+            detector.head.class_logits.bias += 2
+        else:
+            for layer, factor in ((detector.rpn.objectness, 10), (detector.rpn.deltas, 3)):
+                layer.weight *= factor
+            for layer, factor in ((detector.box_head.class_logits, 10), (detector.box_head.box_deltas, 30)):
+                layer.weight *= factor
+    return detector.eval()
+
+
+def saved(detector: nn.Module, model: Any, path: Path) -> Path:
+    page = {
+        "experiment": to_json(Experiment(model=model)),
+        "categories": [{"id": category.id, "name": category.name} for category in CATEGORIES],
+    }
+    save_weights(path, detector.state_dict(), page)
+    return path
+
+
+def exported(path: Path, out: Path) -> str:
+    result = CliRunner().invoke(app, ["weights", "export", str(path), "--to", "torchvision", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def built(code: str) -> tuple[Any, list[str]]:
+    """What the printed Python makes: the model and its labels' names."""
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["model"], names["names"]
+
+
+def imported(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rename(state, rules(state.keys())).tensors
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.inference_mode()
+def test_torchvisions_model_detects_what_ours_does(kind: str, batch: Batch, tmp_path: Path) -> None:
+    path = saved(trained(MODELS[kind], batch), MODELS[kind], tmp_path / "ours.safetensors")
+    peer, names = built(exported(path, tmp_path / "theirs.pth"))
+    model, picture = boxwright.load(path), picture_of(batch)
+    given = model.predict(picture, native=True)
+    peer.transform.max_size = 10**7
+    wanted = detections_of(peer, picture / np.float32(255))
+    assert len(given) == len(wanted["scores"]) > 30, "a check of few detections proves little"
+    assert len(set(given.labels)) > 2
+    assert given.names == [names[label] for label in wanted["labels"]]
+    assert np.abs(given.scores - wanted["scores"].numpy()).max() < 1e-4
+    assert np.abs(given.boxes - wanted["boxes"].numpy()).max() < 1e-2
+    if given.masks is not None:
+        # Before they are pasted, which torchvision does otherwise.
+        peer.transform.postprocess = lambda found, *_: found
+        masks = model.detector.detect(map_tensors(batch, lambda tensor: tensor[:1])).masks[0]
+        wanted_masks = detections_of(peer, picture / np.float32(255))["masks"].squeeze(1)
+        assert wanted_masks.std() > 0.1, "nor does one of masks that are alike"
+        assert (masks - wanted_masks).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_ours_come_back_bit_for_bit(kind: str, batch: Batch, tmp_path: Path) -> None:
+    model = MODELS[kind]
+    detector = trained(model, batch)
+    back = imported(export(detector, Experiment(model=model), CATEGORIES).tensors)
+    own = {name: t for name, t in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert back.keys() == own.keys()
+    for name, tensor in own.items():
+        assert torch.equal(back[name], tensor), name
+
+
+PUBLISHED: dict[str, Callable[..., nn.Module]] = {
+    "faster_rcnn": fasterrcnn_resnet50_fpn,
+    "mask_rcnn": maskrcnn_resnet50_fpn,
+    "retinanet": retinanet_resnet50_fpn,
+    "retinanet_v2": retinanet_resnet50_fpn_v2,
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """But for background's boxes and masks, which nothing reads, and counts of batches."""
+    torch.manual_seed(0)
+    peer = PUBLISHED[kind](weights=None, weights_backbone=None)
+    state = peer.state_dict()
+    file = ForeignFile(path=tmp_path / "theirs.pth", sha256=64 * "0", tensors=state, about={})
+    convert(file).save(tmp_path / "ours.safetensors")
+    code = exported(tmp_path / "ours.safetensors", tmp_path / "back.pth")
+    back = read_foreign(tmp_path / "back.pth").tensors
+    assert back.keys() == {name for name in state if not name.endswith("num_batches_tracked")}
+    for name, tensor in back.items():
+        first = 4 if "bbox_pred" in name and "roi" in name else 1 if "mask_fcn_logits" in name else 0
+        assert torch.equal(tensor[first:], state[name][first:]), name
+        assert not tensor[:first].any(), "rows that are not known are zeros"
+    peer.load_state_dict(back, strict=True)
+    model, names = built(code)
+    assert names[1:3] == ["person", "bicycle"]
+    assert names[0] == ("N/A 0" if "retinanet" in kind else "__background__")
+    anchors = peer.anchor_generator if "retinanet" in kind else peer.rpn.anchor_generator
+    assert (model.anchor_generator if "retinanet" in kind else model.rpn.anchor_generator).sizes == anchors.sizes
+    for part in ("min_size", "max_size", "image_mean", "image_std"):
+        assert getattr(model.transform, part) == pytest.approx(getattr(peer.transform, part), abs=1e-9)
+    numbers = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+    for part, theirs in ((model, peer), *([] if "retinanet" in kind else [(model.roi_heads, peer.roi_heads)])):
+        assert [getattr(part, n, None) for n in numbers] == [getattr(theirs, n, None) for n in numbers]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"depth": 34},
+        {"depth": 101},
+        {"depth": 50, "groups": 32, "width_per_group": 4},
+        {"depth": 101, "groups": 32, "width_per_group": 8},
+        {"depth": 101, "groups": 64, "width_per_group": 4},
+    ],
+)
+def test_every_body_that_torchvision_has_fits_its_model(body: dict[str, int]) -> None:
+    model = partial(mask_rcnn, backbone=partial(resnet_fpn, **body), conventions=TORCHVISION)  # type: ignore[arg-type]
+    names: dict[str, Any] = {}
+    with torch.device("meta"):
+        given = export(build(model, num_classes=len(NAMES)), Experiment(model=model), CATEGORIES)
+        exec(given.code, names)
+    wanted = {name: tensor.shape for name, tensor in names["model"].state_dict().items()}
+    assert {name: tensor.shape for name, tensor in given.tensors.items()} == wanted
+
+
+def faults(model: Any) -> str:
+    with torch.device("meta"):
+        detector = build(model, num_classes=len(NAMES))
+    with pytest.raises(ValueError) as caught:
+        export(detector, Experiment(model=model), CATEGORIES)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "messages"),
+    [
+        (partial(faster_rcnn, backbone=R18), ["conventions.roi_align_aligned is True, not False (train with"]),
+        (partial(faster_rcnn, backbone=R18, conventions=DETECTRON), ["plus_one is 1.0", "rounded as in detectron"]),
+        (partial(faster_rcnn, backbone=R18, pixel_stats=CAFFE), ["BGR"]),
+        (partial(faster_rcnn, backbone=R18, box=BoxConfig(class_agnostic=True)), ["box.class_agnostic is True"]),
+        (partial(faster_rcnn, backbone=R18, box=BoxConfig(nms="linear")), ["box.nms is linear, not hard"]),
+        (partial(faster_rcnn, backbone=R18, rpn=RPNConfig(min_size=0.0)), ["rpn.min_size is 0.0, not 0.001"]),
+        (
+            partial(faster_rcnn, backbone=partial(resnet_fpn, depth=50, style="caffe", channels=64, fpn_norm="gn")),
+            ["style caffe", "pyramid has norms", "64 channels"],
+        ),
+        (partial(faster_rcnn, backbone=partial(resnet_fpn, norm="gn", extra=None)), ["kind gn", "above the last"]),
+        (
+            partial(faster_rcnn, backbone=partial(resnet_fpn, depth=101, groups=32, width_per_group=4)),
+            ["32 groups 4 wide"],
+        ),
+        (partial(retinanet, backbone=partial(R18_P3, extra_relu=False)), ["no ReLU between P6 and P7 (train with"]),
+        (partial(retinanet, backbone=R18_P3, retina=RetinaConfig(num_convs=2)), ["retina.num_convs is 2, not 4"]),
+        (partial(proposal_network, backbone=R18), ["no model like proposal_network"]),
+    ],
+)
+def test_what_torchvision_cannot_be_is_refused_with_each_reason(model: Any, messages: list[str]) -> None:
+    error = faults(model)
+    for message in messages:
+        assert message in error
+
+
+def test_numbers_of_training_and_of_rois_that_are_not_there_refuse_nothing(batch: Batch) -> None:
+    model = partial(
+        retinanet,
+        backbone=R18_P3,
+        conventions=MODERN,
+        retina=RetinaConfig(prior=0.1, focal_gamma=1.0, positive_iou=0.6),
+    )
+    with torch.device("meta"):
+        export(build(model, num_classes=7), Experiment(model=model), CATEGORIES)
+
+
+def test_a_number_that_is_text_is_no_program(batch: Batch, tmp_path: Path) -> None:
+    """Whatever a weights file says stands in the printed Python as a value."""
+    model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=BoxConfig(score_threshold="1); exit("))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        code = export(build(model, num_classes=7), Experiment(model=model), CATEGORIES).code
+    assert "box_score_thresh='1); exit('," in code
+
+
+def test_the_commands_other_names_are_refused(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["x", "--to", "onnx", "--out", "x.pth"], "give --to torchvision"),
+        (["x", "--out", "x.safetensors"], "ends in .pth"),
+    ):
+        result = CliRunner().invoke(app, ["weights", "export", *arguments])
+        assert result.exit_code == 1
+        assert message in result.output
