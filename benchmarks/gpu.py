@@ -26,14 +26,14 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.torchvision_peer import torchvision_faster_rcnn, torchvision_rpn
 from boxwright.backbones.fpn import resnet_fpn
+from boxwright.benchmark.torchvision_peer import torchvision_peer
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import faster_rcnn
 from boxwright.evaluation.evaluate import Precision, autocast
 from boxwright.structures import Batch, Targets, pin_memory, to_device
 from boxwright.training.ema import EMA
-from boxwright.training.experiment import SGD, AdamW
+from boxwright.training.experiment import SGD, AdamW, build
 from boxwright.training.metrics import Window
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.step import TrainStep
@@ -86,16 +86,21 @@ def synthetic_batch(num_images: int, canvas: tuple[int, int]) -> Batch:
 
 def detectors(scale: Scale) -> dict[str, dict[str, Callable[[], nn.Module]]]:
     """Ours and the peer's of each kind."""
-    backbone = partial(resnet_fpn, depth=scale.depth)
+    backbone: Any = partial(resnet_fpn, depth=scale.depth)
+    models = {
+        "rpn": partial(proposal_network, backbone=backbone),
+        "faster_rcnn": partial(faster_rcnn, backbone=backbone),
+    }
+
+    def ours(model: Callable[..., nn.Module]) -> nn.Module:
+        return build(model, num_classes=NUM_CLASSES)
+
     return {
-        "rpn": {
-            "boxwright": lambda: proposal_network(backbone=backbone()),
-            "torchvision": lambda: torchvision_rpn(depth=scale.depth),
-        },
-        "faster_rcnn": {
-            "boxwright": lambda: faster_rcnn(backbone=backbone(), num_classes=NUM_CLASSES),
-            "torchvision": lambda: torchvision_faster_rcnn(num_classes=NUM_CLASSES, depth=scale.depth),
-        },
+        kind: {
+            "boxwright": partial(ours, model),
+            "torchvision": lambda model=model: torchvision_peer(model, ours(model)),
+        }
+        for kind, model in models.items()
     }
 
 

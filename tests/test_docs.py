@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 COMMANDS = (
     [],
+    ["benchmark"],
     ["data"],
     ["data", "check"],
     ["data", "shapes"],
@@ -32,6 +33,7 @@ COMMANDS = (
     ["train"],
     ["weights"],
     ["zoo"],
+    ["zoo", "page"],
     ["zoo", "publish"],
 )
 """Those that stand in a sentence by their names alone."""

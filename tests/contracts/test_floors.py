@@ -25,7 +25,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"recipes"},
-    {"publish", "hub"},
+    {"publish", "hub", "benchmark"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

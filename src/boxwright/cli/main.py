@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from boxwright import __version__
-from boxwright.cli import data, predict, propose, test, train, weights, zoo
+from boxwright.cli import benchmark, data, predict, propose, test, train, weights, zoo
 
 
 class _OneLineErrors(TyperGroup):
@@ -69,6 +69,7 @@ app.command("train")(train.train)
 app.command("test")(test.measure)
 app.command("propose")(propose.propose)
 app.command("predict")(predict.predict)
+app.command("benchmark")(benchmark.benchmark)
 app.add_typer(data.app, name="data")
 app.add_typer(weights.app, name="weights")
 app.add_typer(zoo.app, name="zoo")

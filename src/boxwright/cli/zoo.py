@@ -131,3 +131,22 @@ def publish(
         typer.echo(path)
     if repo is not None:
         typer.echo(f"{push(out, repo, private=private)}/resolve/main/{files[0].name}")
+
+
+@app.command()
+def page(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The Markdown file to write.")],
+    measured: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of what boxwright benchmark --json wrote.")
+    ] = Path("docs/benchmarks/measured"),
+    zoo: Zoo = None,
+) -> None:
+    """Write the page "Benchmark and Model Zoo" from stored measurements and published figures."""
+    from boxwright.benchmark.page import write_page
+    from boxwright.zoo import load_zoo
+
+    if not measured.is_dir():
+        raise ValueError(f"{measured}: there is no such folder: give --measured, of boxwright benchmark --json")
+    text = write_page(measured, load_zoo(zoo))
+    out.write_text(text, encoding="utf-8")
+    typer.echo(out)
