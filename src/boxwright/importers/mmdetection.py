@@ -45,6 +45,10 @@ _SHARED = (
     Rule("rpn_head.rpn_conv.*", "rpn.conv.*"),
     Rule("rpn_head.rpn_cls.*", "rpn.objectness.*"),
     Rule("rpn_head.rpn_reg.*", "rpn.deltas.*"),
+    # 3.x, of an RPN on its own.
+    Rule("bbox_head.rpn_conv.*", "rpn.conv.*"),
+    Rule("bbox_head.rpn_cls.*", "rpn.objectness.*"),
+    Rule("bbox_head.rpn_reg.*", "rpn.deltas.*"),
     Rule("bbox_head.cls_convs.{i}.conv.*", "head.class_convs.{i*2}.*"),
     Rule("bbox_head.reg_convs.{i}.conv.*", "head.box_convs.{i*2}.*"),
     Unsupported("bbox_head.cls_convs.{i}.gn.*", _RETINA_GN),
@@ -89,8 +93,8 @@ _LATER_HEADS = _heads("roi_head.", background_first=False)
 FIRST_SETTINGS = Settings(conventions=DETECTRON)
 """The defaults are the 2018 toolbox's."""
 LATER_SETTINGS = Settings(
-    rpn=RPNConfig(border=None, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
-    box=BoxConfig(sampling_ratio=0),
+    rpn=RPNConfig(border=None, num_proposals=1000, test_num_proposals=1000),
+    box=BoxConfig(sampling_ratio=0, min_size=0.0),
     mask=MaskConfig(sampling_ratio=0),
 )
 """RoIAlign samples each feature position, and fewer proposals are kept."""
@@ -104,11 +108,13 @@ def _about(file: ForeignFile) -> Iterator[Mapping[str, Any]]:
 
 
 def _version(file: ForeignFile) -> int | None:
-    """The major version that wrote the file, if it says so."""
+    """The major version that wrote the file, if it says so; 3.x names only the engine that it runs on."""
     for page in _about(file):
         match = re.match(r"(\d+)\.", str(page.get("mmdet_version", "")))
         if match:
             return int(match[1])
+        if "mmengine_version" in page:
+            return 3
     return None
 
 
@@ -118,7 +124,7 @@ def _is_one(names: Set[str]) -> bool:
 
 def _recognises_first(names: Set[str], file: ForeignFile) -> bool:
     version = _version(file)
-    if not _is_one(names) or any_starts(names, "roi_head."):
+    if not _is_one(names) or any_starts(names, "roi_head.", "bbox_head.rpn_conv."):
         return False
     return version in (None, 0, 1)
 
@@ -132,8 +138,21 @@ def _recognises_later(names: Set[str], file: ForeignFile) -> bool:
     return any_starts(names, "roi_head.") or version in (None, 2, 3)
 
 
-def _settings(file: ForeignFile, settings: Settings) -> Settings:
+def _first_settings(file: ForeignFile) -> Settings:
+    # 1.0 halved the proposals that the second stage looks at in testing.
+    return _settings(file, FIRST_SETTINGS, fewer_proposals=_version(file) == 1)
+
+
+def _later_settings(file: ForeignFile) -> Settings:
+    return _settings(file, LATER_SETTINGS, fewer_proposals=True)
+
+
+def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
     """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not."""
+    names = file.tensors.keys()
+    if fewer_proposals and any_starts(names, "rpn_head.") and any_starts(names, "bbox_head.", "roi_head."):
+        # An RPN on its own is tested with as many as ever.
+        settings = replace(settings, rpn=replace(settings.rpn, test_pre_nms_per_level=1000, test_num_proposals=1000))
     text = next((str(page[key]) for page in _about(file) for key in ("config", "cfg") if key in page), "")
     style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
     numbers = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
@@ -168,7 +187,7 @@ FIRST = Source(
     title="a detector of the 2018 toolbox, 0.5 to 1.x",
     recognises=_recognises_first,
     rules=lambda names: _rules(names, _FIRST_HEADS),
-    settings=lambda file: _settings(file, FIRST_SETTINGS),
+    settings=_first_settings,
     categories=_categories,
 )
 LATER = Source(
@@ -176,6 +195,6 @@ LATER = Source(
     title="an mmdetection detector, 2.x or 3.x",
     recognises=_recognises_later,
     rules=lambda names: _rules(names, _LATER_HEADS),
-    settings=lambda file: _settings(file, LATER_SETTINGS),
+    settings=_later_settings,
     categories=_categories,
 )
