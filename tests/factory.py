@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from boxwright.backbones.fpn import FPN, resnet_fpn
-from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
+from boxwright.detectors.cascade_rcnn import CascadeConfig, cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.detector import Detector
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
@@ -35,6 +35,8 @@ SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
 CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True)
 SMALL_MASK = MaskConfig(width=16, num_convs=2)
+NORMED_BOX = replace(SMALL_BOX, num_convs=2, conv_width=16, norm="gn", num_fcs=1)
+ONE_MASK_HEAD = CascadeConfig(mean_of="probabilities", mask_in_all_stages=False)
 
 DETECTORS = (
     "rpn",
@@ -42,9 +44,11 @@ DETECTORS = (
     "fast_mask_rcnn",
     "faster_rcnn",
     "mask_rcnn",
+    "normed_mask_rcnn",
     "ohem_rcnn",
     "cascade_rcnn",
     "cascade_mask_rcnn",
+    "cascade_one_mask_rcnn",
     "retinanet",
 )
 
@@ -65,9 +69,18 @@ def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) 
         "faster_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=SMALL_BOX),
         "retinanet": partial(retinanet, retina=SMALL_RETINA),
         "mask_rcnn": partial(mask_rcnn, rpn=SMALL_RPN, box=SMALL_BOX, mask=SMALL_MASK),
+        "normed_mask_rcnn": partial(
+            mask_rcnn,
+            rpn=replace(SMALL_RPN, num_convs=2),
+            box=NORMED_BOX,
+            mask=replace(SMALL_MASK, norm="frozen_bn"),
+        ),
         "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
         "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX),
         "cascade_mask_rcnn": partial(cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, mask=SMALL_MASK),
+        "cascade_one_mask_rcnn": partial(
+            cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, cascade=ONE_MASK_HEAD, mask=SMALL_MASK
+        ),
     }[kind]
     return build(backbone=backbone, num_classes=num_classes)
 

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.heads.box_head import BoxHead, SampledBoxes
+from boxwright.heads.box_head import BoxHead
+from boxwright.heads.box_sample import SampledBoxes
 from boxwright.structures import Batch, MaskGrids, map_tensors
 from factory import DETECTORS, random_batch, small_detector
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from boxwright.detectors.cascade_rcnn import CascadeConfig, CascadeRCNN, cascade_rcnn, refined_proposals
 from boxwright.geometry.boxes import iou
-from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig
+from boxwright.heads.box_head import BoxConfig
+from boxwright.heads.box_sample import FIRST_OBJECT_SOURCE
 from boxwright.structures import Batch
 from factory import SMALL_BOX, SMALL_RPN, random_batch, small_backbone, small_detector
 
@@ -69,10 +70,12 @@ def test_one_stage_is_faster_rcnn_bit_for_bit() -> None:
         assert torch.equal(getattr(ours, field), getattr(theirs, field))
 
 
+@pytest.mark.parametrize("mean_of", ["logits", "probabilities"])
 @torch.no_grad()
-def test_detections_are_the_last_stage_s_boxes_with_the_stages_mean_logits() -> None:
+def test_detections_are_the_last_stage_s_boxes_with_the_stages_mean(mean_of: str) -> None:
     everything = replace(SMALL_BOX, class_agnostic=True, score_threshold=0.0, nms_iou=1.0, max_detections=150)
-    detector, batch = small_cascade(box=everything), random_batch(canvas=CANVAS, num_images=1)
+    detector = small_cascade(box=everything, cascade=CascadeConfig(mean_of=mean_of))
+    batch = random_batch(canvas=CANVAS, num_images=1)
     features, proposals = first_stage(detector, batch, training=False)
     height, width = batch.image_sizes[0].tolist()
     boxes, logits = proposals.boxes, []
@@ -80,7 +83,10 @@ def test_detections_are_the_last_stage_s_boxes_with_the_stages_mean_logits() -> 
         own, deltas = head(features, boxes, proposals.valid)
         logits.append(own[0].double())
         boxes = decoded(boxes[0], deltas[0, :, 0], stds, height, width).float()[None]
-    scores = ((logits[0] + logits[1] + logits[2]) / 3).softmax(-1)[:, :3]
+    if mean_of == "logits":
+        scores = ((logits[0] + logits[1] + logits[2]) / 3).softmax(-1)[:, :3]
+    else:
+        scores = ((logits[0].softmax(-1) + logits[1].softmax(-1) + logits[2].softmax(-1)) / 3)[:, :3]
     sides = boxes[0, :, 2:] - boxes[0, :, :2]
     scores = torch.where(proposals.valid[0, :, None] & (sides > 0.01).all(-1, keepdim=True), scores, 0.0).flatten()
     order = scores.argsort(descending=True)[: int((scores > 0).sum())]
@@ -155,3 +161,19 @@ def test_masks_are_the_mean_of_the_stages_probabilities_on_the_detected_boxes() 
     assert masks.std(0)[detections.valid].mean() > 0.01, "stages that say the same prove nothing"
     torch.testing.assert_close(detections.masks.double(), masks.mean(0), rtol=1e-5, atol=1e-6)
     assert not detections.masks[~detections.valid].any()
+
+
+def test_one_mask_head_learns_from_the_first_stage_and_looks_at_the_last_one_s_boxes() -> None:
+    detector, batch = small_detector("cascade_one_mask_rcnn"), random_batch(canvas=CANVAS)
+    losses = detector.losses(batch)
+    assert [name for name in losses if name.startswith("mask")] == ["mask_1"]
+    features, proposals = first_stage(detector, batch, training=True)
+    first = detector.box_heads[0]
+    sampled = first.sample(proposals, batch.targets, batch.seeds)
+    head = detector.mask_heads[0]
+    wanted = head.losses(features, sampled, batch.targets, max_positives=first.config.max_positives)["mask"]
+    assert losses["mask_1"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    with torch.no_grad():
+        detections = detector.detect(batch)
+        assert detections.valid.any()
+        torch.testing.assert_close(detections.masks, head.detect(features, detections).masks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from boxwright.heads.box_head import SampledBoxes
+from boxwright.heads.box_sample import SampledBoxes
 from boxwright.heads.mask_head import MaskConfig, MaskHead
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import Detections, Targets

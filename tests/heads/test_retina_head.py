@@ -182,3 +182,23 @@ def test_nothing_above_the_threshold_leaves_slots_unused() -> None:
     detections = head.detect(head(features(), CANVAS), torch.tensor([CANVAS, CANVAS]))
     assert detections.valid.shape == (2, 7)
     assert not detections.valid.any()
+
+
+def test_boxes_that_are_clipped_after_they_competed_did_so_at_full_size() -> None:
+    """Two boxes alike but for what lies outside, and one that lies outside altogether."""
+    boxes = torch.tensor([[40.0, 8.0, 104.0, 40.0], [40.0, 8.0, 200.0, 40.0], [100.0, 8.0, 140.0, 40.0]])
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    output = RetinaOutput(
+        logits=(scores.logit()[None, :, None],),
+        deltas=torch.zeros(1, 3, 4),
+        anchors=boxes,
+        level_lengths=(3,),
+    )
+    sizes = torch.tensor([[64, 96]])
+    first, after = (
+        RetinaHead(6, (8,), 1, replace(SMALL, clip_first=clip_first)).detect(output, sizes)
+        for clip_first in (True, False)
+    )
+    assert first.scores[first.valid].tolist() == pytest.approx([0.9, 0.7])
+    assert after.scores[after.valid].tolist() == pytest.approx([0.9, 0.8])
+    assert after.boxes[after.valid].tolist() == [[40.0, 8.0, 96.0, 40.0]] * 2

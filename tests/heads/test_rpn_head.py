@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from boxwright.geometry.conventions import CAFFE2
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 
 STRIDES = (4, 8)
@@ -50,3 +53,34 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
     assert (boxes <= torch.tensor([90, 60, 90, 60])).all()
     scores = output.objectness.sigmoid().gather(1, proposals.sources)
     assert torch.equal(scores[proposals.valid], proposals.scores[proposals.valid])
+
+
+def test_testing_may_take_padding_for_picture_and_training_never() -> None:
+    torch.manual_seed(0)
+    conventions = replace(CAFFE2, proposal_clip_multiple=32)
+    head = RPNHead(6, STRIDES, RPNConfig(num_proposals=2000), conventions)
+    sizes = torch.tensor([[50, 90], [64, 96]])
+    output = head(features(), (64, 96))
+    for training, corner in ((True, [89.0, 49.0]), (False, [95.0, 63.0])):
+        proposals = head.proposals(output, sizes, training=training)
+        boxes = proposals.boxes[0][proposals.valid[0]]
+        assert boxes[:, 2:].amax(0).tolist() == corner
+
+
+def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
+    head = RPNHead(6, STRIDES, RPNConfig(num_convs=3))
+    maps = features()
+    torch.manual_seed(0)
+    for conv in (head.conv, *head.more_convs):
+        torch.nn.init.normal_(conv.weight, std=0.3)
+    hidden = maps[0]
+    for conv in (head.conv, *head.more_convs):
+        hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, padding=1).clamp(min=0)
+    wanted = head.objectness(hidden)
+    assert wanted.std() > 0
+    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], wanted[:, 0].flatten(1))
+
+
+def test_at_least_one_convolution_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="num_convs=0"):
+        RPNConfig(num_convs=0)

@@ -253,7 +253,7 @@ def main(configs: Path, data: Path, names: list[str]) -> None:
         Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"mmdetection{major}_{name}")
         for one in found:
             spread = np.quantile(one.scores, [0, 0.25, 0.5, 0.75, 1]).round(4)
-            print(name, one.count, "found, of classes", len(set(one.labels)), "scores", spread)  # noqa: T201
+            print(name, one.count, "found, of classes", len(set(one.labels)), "scores", spread)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.data.augment import place
-from boxwright.data.buckets import round_up
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Sample
 from boxwright.data.decode import decode_image
@@ -139,7 +138,7 @@ def _filled(name: str, shape: tuple[int, ...], gains: Mapping[str, float]) -> Te
     values = ((bits.astype(np.float32) + 0.5) / 2**24 - 0.5) * np.float32(math.sqrt(12))
     if len(shape) > 1:
         values *= np.float32(math.sqrt(2 / math.prod(shape[1:])))
-    elif part in ("weight", "running_var", "gamma", "scale"):
+    elif part in ("weight", "running_var") or part.endswith("_bn_s"):
         values = 1 + values / 4
     else:
         values /= 10
@@ -173,13 +172,14 @@ def proposals(picture: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = None) -> Found:
+def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = None, *, multiple: int = 32) -> Found:
     """What one of our detectors finds in a picture at its own size.
 
     Args:
         detector: in eval mode.
         picture: uint8 [height, width, 3] RGB.
         given: [n, 4] proposals, for a detector that wants some.
+        multiple: of what the sides of the canvas are multiples, as the peer has it.
     """
     size = (picture.shape[0], picture.shape[1])
     sample = Sample(
@@ -193,7 +193,8 @@ def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = 
     )
     boxes = None if given is None else GivenProposals(given, np.zeros(len(given), np.float32))
     placed = PlacedSample(sample, place(size, size), 0, boxes)
-    batch = collate([placed], 1, (round_up(size[0]), round_up(size[1])), None, None if given is None else len(given))
+    canvas = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+    batch = collate([placed], 1, canvas, None, None if given is None else len(given))
     detections = detector.detect(batch)
     kept = detections.valid[0]
     masks = None if detections.masks is None else thinned(detections.masks[0][kept].numpy())

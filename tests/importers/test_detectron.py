@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def test_blobs_are_where_they_belong(kind: str, resnet: dict[str, Tensor], tmp_p
         assert torch.equal(given.tensors["box_head.box_deltas.weight"], theirs["bbox_pred_w"][4:])
         assert torch.equal(given.tensors["mask_head.mask_logits.weight"], theirs["mask_fcn_logits_w"][1:])
     if kind == "retinanet":
-        # Second size and first ratio: theirs is the fourth anchor, ours the second.
+        # Second size and first ratio (1, of 1, 2 and 0.5): theirs is the fourth anchor, ours the second.
         assert torch.equal(given.tensors["head.box_deltas.bias"][4:8], theirs["retnet_bbox_pred_fpn3_b"][12:16])
         ours, own = given.tensors["head.class_logits.weight"], theirs["retnet_cls_pred_fpn3_w"]
         assert torch.equal(ours[NUM_CLASSES : 2 * NUM_CLASSES], own[3 * NUM_CLASSES : 4 * NUM_CLASSES])
@@ -168,10 +169,22 @@ def test_blobs_are_where_they_belong(kind: str, resnet: dict[str, Tensor], tmp_p
 
 def test_numbers(resnet: dict[str, Tensor]) -> None:
     model = arguments_of(convert(file_of(detector("faster_rcnn", resnet))).experiment.model)
-    assert (model["conventions"], model["pixel_stats"]) == (CAFFE2, CAFFE)
+    assert (model["conventions"], model["pixel_stats"]) == (replace(CAFFE2, proposal_clip_multiple=32), CAFFE)
     assert arguments_of(model["backbone"])["style"] == "caffe"
     assert (model["rpn"].test_pre_nms_per_level, model["rpn"].test_num_proposals) == (1000, 1000)
     assert (model["box"].sampling_ratio, model["box"].nms_iou) == (2, 0.5)
+
+
+def test_deltas_are_plain_where_the_configuration_knows_no_weights_of_theirs(resnet: dict[str, Tensor]) -> None:
+    """As Detectron itself has it of its oldest files."""
+    theirs = detector("fast_rcnn", resnet)
+
+    def stds(**about: str) -> tuple[float, ...]:
+        return arguments_of(convert(file_of(theirs, **about)).experiment.model)["box"].stds
+
+    assert stds() == (0.1, 0.1, 0.2, 0.2)
+    assert stds(cfg="MODEL:\n  BBOX_REG_WEIGHTS: [10.0, 10.0, 5.0, 5.0]\n") == (0.1, 0.1, 0.2, 0.2)
+    assert stds(cfg="MODEL:\n  NUM_CLASSES: 81\n") == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_imagenet_pickle_becomes_a_body_whose_norms_are_scale_and_bias(

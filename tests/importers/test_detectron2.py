@@ -204,9 +204,8 @@ def test_a_body_alone_is_a_backbone() -> None:
 def test_what_cannot_be_built_is_told() -> None:
     theirs = detector("faster_rcnn")
     for name, why in {
-        "roi_heads.box_head.0.fc1.weight": "average probabilities",
         "roi_heads.keypoint_head.conv_fcn1.weight": "keypoints",
-        "backbone.fpn_lateral2.norm.weight": "pyramids with norms",
+        "head.cls_subnet.1.weight": "have biases",
         "backbone.bottom_up.res3.0.conv2_offset.weight": "deformable",
     }.items():
         with pytest.raises(ValueError, match=why):

@@ -302,7 +302,7 @@ def test_proposal_networks_have_the_classes_of_their_data() -> None:
 def test_what_cannot_be_built_is_told() -> None:
     theirs = detector("retinanet", first=False)
     for name, why in {
-        "bbox_head.cls_convs.0.gn.weight": "norms",
+        "bbox_head.cls_convs.0.bn.weight": "BatchNorm",
         "backbone.layer2.0.conv2.conv_offset.weight": "deformable convolutions",
         "bbox_head.fcos_cls.weight": "1 tensors are no part",
     }.items():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnext50_32x4d
-from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from torchvision.ops import FrozenBatchNorm2d
 from typer.testing import CliRunner
 
@@ -123,12 +123,6 @@ def test_retinanet_v2_is_told_from_v1_and_keeps_its_labels(tmp_path: Path) -> No
     assert [c.name for c in models["v1"].categories if c.id in (12, 13, 90)] == ["N/A 12", "stop sign", "toothbrush"]
     peer_norm = peer.head.regression_head.conv[3][1]
     assert torch.equal(models["v2"].tensors["head.box_convs.10.weight"], peer_norm.weight)
-
-
-def test_second_faster_rcnn_is_refused_with_the_reason(tmp_path: Path) -> None:
-    state = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).state_dict()
-    with pytest.raises(ValueError, match="normalised convolutions"):
-        convert(ForeignFile(path=tmp_path / "v2.pth", sha256="00", tensors=state, about={}))
 
 
 def test_published_first_models_have_norms_without_eps() -> None:

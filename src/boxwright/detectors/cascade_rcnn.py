@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
-from boxwright.heads.box_head import FIRST_OBJECT_SOURCE, BoxConfig, BoxHead, SampledBoxes
+from boxwright.heads.box_head import BoxConfig, BoxHead
+from boxwright.heads.box_sample import FIRST_OBJECT_SOURCE, SampledBoxes
 from boxwright.heads.mask_head import MaskConfig, MaskHead
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 from boxwright.heads.suppression import Suppression
@@ -28,9 +29,9 @@ Stds = tuple[float, float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeConfig:
-    """What differs from stage to stage; the defaults are the paper's and the 2018 toolbox's.
+    """What differs from stage to stage, and how the stages are joined; the defaults are the 2018 toolbox's.
 
-    The first stage is the box head as it stands, so that these are of the stages behind it.
+    The first stage is the box head as it stands, so that the numbers are of the stages behind it.
     """
 
     positive_ious: tuple[float, ...] = (0.6, 0.7)
@@ -39,6 +40,12 @@ class CascadeConfig:
     """Box deltas of the stage are divided by these: the boxes of a later stage are nearer to their objects."""
     loss_weights: tuple[float, ...] = (0.5, 0.25)
     """What the stage's losses are multiplied by; the first stage's by 1."""
+    mean_of: Literal["logits", "probabilities"] = "logits"
+    """What is averaged over the stages to score a box: class logits, then made probabilities (the 2018 toolbox and its
+    successors), or the probabilities themselves (Detectron2)."""
+    mask_in_all_stages: bool = True
+    """Whether each stage has a mask head, whose probabilities are averaged (the 2018 toolbox and its successors), or
+    the first alone, which learns from the first stage's boxes and looks at the last one's (Detectron2)."""
 
     def __post_init__(self) -> None:
         if not len(self.positive_ious) == len(self.stds) == len(self.loss_weights):
@@ -46,7 +53,7 @@ class CascadeConfig:
 
 
 class CascadeRCNN(nn.Module):
-    """A backbone, a region proposal network and a box head a stage, maybe a mask head a stage too."""
+    """A backbone, a region proposal network and a box head a stage, maybe mask heads too."""
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class CascadeRCNN(nn.Module):
         box_heads: Sequence[BoxHead],
         mask_heads: Sequence[MaskHead] = (),
         loss_weights: Sequence[float],
+        mean_of: Literal["logits", "probabilities"] = "logits",
         pixel_stats: PixelStats,
     ) -> None:
         """Put the parts together.
@@ -64,8 +72,9 @@ class CascadeRCNN(nn.Module):
             backbone: gives a pyramid whose levels have equal channels.
             rpn: where the first stage's boxes come from.
             box_heads: one a stage, class-agnostic but for the last.
-            mask_heads: one a stage, or none.
+            mask_heads: one a stage, or one for the first, or none.
             loss_weights: one a stage.
+            mean_of: see `CascadeConfig`.
             pixel_stats: what the backbone expects of pixels.
         """
         super().__init__()
@@ -77,6 +86,7 @@ class CascadeRCNN(nn.Module):
         self.box_heads = nn.ModuleList(box_heads)
         self.mask_heads = nn.ModuleList(mask_heads)
         self.loss_weights = tuple(loss_weights)
+        self.mean_of = mean_of
         self.needs_masks = len(self.mask_heads) > 0
 
     @property
@@ -93,7 +103,8 @@ class CascadeRCNN(nn.Module):
 
         As in the 2018 toolbox, the boxes that a stage looked at are refined by it, and the next one samples anew among
         them and the ground truth; the refined ground truth itself is dropped. detectron2 instead adds ground truth
-        before the first stage alone, refines it too, and looks at the same boxes in all stages.
+        before the first stage alone, refines it too, and looks at the same boxes in all stages. It weighs the
+        stages alike, and the gradients that they send to the features by one over their number.
         """
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
@@ -105,7 +116,7 @@ class CascadeRCNN(nn.Module):
             sampled = head.sample(proposals, batch.targets, batch.seeds, features, stage)
             logits, deltas = head(features, sampled.boxes, sampled.valid)
             own = head.losses_of(logits, deltas, sampled, batch.targets)
-            if self.needs_masks:
+            if stage < len(self.mask_heads):
                 max_positives = head.config.max_positives
                 mask_head = cast(MaskHead, self.mask_heads[stage])
                 own |= mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
@@ -115,23 +126,21 @@ class CascadeRCNN(nn.Module):
         return losses
 
     def detect(self, batch: Batch) -> Detections:
-        """The last stage's boxes, scored by all stages; their masks are the mean of all stages' probabilities.
-
-        As in the 2018 toolbox, the class logits of the stages are averaged and then made probabilities. detectron2
-        averages the probabilities, and has a mask head in the last stage alone.
-        """
+        """The last stage's boxes, scored by all stages; their masks are the mean of all mask heads' probabilities."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         output = self.rpn(features, batch.images.shape[-2:])
         proposals = self.rpn.proposals(output, batch.image_sizes, training=False)
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
         stages = self._stages
-        all_logits = []
+        said = []
         for head in stages:
             logits, deltas = head(features, boxes, proposals.valid)
-            all_logits.append(logits)
+            said.append(logits if self.mean_of == "logits" else logits.softmax(-1))
             refined = head.refine(boxes, deltas, batch.image_sizes)
             boxes = refined[:, :, 0]
-        detections = stages[-1].best_detections(sum(all_logits) / len(stages), refined, proposals.valid)
+        mean = torch.stack(said).mean(0)
+        probabilities = mean.softmax(-1) if self.mean_of == "logits" else mean
+        detections = stages[-1].best_detections(probabilities, refined, proposals.valid)
         return self._with_masks(features, detections) if self.needs_masks else detections
 
     def _with_masks(self, features: Sequence[Tensor], detections: Detections) -> Detections:
@@ -199,10 +208,10 @@ def cascade_mask_rcnn(
     cascade: CascadeConfig = CascadeConfig(),
     mask: MaskConfig = MaskConfig(),
 ) -> CascadeRCNN:
-    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage.
+    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage or in the first.
 
-    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019). Of its
-    three forms, the one with masks in every stage, as in the 2018 toolbox.
+    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019), two of
+    its three forms.
 
     Args:
         backbone: gives a pyramid whose levels have equal channels.
@@ -212,7 +221,7 @@ def cascade_mask_rcnn(
         rpn: the numbers of the proposals.
         box: the numbers of the first stage, and of the others but for what `cascade` says.
         cascade: what is different in the stages behind the first.
-        mask: the numbers of each stage's mask head.
+        mask: the numbers of a mask head.
 
     Raises:
         ValueError: as `cascade_rcnn`.
@@ -232,12 +241,14 @@ def _cascade(
 ) -> CascadeRCNN:
     channels, strides = backbone.channels[0], backbone.strides
     stages = _stage_configs(box, cascade)
+    masks = [] if mask is None else [mask] * (len(stages) if cascade.mask_in_all_stages else 1)
     return CascadeRCNN(
         backbone=backbone,
         rpn=RPNHead(channels, strides, rpn, conventions),
         box_heads=[BoxHead(channels, strides, num_classes, config, conventions) for config in stages],
-        mask_heads=[MaskHead(channels, strides, num_classes, mask, conventions) for _ in stages if mask is not None],
+        mask_heads=[MaskHead(channels, strides, num_classes, config, conventions) for config in masks],
         loss_weights=(1.0, *cascade.loss_weights),
+        mean_of=cascade.mean_of,
         pixel_stats=pixel_stats,
     )
 

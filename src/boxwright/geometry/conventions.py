@@ -22,6 +22,9 @@ class Conventions:
     """Whether RoIAlign subtracts the half pixel that puts a feature at the centre of its cell."""
     roi_align_plus_one: bool = True
     """Whether RoIAlign, too, adds `plus_one` to a box's end, and takes boxes narrower than a cell as they are."""
+    proposal_clip_multiple: int = 1
+    """In testing, proposals are cut at the sides of their picture rounded up to a multiple of this: 32 in Detectron,
+    which takes its padding for picture there."""
     level_epsilon: float = 1e-6
     """Added when a box's size is turned into a pyramid level, so that powers of two do not fall one level down."""
 
@@ -36,4 +39,4 @@ DETECTRON = Conventions(plus_one=1.0, anchor_rounding="detectron", roi_align_ali
 """The 2018 toolbox."""
 
 CAFFE2 = Conventions(plus_one=1.0, anchor_rounding="cell", roi_align_aligned=False, roi_align_plus_one=False)
-"""Detectron itself, and maskrcnn-benchmark."""
+"""maskrcnn-benchmark, and Detectron itself but for `proposal_clip_multiple`."""

@@ -10,31 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from boxwright.assign.match import POSITIVE, Matches, match
+from boxwright.assign.match import POSITIVE
 from boxwright.assign.sample import hardest, sample
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
+from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.structures import Detections, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 2
-FIRST_OBJECT_SOURCE = 2**31
-"""Ground truth boxes join the proposals with numbers of their own, above all of the proposals' sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxConfig:
     """The numbers of a box head; the defaults are the 2018 toolbox's."""
 
+    num_convs: int = 0
+    """3x3 convolutions before the fully connected layers."""
+    conv_width: int = 256
+    """Channels of each of them."""
+    norm: GridNorm | None = None
+    """Normalises after each of them; None normalises nowhere."""
+    num_fcs: int = 2
+    """Fully connected layers before the last ones."""
     width: int = 1024
-    """Units of each of the two fully connected layers."""
+    """Units of each of them."""
     output_size: int = 7
     """Side of the grid that RoIAlign gives."""
     sampling_ratio: int = 2
@@ -75,23 +83,11 @@ class BoxConfig:
         return int(self.num_sampled * self.positive_fraction)
 
 
-class SampledBoxes(NamedTuple):
-    """What the losses of the second stage look at."""
-
-    boxes: Tensor
-    """[B, S, 4] float32, xyxy in pixels of the canvas; positives come first."""
-    matched: Tensor
-    """[B, S] int64, the object slot of each positive, else 0."""
-    positive: Tensor
-    """[B, S] bool, the slots that hold a box of an object, the first ones."""
-    valid: Tensor
-    """[B, S] bool, the slots that hold a box."""
-    sources: Tensor
-    """[B, S] int64, the proposal's source, or `FIRST_OBJECT_SOURCE` + slot for a box that is ground truth itself."""
-
-
 class BoxHead(nn.Module):
-    """Two fully connected layers on RoIAlign's grid, then class logits and box deltas for each class or for all."""
+    """Fully connected layers on RoIAlign's grid, then class logits and box deltas for each class or for all.
+
+    Convolutions may come first, as in the heads of Wu & He, Group Normalization (2018): four of them, and one layer.
+    """
 
     def __init__(
         self,
@@ -115,17 +111,25 @@ class BoxHead(nn.Module):
         self.strides = tuple(strides)[: config.num_levels]
         self.num_classes = num_classes
         self.conventions = conventions
-        self.fc1 = nn.Linear(channels * config.output_size**2, config.width)
-        self.fc2 = nn.Linear(config.width, config.width)
-        self.class_logits = nn.Linear(config.width, num_classes + 1)
+        self.convs = grid_convs(channels, config.conv_width, config.num_convs, config.norm)
+        inputs = (config.conv_width if config.num_convs else channels) * config.output_size**2
+        for number in range(1, config.num_fcs + 1):
+            self.add_module(f"fc{number}", nn.Linear(inputs, config.width))
+            inputs = config.width
+        self.class_logits = nn.Linear(inputs, num_classes + 1)
         self.num_boxes = 1 if config.class_agnostic else num_classes
-        self.box_deltas = nn.Linear(config.width, self.num_boxes * 4)
-        for layer in (self.fc1, self.fc2):
+        self.box_deltas = nn.Linear(inputs, self.num_boxes * 4)
+        init_relu_convs(self)
+        for layer in self._fcs:
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.class_logits.weight, std=0.01)
         nn.init.normal_(self.box_deltas.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.class_logits, self.box_deltas):
+        for layer in (*self._fcs, self.class_logits, self.box_deltas):
             nn.init.zeros_(layer.bias)
+
+    @property
+    def _fcs(self) -> list[nn.Linear]:
+        return [cast(nn.Linear, self.get_submodule(f"fc{number + 1}")) for number in range(self.config.num_fcs)]
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Classify and refine boxes.
@@ -151,7 +155,12 @@ class BoxHead(nn.Module):
             pool_plus_one=self.conventions.roi_align_plus_one,
             level_epsilon=self.conventions.level_epsilon,
         )
-        hidden = self.fc2(self.fc1(grid.flatten(2)).relu()).relu()
+        hidden = grid.flatten(0, 1)
+        for conv in self.convs:
+            hidden = conv(hidden).relu()
+        hidden = hidden.view(*boxes.shape[:2], -1)
+        for layer in self._fcs:
+            hidden = layer(hidden).relu()
         return self.class_logits(hidden).float(), self.box_deltas(hidden).float().unflatten(-1, (self.num_boxes, 4))
 
     def sample(
@@ -172,51 +181,34 @@ class BoxHead(nn.Module):
             stage: tells the stages of a cascade apart, so that they draw independently.
         """
         config = self.config
-        boxes = torch.cat([proposals.boxes, targets.boxes], 1)
-        valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
-        boxes = torch.where(valid[..., None], boxes, 0.0)
-        object_sources = FIRST_OBJECT_SOURCE + torch.arange(targets.labels.shape[1], device=boxes.device)
-        sources = torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1)
-        matches = match(
-            boxes,
-            targets,
-            positive_iou=config.positive_iou,
-            negative_iou=config.positive_iou,
-            low_quality=None,
-            candidates_valid=valid,
-            plus_one=self.conventions.plus_one,
-        )
+        found = candidates(proposals, targets, positive_iou=config.positive_iou, plus_one=self.conventions.plus_one)
         if config.hard_examples:
             assert features is not None, "hard examples are found by looking at features"
-            losses = self._class_losses(features, boxes, valid, targets, matches)
             sampled = hardest(
-                matches.labels, losses, sources, num=config.num_sampled, positive_fraction=config.positive_fraction
+                found.matches.labels,
+                self._class_losses(features, found, targets),
+                found.sources,
+                num=config.num_sampled,
+                positive_fraction=config.positive_fraction,
             )
         else:
             sampled = sample(
-                matches.labels,
+                found.matches.labels,
                 seeds,
                 num=config.num_sampled,
                 positive_fraction=config.positive_fraction,
                 salt=SAMPLING_SALT + stage,
-                identities=sources,
+                identities=found.sources,
             )
-        return SampledBoxes(
-            boxes=take_slots(boxes, sampled.indices),
-            matched=torch.where(sampled.positive, take_slots(matches.matched, sampled.indices), 0),
-            positive=sampled.positive,
-            valid=sampled.valid,
-            sources=take_slots(sources, sampled.indices),
-        )
+        return taken(found, sampled)
 
     @torch.no_grad()
-    def _class_losses(
-        self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, targets: Targets, matches: Matches
-    ) -> Tensor:
+    def _class_losses(self, features: Sequence[Tensor], found: Candidates, targets: Targets) -> Tensor:
         """[B, P + G] the classification loss of every candidate as the head is now."""
-        logits, _ = self(features, boxes, valid)
-        labels = torch.where(matches.labels == POSITIVE, take_slots(targets.labels, matches.matched), self.num_classes)
-        return cross_entropy(logits, labels, valid)
+        logits, _ = self(features, found.boxes, found.valid)
+        objects = take_slots(targets.labels, found.matches.matched)
+        labels = torch.where(found.matches.labels == POSITIVE, objects, self.num_classes)
+        return cross_entropy(logits, labels, found.valid)
 
     def losses(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
         """Cross-entropy of classes and smooth L1 of boxes, both over the number of sampled boxes.
@@ -276,17 +268,17 @@ class BoxHead(nn.Module):
         """
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
         logits, deltas = self(features, boxes, proposals.valid)
-        return self.best_detections(logits, self.refine(boxes, deltas, image_sizes), proposals.valid)
+        return self.best_detections(logits.softmax(-1), self.refine(boxes, deltas, image_sizes), proposals.valid)
 
-    def best_detections(self, logits: Tensor, boxes: Tensor, valid: Tensor) -> Detections:
+    def best_detections(self, probabilities: Tensor, boxes: Tensor, valid: Tensor) -> Detections:
         """The detections that refined boxes come to.
 
         Args:
-            logits: [B, P, C + 1], background last.
+            probabilities: [B, P, C + 1] of the classes, background last.
             boxes: [B, P, K, 4] from `refine`.
             valid: [B, P] bool.
         """
-        scores = logits.softmax(-1)[..., :-1].flatten(1)
+        scores = probabilities[..., :-1].flatten(1)
         boxes = boxes.expand(-1, -1, self.num_classes, -1).flatten(1, 2)
         sides = boxes[..., 2:] - boxes[..., :2] + self.conventions.plus_one
         labels = torch.arange(self.num_classes, device=scores.device).repeat(valid.shape[1]).expand_as(scores)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.geometry.conventions import MODERN, Conventions
-from boxwright.heads.box_head import SampledBoxes
+from boxwright.heads.box_sample import SampledBoxes
+from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.losses import binary_cross_entropy, weighted_mean
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.roi_align import multilevel_roi_align
@@ -30,6 +31,8 @@ class MaskConfig:
     """Channels of every layer."""
     num_convs: int = 4
     """3x3 convolutions before the grid is doubled."""
+    norm: GridNorm | None = None
+    """Normalises after each of them; None normalises nowhere."""
     output_size: int = 14
     """Side of the grid that RoIAlign gives; masks have twice as many cells a side."""
     sampling_ratio: int = 2
@@ -62,15 +65,10 @@ class MaskHead(nn.Module):
         self.config = config
         self.strides = tuple(strides)[: config.num_levels]
         self.conventions = conventions
-        self.convs = nn.ModuleList(
-            nn.Conv2d(config.width if index else channels, config.width, 3, padding=1)
-            for index in range(config.num_convs)
-        )
+        self.convs = grid_convs(channels, config.width, config.num_convs, config.norm)
         self.upsample = nn.ConvTranspose2d(config.width if self.convs else channels, config.width, 2, stride=2)
         self.mask_logits = nn.Conv2d(config.width, num_classes, 1)
-        for layer in (*self.convs, self.upsample, self.mask_logits):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        init_relu_convs(self)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """The masks of boxes, each for one class alone.

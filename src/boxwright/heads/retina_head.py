@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,6 +62,9 @@ class RetinaConfig:
     """Of two detections of a class that overlap more than this, the worse goes."""
     max_detections: int = 100
     """Detections an image."""
+    clip_first: bool = True
+    """Whether boxes are cut at the picture's edges before they compete, or after it (Detectron2); then those of which
+    nothing is left are dropped, and their slots stay empty."""
 
 
 class RetinaOutput(NamedTuple):
@@ -196,8 +199,14 @@ class RetinaHead(nn.Module):
         boxes = box_geometry.decode(
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
-        return self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+        if config.clip_first:
+            boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        found = self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+        if config.clip_first:
+            return found
+        boxes = box_geometry.clip(found.boxes, image_sizes, plus_one=plus_one)
+        left = (boxes[..., 2:] - boxes[..., :2] + plus_one > 0).all(-1)
+        return replace(found, boxes=boxes, valid=found.valid & left)
 
     @property
     def suppression(self) -> Suppression:

@@ -32,6 +32,8 @@ SAMPLING_SALT = 1
 class RPNConfig:
     """The numbers of a region proposal network; the defaults are the 2018 toolbox's."""
 
+    num_convs: int = 1
+    """3x3 convolutions before the two 1x1 ones, at least 1."""
     anchor_scale: float = 8.0
     """An anchor's side in units of its level's stride."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -63,6 +65,10 @@ class RPNConfig:
     min_size: float = 1e-3
     """Proposals with a shorter side, in pixels, are dropped."""
 
+    def __post_init__(self) -> None:
+        if self.num_convs < 1:
+            raise ValueError(f"num_convs={self.num_convs}: a region proposal network has at least 1 convolution")
+
 
 class RPNOutput(NamedTuple):
     """The head's answer at every anchor, levels one after another, finest first."""
@@ -78,7 +84,7 @@ class RPNOutput(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """One 3x3 convolution and two 1x1 ones, shared by all levels, with their losses and their proposals."""
+    """3x3 convolutions, as a rule one, and two 1x1 ones, shared by all levels; their losses and their proposals."""
 
     def __init__(
         self,
@@ -102,11 +108,13 @@ class RPNHead(nn.Module):
         sizes = [[config.anchor_scale * stride] for stride in strides]
         self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.more_convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_convs - 1)
+        )
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (self.conv, *self.more_convs, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
-            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> RPNOutput:
@@ -119,6 +127,8 @@ class RPNHead(nn.Module):
         objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature).relu()
+            for conv in self.more_convs:
+                hidden = conv(hidden).relu()
             objectness.append(by_anchor(self.objectness(hidden), 1).squeeze(2).float())
             deltas.append(by_anchor(self.deltas(hidden), 4).float())
         anchors = self.anchors(features, canvas)
@@ -185,7 +195,7 @@ class RPNHead(nn.Module):
 
         Args:
             output: the head's answer.
-            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped.
+            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped (see `Conventions`).
             training: whether the numbers of training or of testing apply.
 
         Returns:
@@ -203,7 +213,8 @@ class RPNHead(nn.Module):
         boxes = box_geometry.decode(
             take_slots(output.deltas, candidates), output.anchors[candidates], DELTA_STDS, plus_one=plus_one
         )
-        boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
+        multiple = 1 if training else self.conventions.proposal_clip_multiple
+        boxes = box_geometry.clip(boxes, (image_sizes + multiple - 1) // multiple * multiple, plus_one=plus_one)
         scores = take_slots(output.objectness, candidates).sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2] + plus_one
         num_proposals = config.num_proposals if training else config.test_num_proposals

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from boxwright.backbones.fpn import resnet_fpn
-from boxwright.backbones.resnet import BLOCKS_PER_STAGE
+from boxwright.backbones.resnet import BLOCKS_PER_STAGE, Norm
 from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
 from boxwright.detectors.retinanet import retinanet
+from boxwright.heads.grid_convs import GridNorm
 from boxwright.importers.source import Settings
 
 Tensors = Mapping[str, Tensor]
@@ -48,15 +49,15 @@ def model_of(tensors: Tensors, settings: Settings) -> Any:
     if masks:
         common["mask"] = _mask(tensors, settings)
     if "box_heads" in parts:
-        box = _box(tensors, settings, "box_heads.0")
-        return partial(cascade_mask_rcnn if masks else cascade_rcnn, **common, rpn=settings.rpn, box=box)
+        common |= {"box": _box(tensors, settings, "box_heads.0"), "cascade": settings.cascade}
+        return partial(cascade_mask_rcnn if masks else cascade_rcnn, **common, rpn=_rpn(tensors, settings))
     if "box_head" in parts:
         common["box"] = _box(tensors, settings, "box_head")
         if "rpn" in parts:
-            return partial(mask_rcnn if masks else faster_rcnn, **common, rpn=settings.rpn)
+            return partial(mask_rcnn if masks else faster_rcnn, **common, rpn=_rpn(tensors, settings))
         return partial(fast_mask_rcnn if masks else fast_rcnn, **common)
     if "rpn" in parts:
-        return partial(proposal_network, **common, rpn=settings.rpn)
+        return partial(proposal_network, **common, rpn=_rpn(tensors, settings))
     raise ValueError(f"the tensors make no detector that is known here: there are {', '.join(sorted(parts))}")
 
 
@@ -81,21 +82,25 @@ def _backbone(tensors: Tensors, settings: Settings) -> Any:
             f"the backbone has {blocks} {'bottlenecks' if bottleneck else 'basic blocks'} in its stages, which no "
             f"ResNet here has: there are depths {', '.join(map(str, BLOCKS_PER_STAGE))}"
         )
-    num_laterals = _count(tensors, "backbone.lateral.{}.weight")
+    fpn_norm = _norm(tensors, "backbone.lateral.0")
+    lateral = "backbone.lateral.{}.weight" if fpn_norm is None else "backbone.lateral.{}.0.weight"
+    num_laterals = _count(tensors, lateral)
     if not num_laterals:
         raise ValueError("the detector has no feature pyramid: only detectors on one can be built here")
-    extra = "pool"
-    if "backbone.extra_output.0.weight" in tensors:
-        inputs = _size(tensors, "backbone.extra_output.0.weight", 1)
-        extra = "p5" if inputs == _size(tensors, "backbone.lateral.0.weight", 0) else "c5"
+    extra, channels = "pool", _size(tensors, lateral.format(0), 0)
+    for name in ("backbone.extra_output.0.weight", "backbone.extra_output.0.0.weight"):
+        if name in tensors:
+            extra = "p5" if _size(tensors, name, 1) == channels else "c5"
     arguments: dict[str, Any] = {
         "depth": next(iter(depths)),
         "style": settings.style,
+        "norm": _body_norm(body, fpn_norm),
         "train_norm_affine": settings.train_norm_affine,
         "out_stages": tuple(range(6 - num_laterals, 6)),
-        "channels": _size(tensors, "backbone.lateral.0.weight", 0),
+        "channels": channels,
         "extra": extra,
         "extra_relu": settings.extra_relu,
+        "fpn_norm": fpn_norm,
     }
     if bottleneck:
         inner, of_group = (_size(body, "layer1.0.conv2.weight", axis) for axis in (0, 1))
@@ -103,18 +108,46 @@ def _backbone(tensors: Tensors, settings: Settings) -> Any:
     return partial(resnet_fpn, **arguments)
 
 
+def _body_norm(body: Tensors, fpn_norm: str | None) -> Norm:
+    """GroupNorm has no statistics. Those of BatchNorm go on being learnt if the pyramid's are, which is normalised."""
+    if not any(name.endswith("running_var") for name in body):
+        return "gn"
+    return "bn" if fpn_norm == "bn" else "frozen_bn"
+
+
+def _rpn(tensors: Tensors, settings: Settings) -> Any:
+    return replace(settings.rpn, num_convs=1 + _count(tensors, "rpn.more_convs.{}.weight"))
+
+
 def _box(tensors: Tensors, settings: Settings, prefix: str) -> Any:
-    agnostic = _size(tensors, f"{prefix}.box_deltas.bias", 0) == 4
-    return replace(settings.box, width=_size(tensors, f"{prefix}.fc1.bias", 0), class_agnostic=agnostic)
+    num_convs, conv_width, norm = _grid_convs(tensors, f"{prefix}.convs")
+    num_fcs = _count(tensors, f"{prefix}.fc{{}}.weight", first=1)
+    return replace(
+        settings.box,
+        num_convs=num_convs,
+        conv_width=conv_width or settings.box.conv_width,
+        norm=norm,
+        # A head without convolutions has two layers in every code base: one of them alone is a file that lacks some.
+        num_fcs=num_fcs if num_convs else max(2, num_fcs),
+        width=_size(tensors, f"{prefix}.fc1.bias", 0),
+        class_agnostic=_size(tensors, f"{prefix}.box_deltas.bias", 0) == 4,
+    )
 
 
 def _mask(tensors: Tensors, settings: Settings) -> Any:
     prefix = "mask_head" if any(name.startswith("mask_head.") for name in tensors) else "mask_heads.0"
-    return replace(
-        settings.mask,
-        width=_size(tensors, f"{prefix}.mask_logits.weight", 1),
-        num_convs=_count(tensors, f"{prefix}.convs.{{}}.weight"),
-    )
+    num_convs, _, norm = _grid_convs(tensors, f"{prefix}.convs")
+    width = _size(tensors, f"{prefix}.mask_logits.weight", 1)
+    return replace(settings.mask, width=width, num_convs=num_convs, norm=norm)
+
+
+def _grid_convs(tensors: Tensors, prefix: str) -> tuple[int, int, GridNorm | None]:
+    """How many convolutions a head has on RoIAlign's grid, their channels (0 where there are none) and their norm."""
+    found = _norm(tensors, f"{prefix}.0")
+    norm: GridNorm | None = "frozen_bn" if found == "bn" else found
+    name = f"{prefix}.{{}}.weight" if norm is None else f"{prefix}.{{}}.0.weight"
+    count = _count(tensors, name)
+    return count, _size(tensors, name.format(0), 0) if count else 0, norm
 
 
 def _retina(tensors: Tensors, settings: Settings) -> Any:
@@ -123,10 +156,17 @@ def _retina(tensors: Tensors, settings: Settings) -> Any:
     return replace(settings.retina, num_convs=sum(weight.ndim == 4 for weight in weights), norm=norm)
 
 
-def _count(tensors: Tensors, template: str) -> int:
-    """How many of the names numbered from 0 there are."""
+def _norm(tensors: Tensors, layer: str) -> Literal["bn", "gn"] | None:
+    """The norm behind a convolution: BatchNorm where it has statistics, GroupNorm where not; None if there is none."""
+    if f"{layer}.1.weight" not in tensors:
+        return None
+    return "bn" if f"{layer}.1.running_var" in tensors else "gn"
+
+
+def _count(tensors: Tensors, template: str, first: int = 0) -> int:
+    """How many of the names numbered from the first on there are."""
     count = 0
-    while template.format(count) in tensors:
+    while template.format(first + count) in tensors:
         count += 1
     return count
 

@@ -14,7 +14,7 @@ from boxwright.data.dataset import Category
 from boxwright.importers import detectron, detectron2, maskrcnn_benchmark, mmdetection, torchvision
 from boxwright.importers.architecture import is_backbone, model_of, num_classes_of
 from boxwright.importers.categories import COCO
-from boxwright.importers.rules import NORM_EPS, listed, rename, with_norm_eps
+from boxwright.importers.rules import NORM_EPS, listed, rename, with_batch_counts, with_norm_eps
 from boxwright.importers.source import Settings, Source
 from boxwright.training.experiment import Experiment, build, to_json
 from boxwright.training.run_folder import versions
@@ -159,7 +159,7 @@ def our_tensors(file: ForeignFile) -> dict[str, Tensor]:
 def _renamed(file: ForeignFile, source: Source, settings: Settings) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under our names, and the names without use."""
     renamed = rename(file.tensors, source.rules(file.tensors.keys()))
-    tensors = source.finish(renamed.tensors)
+    tensors = with_batch_counts(source.finish(renamed.tensors))
     if settings.norm_eps != NORM_EPS:
         tensors = with_norm_eps(tensors, settings.norm_eps, NORM_EPS)
     return tensors, renamed.unused

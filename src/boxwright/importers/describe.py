@@ -13,11 +13,12 @@ from boxwright.training.experiment import Experiment, arguments_of, call_name
 
 _TOLD = {
     "pixel_stats": ("order", "mean", "std"),
-    "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned", "roi_align_plus_one"),
+    "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned", "roi_align_plus_one", "proposal_clip_multiple"),
     "rpn": ("test_pre_nms_per_level", "test_num_proposals", "nms_iou"),
     "box": ("sampling_ratio", "score_threshold", "nms_iou", "max_detections"),
+    "cascade": ("mean_of",),
     "mask": ("sampling_ratio",),
-    "retina": ("pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"),
+    "retina": ("ratios", "clip_first", "pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"),
 }
 """Settings that change what a model detects and that files of other code bases do not hold."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from boxwright.backbones.backbone import CAFFE
 from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import CAFFE2
+from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.categories import COCO
 from boxwright.importers.rules import (
@@ -100,19 +101,27 @@ def finish(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 SETTINGS = Settings(
-    conventions=CAFFE2,
+    conventions=replace(CAFFE2, proposal_clip_multiple=32),
     pixel_stats=CAFFE,
     style="caffe",
     extra_relu=True,
     train_norm_affine=False,
-    rpn=RPNConfig(test_pre_nms_per_level=1000, test_num_proposals=1000),
+    rpn=RPNConfig(low_quality=0.0, test_pre_nms_per_level=1000, test_num_proposals=1000),
+    retina=RetinaConfig(ratios=(1.0, 2.0, 0.5)),
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
+    """ResNeXts have their stride elsewhere, an RPN alone gives more proposals, the oldest models' deltas are plain."""
     weight = file.tensors.get("res2_0_branch2b_w")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
-    return replace(SETTINGS, style="pytorch") if grouped else SETTINGS
+    rpn, box = SETTINGS.rpn, SETTINGS.box
+    if "cls_score_w" not in file.tensors:
+        rpn = replace(rpn, test_num_proposals=2000)
+    if "cfg" in file.about and "BBOX_REG_WEIGHTS" not in str(file.about["cfg"]):
+        # Detectron's own rule: they are from before there were any.
+        box = replace(box, stds=(1.0, 1.0, 1.0, 1.0))
+    return replace(SETTINGS, style="pytorch" if grouped else SETTINGS.style, rpn=rpn, box=box)
 
 
 def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:

@@ -1,7 +1,8 @@
 """Detectron2's detectors on a ResNet-FPN, and its ImageNet weights under the same names.
 
 Those of the model zoo start from Caffe-trained ResNets: BGR pixels, only their mean taken, the stride in the first 1x1
-convolution. Those on ResNeXt and on torchvision's ResNets divide by a deviation and have the stride in the 3x3 one.
+convolution. Those on ResNeXt and on torchvision's ResNets divide by a deviation and have the stride in the 3x3 one;
+those with GroupNorm have the latter alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from boxwright.backbones.backbone import PixelStats
 from boxwright.data.dataset import Category
+from boxwright.detectors.cascade_rcnn import CascadeConfig
 from boxwright.geometry.conventions import MODERN
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
@@ -28,7 +30,7 @@ MSRA = PixelStats(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="bg
 RESNEXT = replace(MSRA, std=(57.375, 57.12, 58.395))
 """Pixels of the model zoo's ResNeXts."""
 
-_CASCADE = "its cascades average probabilities over stages and have one mask head, which cannot be built here"
+_RETINA_NORM = "its heads of RetinaNet with norms have biases before these, which cannot be built here"
 
 
 def _body(prefix: str) -> tuple[Rule | Unsupported, ...]:
@@ -51,8 +53,15 @@ def _body(prefix: str) -> tuple[Rule | Unsupported, ...]:
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table; a RetinaNet's pyramid begins with stage 3, all others' with stage 2."""
+    """The table; a RetinaNet's pyramid begins with stage 3, all others' with stage 2.
+
+    A convolution of ours with a norm behind it is a pair of layers.
+    """
     first = 2 if "backbone.fpn_lateral2.weight" in names else 3
+    pair = ".0" if f"backbone.fpn_lateral{first}.norm.weight" in names else ""
+    cascade = any_starts(names, "roi_heads.box_head.0.")
+    mask_head = "mask_heads.0" if cascade else "mask_head"
+    mask_pair = ".0" if "roi_heads.mask_head.mask_fcn1.norm.weight" in names else ""
     return (
         Rule("*.num_batches_tracked", None),
         Rule("pixel_mean", None),
@@ -62,26 +71,42 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         *_body(""),
         Rule("linear.*", None),
         Rule("fc.*", None),
-        Unsupported("backbone.fpn_lateral{i}.norm.*", "pyramids with norms of Detectron2 cannot be read here"),
-        Rule("backbone.fpn_lateral{i}.*", f"backbone.lateral.{{i-{first}}}.*"),
-        Rule("backbone.fpn_output{i}.*", f"backbone.output.{{i-{first}}}.*"),
+        Rule("backbone.fpn_lateral{i}.norm.*", f"backbone.lateral.{{i-{first}}}.1.*"),
+        Rule("backbone.fpn_output{i}.norm.*", f"backbone.output.{{i-{first}}}.1.*"),
+        Rule("backbone.fpn_lateral{i}.*", f"backbone.lateral.{{i-{first}}}{pair}.*"),
+        Rule("backbone.fpn_output{i}.*", f"backbone.output.{{i-{first}}}{pair}.*"),
         Rule("backbone.top_block.p6.*", "backbone.extra_output.0.*"),
         Rule("backbone.top_block.p7.*", "backbone.extra_output.1.*"),
+        Rule("proposal_generator.rpn_head.conv.conv0.*", "rpn.conv.*"),
+        Rule("proposal_generator.rpn_head.conv.conv{i}.*", "rpn.more_convs.{i-1}.*"),
         Rule("proposal_generator.rpn_head.conv.*", "rpn.conv.*"),
         Rule("proposal_generator.rpn_head.objectness_logits.*", "rpn.objectness.*"),
         Rule("proposal_generator.rpn_head.anchor_deltas.*", "rpn.deltas.*"),
-        Unsupported("roi_heads.box_head.{i}.*", _CASCADE),
         Unsupported("roi_heads.keypoint_head.*", "keypoints cannot be detected here"),
-        Rule("roi_heads.box_head.fc{i}.*", "box_head.fc{i}.*"),
-        Rule("roi_heads.box_predictor.cls_score.*", "box_head.class_logits.*"),
-        Rule("roi_heads.box_predictor.bbox_pred.*", "box_head.box_deltas.*"),
-        Rule("roi_heads.mask_head.mask_fcn{i}.*", "mask_head.convs.{i-1}.*"),
-        Rule("roi_heads.mask_head.deconv.*", "mask_head.upsample.*"),
-        Rule("roi_heads.mask_head.predictor.*", "mask_head.mask_logits.*"),
+        *_box_head("", "box_head", names),
+        *_box_head(".{s}", "box_heads.{s}", names),
+        Rule("roi_heads.mask_head.mask_fcn{i}.norm.*", f"{mask_head}.convs.{{i-1}}.1.*"),
+        Rule("roi_heads.mask_head.mask_fcn{i}.*", f"{mask_head}.convs.{{i-1}}{mask_pair}.*"),
+        Rule("roi_heads.mask_head.deconv.*", f"{mask_head}.upsample.*"),
+        Rule("roi_heads.mask_head.predictor.*", f"{mask_head}.mask_logits.*"),
+        Unsupported("head.cls_subnet.1.*", _RETINA_NORM),
         Rule("head.cls_subnet.{i}.*", "head.class_convs.{i}.*"),
         Rule("head.bbox_subnet.{i}.*", "head.box_convs.{i}.*"),
         Rule("head.cls_score.*", "head.class_logits.*", ratios_outermost),
         Rule("head.bbox_pred.*", "head.box_deltas.*", ratios_outermost),
+    )
+
+
+def _box_head(stage: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
+    """The second stage, of one stage and of a cascade."""
+    theirs, predictor = f"roi_heads.box_head{stage}", f"roi_heads.box_predictor{stage}"
+    pair = ".0" if f"{theirs.format(s=0)}.conv1.norm.weight" in names else ""
+    return (
+        Rule(f"{theirs}.conv{{i}}.norm.*", f"{ours}.convs.{{i-1}}.1.*"),
+        Rule(f"{theirs}.conv{{i}}.*", f"{ours}.convs.{{i-1}}{pair}.*"),
+        Rule(f"{theirs}.fc{{i}}.*", f"{ours}.fc{{i}}.*"),
+        Rule(f"{predictor}.cls_score.*", f"{ours}.class_logits.*"),
+        Rule(f"{predictor}.bbox_pred.*", f"{ours}.box_deltas.*"),
     )
 
 
@@ -93,20 +118,28 @@ SETTINGS = Settings(
     extra_relu=True,
     train_norm_affine=False,
     rpn=RPNConfig(
+        low_quality=0.0,
         border=None,
         smooth_l1_beta=0.0,
         num_proposals=1000,
         test_pre_nms_per_level=1000,
         test_num_proposals=1000,
+        # All that are not empty.
+        min_size=1e-9,
     ),
-    box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0),
+    box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
+    cascade=CascadeConfig(
+        stds=((1 / 20, 1 / 20, 1 / 10, 1 / 10), (1 / 30, 1 / 30, 1 / 15, 1 / 15)),
+        mean_of="probabilities",
+        mask_in_all_stages=False,
+    ),
     mask=MaskConfig(sampling_ratio=0),
-    retina=RetinaConfig(smooth_l1_beta=0.1),
+    retina=RetinaConfig(smooth_l1_beta=0.0, clip_first=False),
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """The file's own pixels where it holds them, as files of the first versions do."""
+    """The file's own pixels where it holds them, as files of the first versions do; of an RPN alone, more proposals."""
     mean, std = (file.tensors.get(f"pixel_{name}") for name in ("mean", "std"))
     if mean is not None and std is not None:
         means = _three(mean)
@@ -114,7 +147,11 @@ def _settings(file: ForeignFile) -> Settings:
         stats = PixelStats(mean=means, std=_three(std), order="bgr" if means[0] < means[2] else "rgb")
     else:
         stats = RESNEXT if _is_resnext(file.tensors) else MSRA
-    return replace(SETTINGS, pixel_stats=stats, style="caffe" if stats.std == (1.0, 1.0, 1.0) else "pytorch")
+    caffe = stats.std == (1.0, 1.0, 1.0) and not _has_group_norm(file.tensors)
+    rpn = SETTINGS.rpn
+    if not any_starts(file.tensors.keys(), "roi_heads."):
+        rpn = replace(rpn, test_num_proposals=2000)
+    return replace(SETTINGS, pixel_stats=stats, style="caffe" if caffe else "pytorch", rpn=rpn)
 
 
 def _three(values: Tensor) -> tuple[float, float, float]:
@@ -125,6 +162,12 @@ def _three(values: Tensor) -> tuple[float, float, float]:
 def _is_resnext(tensors: dict[str, Tensor]) -> bool:
     weight = tensors.get("backbone.bottom_up.res2.0.conv2.weight")
     return weight is not None and weight.shape[0] != weight.shape[1]
+
+
+def _has_group_norm(tensors: dict[str, Tensor]) -> bool:
+    """Whether the pyramid has norms without statistics, as then the ResNet has."""
+    norm = "backbone.fpn_lateral5.norm."
+    return norm + "weight" in tensors and norm + "running_var" not in tensors
 
 
 def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:

@@ -78,16 +78,20 @@ SETTINGS = Settings(
     style="caffe",
     extra_relu=True,
     train_norm_affine=False,
-    rpn=RPNConfig(test_pre_nms_per_level=1000, test_num_proposals=1000),
+    rpn=RPNConfig(low_quality=0.0, test_pre_nms_per_level=1000, test_num_proposals=1000),
     retina=RetinaConfig(nms_iou=0.4),
     norm_eps=0.0,
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
+    """ResNeXts have their stride elsewhere, and an RPN alone gives more proposals."""
     weight = file.tensors.get("backbone.body.layer1.0.conv2.weight")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
-    return replace(SETTINGS, style="pytorch") if grouped else SETTINGS
+    rpn = SETTINGS.rpn
+    if not any_starts(file.tensors.keys(), "roi_heads."):
+        rpn = replace(rpn, test_num_proposals=2000)
+    return replace(SETTINGS, style="pytorch" if grouped else SETTINGS.style, rpn=rpn)
 
 
 def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:

@@ -31,37 +31,56 @@ from boxwright.importers.rules import (
 from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
-_RETINA_GN = "heads of RetinaNet with norms of this code base cannot be read here"
+_RETINA_BN = "heads of RetinaNet with BatchNorm cannot be built here"
 
-_SHARED = (
+
+def _rpn(prefix: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{prefix}.rpn_conv.0.conv.*", "rpn.conv.*"),
+        Rule(f"{prefix}.rpn_conv.{{i}}.conv.*", "rpn.more_convs.{i-1}.*"),
+        Rule(f"{prefix}.rpn_conv.*", "rpn.conv.*"),
+        Rule(f"{prefix}.rpn_cls.*", "rpn.objectness.*"),
+        Rule(f"{prefix}.rpn_reg.*", "rpn.deltas.*"),
+    )
+
+
+_SHARED: tuple[Rule | Unsupported, ...] = (
     Rule("*.num_batches_tracked", None),
     Rule("backbone.conv1.weight", "backbone.body.conv1.weight"),
     Rule("backbone.bn1.*", "backbone.body.bn1.*"),
+    Rule("backbone.gn1.*", "backbone.body.bn1.*"),
     Unsupported("backbone.layer{i}.{j}.conv2.conv_offset*", "deformable convolutions cannot be built here"),
     Unsupported("backbone.layer{i}.{j}.conv2_offset.*", "deformable convolutions cannot be built here"),
+    Rule("backbone.layer{i}.{j}.gn{k}.*", "backbone.body.layer{i}.{j}.bn{k}.*"),
     Rule("backbone.layer{i}.*", "backbone.body.layer{i}.*"),
-    # The two that follow the pyramid's own in a RetinaNet are numbered on; see `_rules`.
-    Rule("neck.lateral_convs.{i}.conv.*", "backbone.lateral.{i}.*"),
-    Rule("rpn_head.rpn_conv.*", "rpn.conv.*"),
-    Rule("rpn_head.rpn_cls.*", "rpn.objectness.*"),
-    Rule("rpn_head.rpn_reg.*", "rpn.deltas.*"),
-    # 3.x, of an RPN on its own.
-    Rule("bbox_head.rpn_conv.*", "rpn.conv.*"),
-    Rule("bbox_head.rpn_cls.*", "rpn.objectness.*"),
-    Rule("bbox_head.rpn_reg.*", "rpn.deltas.*"),
-    Rule("bbox_head.cls_convs.{i}.conv.*", "head.class_convs.{i*2}.*"),
-    Rule("bbox_head.reg_convs.{i}.conv.*", "head.box_convs.{i*2}.*"),
-    Unsupported("bbox_head.cls_convs.{i}.gn.*", _RETINA_GN),
-    Unsupported("bbox_head.cls_convs.{i}.bn.*", _RETINA_GN),
-    # 0.5 and 0.6.
-    Rule("bbox_head.cls_convs.{i}.*", "head.class_convs.{i*2}.*"),
-    Rule("bbox_head.reg_convs.{i}.*", "head.box_convs.{i*2}.*"),
+    *_rpn("rpn_head"),
+    *_rpn("bbox_head"),  # 3.x, of an RPN on its own
+    Rule("bbox_head.cls_convs.{i}.gn.*", "head.class_convs.{i*3+1}.*"),
+    Rule("bbox_head.reg_convs.{i}.gn.*", "head.box_convs.{i*3+1}.*"),
+    Unsupported("bbox_head.cls_convs.{i}.bn.*", _RETINA_BN),
     Rule("bbox_head.retina_cls.*", "head.class_logits.*"),
     Rule("bbox_head.retina_reg.*", "head.box_deltas.*"),
 )
 
 
-def _heads(prefix: str, *, background_first: bool) -> tuple[Rule, ...]:
+def _convs(theirs: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
+    """Convolutions that may have norms behind them: of ours, each is then a pair of layers.
+
+    Args:
+        theirs: Their name up to the number `{i}`.
+        ours: Ours, with the number.
+        names: Of all tensors.
+    """
+    first = theirs.format(s=0) + ".0."
+    pair = ".0" if any_starts(names, f"{first}gn.", f"{first}bn.") else ""
+    return (
+        Rule(f"{theirs}.{{i}}.conv.*", f"{ours}{pair}.*"),
+        Rule(f"{theirs}.{{i}}.gn.*", f"{ours}.1.*"),
+        Rule(f"{theirs}.{{i}}.bn.*", f"{ours}.1.*"),
+    )
+
+
+def _heads(prefix: str, names: Set[str], *, background_first: bool) -> tuple[Rule, ...]:
     """The second stage, of one stage and of a cascade."""
     logits = background_to_last if background_first else None
     deltas = without_background_deltas if background_first else None
@@ -70,10 +89,11 @@ def _heads(prefix: str, *, background_first: bool) -> tuple[Rule, ...]:
     for theirs, ours in (("", "head"), (".{s}", "heads.{s}")):
         box, mask = f"{prefix}bbox_head{theirs}", f"{prefix}mask_head{theirs}"
         rules += [
+            *_convs(f"{box}.shared_convs", f"box_{ours}.convs.{{i}}", names),
             Rule(f"{box}.shared_fcs.{{i}}.*", f"box_{ours}.fc{{i+1}}.*"),
             Rule(f"{box}.fc_cls.*", f"box_{ours}.class_logits.*", logits),
             Rule(f"{box}.fc_reg.*", f"box_{ours}.box_deltas.*", deltas),
-            Rule(f"{mask}.convs.{{i}}.conv.*", f"mask_{ours}.convs.{{i}}.*"),
+            *_convs(f"{mask}.convs", f"mask_{ours}.convs.{{i}}", names),
             Rule(f"{mask}.upsample.*", f"mask_{ours}.upsample.*"),
             Rule(f"{mask}.conv_logits.*", f"mask_{ours}.mask_logits.*", masks),
         ]
@@ -81,14 +101,26 @@ def _heads(prefix: str, *, background_first: bool) -> tuple[Rule, ...]:
 
 
 def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupported]:
-    """The table for a file whose pyramid has as many levels of its own as it has lateral convolutions."""
+    """The table for a file whose pyramid has as many levels of its own as it has lateral convolutions.
+
+    The two that follow them in a RetinaNet are numbered on.
+    """
     own = sum(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name) is not None for name in names)
-    pyramid = [Rule(f"neck.fpn_convs.{i}.conv.*", f"backbone.output.{i}.*") for i in range(own)]
-    return (*_SHARED, *pyramid, Rule("neck.fpn_convs.{i}.conv.*", f"backbone.extra_output.{{i-{own}}}.*"), *heads)
+    pair = ".0" if any_starts(names, "neck.fpn_convs.0.gn.", "neck.fpn_convs.0.bn.") else ""
+    pyramid = list(_convs("neck.lateral_convs", "backbone.lateral.{i}", names))
+    for part, place in (("conv", pair), ("gn", ".1"), ("bn", ".1")):
+        pyramid += [Rule(f"neck.fpn_convs.{i}.{part}.*", f"backbone.output.{i}{place}.*") for i in range(own)]
+        pyramid.append(Rule(f"neck.fpn_convs.{{i}}.{part}.*", f"backbone.extra_output.{{i-{own}}}{place}.*"))
+    layers = 3 if "bbox_head.cls_convs.0.gn.weight" in names else 2
+    retina = (
+        Rule("bbox_head.cls_convs.{i}.conv.*", f"head.class_convs.{{i*{layers}}}.*"),
+        Rule("bbox_head.reg_convs.{i}.conv.*", f"head.box_convs.{{i*{layers}}}.*"),
+        # 0.5 and 0.6.
+        Rule("bbox_head.cls_convs.{i}.*", "head.class_convs.{i*2}.*"),
+        Rule("bbox_head.reg_convs.{i}.*", "head.box_convs.{i*2}.*"),
+    )
+    return (*_SHARED, *pyramid, *retina, *heads)
 
-
-_FIRST_HEADS = _heads("", background_first=True)
-_LATER_HEADS = _heads("roi_head.", background_first=False)
 
 FIRST_SETTINGS = Settings(conventions=DETECTRON)
 """The defaults are the 2018 toolbox's."""
@@ -148,12 +180,18 @@ def _later_settings(file: ForeignFile) -> Settings:
 
 
 def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
-    """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not."""
+    """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not.
+
+    Raises:
+        ValueError: The configuration says of the convolutions what the tensors do not, and what is not built here.
+    """
     names = file.tensors.keys()
     if fewer_proposals and any_starts(names, "rpn_head.") and any_starts(names, "bbox_head.", "roi_head."):
         # An RPN on its own is tested with as many as ever.
         settings = replace(settings, rpn=replace(settings.rpn, test_pre_nms_per_level=1000, test_num_proposals=1000))
     text = next((str(page[key]) for page in _about(file) for key in ("config", "cfg") if key in page), "")
+    if "ConvWS" in text:
+        raise ValueError("its convolutions standardise their weights (ConvWS), which cannot be built here")
     style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
     numbers = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
     reverse = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
@@ -186,7 +224,7 @@ FIRST = Source(
     name="mmdetection1",
     title="a detector of the 2018 toolbox, 0.5 to 1.x",
     recognises=_recognises_first,
-    rules=lambda names: _rules(names, _FIRST_HEADS),
+    rules=lambda names: _rules(names, _heads("", names, background_first=True)),
     settings=_first_settings,
     categories=_categories,
 )
@@ -194,7 +232,7 @@ LATER = Source(
     name="mmdetection2",
     title="an mmdetection detector, 2.x or 3.x",
     recognises=_recognises_later,
-    rules=lambda names: _rules(names, _LATER_HEADS),
+    rules=lambda names: _rules(names, _heads("roi_head.", names, background_first=False)),
     settings=_later_settings,
     categories=_categories,
 )

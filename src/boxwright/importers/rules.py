@@ -147,9 +147,12 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Norms that are a scale and a bias alone, with statistics under which scale and bias are all that they do.
 
     Args:
-        tensors: Under our names; the body's `bn` and `downsample.1` may lack `running_mean` and `running_var`.
+        tensors: Under our names; the body's `bn` and `downsample.1` may lack `running_mean` and `running_var`. If the
+            pyramid's norms do, too, they are GroupNorms, as the body's then are, which stay as they are.
     """
     filled = dict(tensors)
+    if "backbone.lateral.0.1.weight" in tensors and "backbone.lateral.0.1.running_var" not in tensors:
+        return filled
     for name, tensor in tensors.items():
         if re.fullmatch(r"backbone\.body\.(.+\.)?(bn\d|downsample\.1)\.weight", name):
             prefix = name.removesuffix("weight")
@@ -157,6 +160,19 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 filled[prefix + "running_mean"] = torch.zeros_like(tensor)
                 filled[prefix + "running_var"] = torch.full_like(tensor, 1 - NORM_EPS)
     return filled
+
+
+def with_batch_counts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what BatchNorms count beside their statistics, which changes nothing and which files may lack.
+
+    Args:
+        tensors: Under our names. The backbone's are BatchNorms if those of the pyramid are.
+    """
+    if "backbone.lateral.0.1.running_var" not in tensors:
+        return tensors
+    norms = [name for name in tensors if name.startswith("backbone.") and name.endswith(".running_var")]
+    counts = [name.removesuffix("running_var") + "num_batches_tracked" for name in norms]
+    return tensors | {name: torch.zeros((), dtype=torch.int64) for name in counts}
 
 
 def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:

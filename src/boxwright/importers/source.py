@@ -10,6 +10,7 @@ from torch import Tensor
 from boxwright.backbones.backbone import PYTORCH, PixelStats
 from boxwright.backbones.resnet import Style
 from boxwright.data.dataset import Category
+from boxwright.detectors.cascade_rcnn import CascadeConfig
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
@@ -34,11 +35,13 @@ class Settings:
     train_norm_affine: bool = True
     """Whether the scales and biases of the backbone's norms learn, should the model be trained on."""
     rpn: RPNConfig = RPNConfig()
-    """The numbers of proposals."""
+    """The numbers of proposals; depth is the tensors' to say."""
     box: BoxConfig = BoxConfig()
-    """The numbers of box heads; width and boxes a class are the tensors' to say."""
+    """The numbers of box heads; depth, width, norm and boxes a class are the tensors' to say."""
+    cascade: CascadeConfig = CascadeConfig()
+    """What differs from stage to stage of a cascade, and how they are joined."""
     mask: MaskConfig = MaskConfig()
-    """The numbers of mask heads; width and depth are the tensors' to say."""
+    """The numbers of mask heads; width, depth and norm are the tensors' to say."""
     retina: RetinaConfig = RetinaConfig()
     """The numbers of a RetinaNet; depth and norm are the tensors' to say."""
     norm_eps: float = 1e-5

@@ -6,6 +6,7 @@ never trained first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
@@ -25,10 +26,6 @@ from boxwright.importers.rules import (
 from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
-_CONV_HEAD = (
-    "the box head of torchvision's second Faster and Mask R-CNN is made of normalised convolutions, and so is its "
-    "pyramid; such models cannot be built here"
-)
 _FIRST_MODELS = ("258fb6c6", "bf2d0c1e", "eeacb38b")
 """How the hashes of the first published Faster R-CNN, Mask R-CNN and RetinaNet begin, as their file names say. Their
 norms add nothing to the variance; all later ones add 1e-5."""
@@ -44,31 +41,43 @@ SETTINGS = Settings(
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table of detectors; RetinaNet's head has a layer more a convolution where it is normalised."""
+    """The table of detectors, whose convolutions may have norms behind them: in the second models of each kind.
+
+    A convolution of ours with a norm is a pair of layers, and in RetinaNet's head a layer more of a row.
+    """
+    pair = ".0" if "backbone.fpn.inner_blocks.0.1.weight" in names else ""
+    box_pair = ".0" if "roi_heads.box_head.0.1.weight" in names else ""
+    mask_pair = ".0" if "roi_heads.mask_head.0.1.weight" in names else ""
     layers = 3 if "head.classification_head.conv.0.1.weight" in names else 2
+    num_box_convs = sum(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", name) is not None for name in names)
     return (
         Rule("*.num_batches_tracked", None),
-        Unsupported("roi_heads.box_head.{i}.*", _CONV_HEAD),
-        Unsupported("backbone.fpn.inner_blocks.{i}.1.*", _CONV_HEAD),
         Unsupported("roi_heads.keypoint*", "keypoints cannot be detected here"),
         Rule("backbone.body.*", "backbone.body.*"),
-        Rule("backbone.fpn.inner_blocks.{i}.0.*", "backbone.lateral.{i}.*"),
-        Rule("backbone.fpn.layer_blocks.{i}.0.*", "backbone.output.{i}.*"),
+        Rule("backbone.fpn.inner_blocks.{i}.0.*", f"backbone.lateral.{{i}}{pair}.*"),
+        Rule("backbone.fpn.layer_blocks.{i}.0.*", f"backbone.output.{{i}}{pair}.*"),
+        Rule("backbone.fpn.inner_blocks.{i}.1.*", "backbone.lateral.{i}.1.*"),
+        Rule("backbone.fpn.layer_blocks.{i}.1.*", "backbone.output.{i}.1.*"),
         # Before torchvision 0.13.
         Rule("backbone.fpn.inner_blocks.{i}.*", "backbone.lateral.{i}.*"),
         Rule("backbone.fpn.layer_blocks.{i}.*", "backbone.output.{i}.*"),
         Rule("backbone.fpn.extra_blocks.p6.*", "backbone.extra_output.0.*"),
         Rule("backbone.fpn.extra_blocks.p7.*", "backbone.extra_output.1.*"),
         Rule("rpn.head.conv.0.0.*", "rpn.conv.*"),
-        Unsupported("rpn.head.conv.{i}.*", "an RPN of several convolutions cannot be built here"),
+        Rule("rpn.head.conv.{i}.0.*", "rpn.more_convs.{i-1}.*"),
         Rule("rpn.head.conv.*", "rpn.conv.*"),
         Rule("rpn.head.cls_logits.*", "rpn.objectness.*"),
         Rule("rpn.head.bbox_pred.*", "rpn.deltas.*"),
+        Rule("roi_heads.box_head.{i}.0.*", f"box_head.convs.{{i}}{box_pair}.*"),
+        Rule("roi_heads.box_head.{i}.1.*", "box_head.convs.{i}.1.*"),
+        # Between the last convolution and this layer stands one that only flattens.
+        Rule(f"roi_heads.box_head.{num_box_convs + 1}.*", "box_head.fc1.*"),
         Rule("roi_heads.box_head.fc6.*", "box_head.fc1.*"),
         Rule("roi_heads.box_head.fc7.*", "box_head.fc2.*"),
         Rule("roi_heads.box_predictor.cls_score.*", "box_head.class_logits.*", background_to_last),
         Rule("roi_heads.box_predictor.bbox_pred.*", "box_head.box_deltas.*", without_background_deltas),
-        Rule("roi_heads.mask_head.{i}.0.*", "mask_head.convs.{i}.*"),
+        Rule("roi_heads.mask_head.{i}.0.*", f"mask_head.convs.{{i}}{mask_pair}.*"),
+        Rule("roi_heads.mask_head.{i}.1.*", "mask_head.convs.{i}.1.*"),
         Rule("roi_heads.mask_head.mask_fcn{i}.*", "mask_head.convs.{i-1}.*"),
         Rule("roi_heads.mask_predictor.conv5_mask.*", "mask_head.upsample.*"),
         Rule("roi_heads.mask_predictor.mask_fcn_logits.*", "mask_head.mask_logits.*", without_background),
