@@ -191,28 +191,46 @@ def test_tensors_are_where_they_belong(kind: str, first: bool) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
+PROPOSALS = {
+    ("rpn", "0.5.7"): (2000, 2000),
+    ("faster_rcnn", "0.6.0"): (2000, 2000),
+    ("rpn", "1.0.0"): (2000, 2000),
+    ("mask_rcnn", "1.0.0"): (1000, 1000),
+    ("rpn", "2.28.2"): (2000, 1000),
+    ("faster_rcnn", "2.28.2"): (1000, 1000),
+    ("cascade_rcnn", "2.28.2"): (1000, 1000),
+}
+"""What the configurations of these versions have under `test_cfg`: of each level before NMS, and of all after it."""
+
+
+@pytest.mark.parametrize(("kind", "version"), PROPOSALS)
+def test_numbers_of_proposals_are_the_versions(kind: str, version: str) -> None:
+    theirs = detector(kind, first=version < "2")
+    rpn = arguments_of(convert(file_of(theirs, meta={"mmdet_version": version})).experiment.model)["rpn"]
+    assert (rpn.test_pre_nms_per_level, rpn.test_num_proposals) == PROPOSALS[kind, version]
+    assert rpn.nms_iou == 0.7
+
+
 def test_the_2018_numbers() -> None:
-    """Section by section: geometry, proposals, box head, detections."""
+    """Section by section: geometry, box head, detections, RetinaNet; of a file that does not say its version, too."""
     model = arguments_of(convert(file_of(detector("mask_rcnn", first=True))).experiment.model)
     assert model["conventions"] == DETECTRON
-    assert (model["rpn"].test_pre_nms_per_level, model["rpn"].test_num_proposals, model["rpn"].nms_iou) == (
-        2000,
-        2000,
-        0.7,
-    )
+    assert (model["rpn"].test_pre_nms_per_level, model["rpn"].test_num_proposals) == (2000, 2000)
     assert (model["box"].sampling_ratio, model["box"].stds) == (2, (0.1, 0.1, 0.2, 0.2))
     assert (model["box"].score_threshold, model["box"].nms_iou, model["box"].max_detections) == (0.05, 0.5, 100)
     retina = arguments_of(convert(file_of(detector("retinanet", first=True))).experiment.model)
     backbone = arguments_of(retina["backbone"])
     assert (backbone["extra"], backbone["extra_relu"], backbone["out_stages"]) == ("c5", False, (3, 4, 5))
     assert (retina["retina"].pre_nms_per_level, retina["retina"].anchor_scale) == (1000, 4.0)
+    assert (retina["retina"].score_threshold, retina["retina"].nms_iou) == (0.05, 0.5)
 
 
 def test_the_numbers_of_later_versions() -> None:
     model = arguments_of(convert(file_of(detector("mask_rcnn", first=False))).experiment.model)
     assert model["conventions"] == MODERN
-    assert (model["rpn"].test_pre_nms_per_level, model["rpn"].test_num_proposals) == (1000, 1000)
     assert (model["box"].sampling_ratio, model["mask"].sampling_ratio) == (0, 0)
+    assert model["box"].min_size == 0, "nothing is dropped for being small"
+    assert (model["box"].score_threshold, model["box"].nms_iou, model["box"].max_detections) == (0.05, 0.5, 100)
 
 
 @pytest.mark.parametrize("kind", ["rpn", "retinanet"])
@@ -223,6 +241,19 @@ def test_single_stage_files_that_do_not_say_their_version_must_be_told(kind: str
     for source, geometry in (("mmdetection1", DETECTRON), ("mmdetection2", MODERN)):
         given = convert(file_of(tensors), source=source)
         assert arguments_of(given.experiment.model)["conventions"] == geometry
+
+
+def test_files_of_3_say_which_engine_wrote_them_and_call_an_rpn_a_box_head() -> None:
+    meta = {"mmengine_version": "0.10.7"}
+    assert convert(file_of(detector("retinanet", first=False), meta=meta)).source.name == "mmdetection2"
+    theirs = detector("rpn", first=False)
+    renamed = {name.replace("rpn_head.", "bbox_head."): tensor for name, tensor in theirs.items()}
+    for about in ({"meta": meta}, {}):
+        given = convert(file_of(renamed, **about))
+        assert given.source.name == "mmdetection2"
+        rpn = arguments_of(given.experiment.model)["rpn"]
+        assert (rpn.test_pre_nms_per_level, rpn.test_num_proposals) == (2000, 1000)
+        assert torch.equal(given.tensors["rpn.deltas.weight"], theirs["rpn_head.rpn_reg.weight"])
 
 
 CONFIG_2018 = """

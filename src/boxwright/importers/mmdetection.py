@@ -33,7 +33,18 @@ from boxwright.weights.foreign import ForeignFile
 
 _RETINA_BN = "heads of RetinaNet with BatchNorm cannot be built here"
 
-_SHARED = (
+
+def _rpn(prefix: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{prefix}.rpn_conv.0.conv.*", "rpn.conv.*"),
+        Rule(f"{prefix}.rpn_conv.{{i}}.conv.*", "rpn.more_convs.{i-1}.*"),
+        Rule(f"{prefix}.rpn_conv.*", "rpn.conv.*"),
+        Rule(f"{prefix}.rpn_cls.*", "rpn.objectness.*"),
+        Rule(f"{prefix}.rpn_reg.*", "rpn.deltas.*"),
+    )
+
+
+_SHARED: tuple[Rule | Unsupported, ...] = (
     Rule("*.num_batches_tracked", None),
     Rule("backbone.conv1.weight", "backbone.body.conv1.weight"),
     Rule("backbone.bn1.*", "backbone.body.bn1.*"),
@@ -42,11 +53,8 @@ _SHARED = (
     Unsupported("backbone.layer{i}.{j}.conv2_offset.*", "deformable convolutions cannot be built here"),
     Rule("backbone.layer{i}.{j}.gn{k}.*", "backbone.body.layer{i}.{j}.bn{k}.*"),
     Rule("backbone.layer{i}.*", "backbone.body.layer{i}.*"),
-    Rule("rpn_head.rpn_conv.0.conv.*", "rpn.conv.*"),
-    Rule("rpn_head.rpn_conv.{i}.conv.*", "rpn.more_convs.{i-1}.*"),
-    Rule("rpn_head.rpn_conv.*", "rpn.conv.*"),
-    Rule("rpn_head.rpn_cls.*", "rpn.objectness.*"),
-    Rule("rpn_head.rpn_reg.*", "rpn.deltas.*"),
+    *_rpn("rpn_head"),
+    *_rpn("bbox_head"),  # 3.x, of an RPN on its own
     Rule("bbox_head.cls_convs.{i}.gn.*", "head.class_convs.{i*3+1}.*"),
     Rule("bbox_head.reg_convs.{i}.gn.*", "head.box_convs.{i*3+1}.*"),
     Unsupported("bbox_head.cls_convs.{i}.bn.*", _RETINA_BN),
@@ -117,8 +125,8 @@ def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupporte
 FIRST_SETTINGS = Settings(conventions=DETECTRON)
 """The defaults are the 2018 toolbox's."""
 LATER_SETTINGS = Settings(
-    rpn=RPNConfig(border=None, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
-    box=BoxConfig(sampling_ratio=0),
+    rpn=RPNConfig(border=None, num_proposals=1000, test_num_proposals=1000),
+    box=BoxConfig(sampling_ratio=0, min_size=0.0),
     mask=MaskConfig(sampling_ratio=0),
 )
 """RoIAlign samples each feature position, and fewer proposals are kept."""
@@ -132,11 +140,13 @@ def _about(file: ForeignFile) -> Iterator[Mapping[str, Any]]:
 
 
 def _version(file: ForeignFile) -> int | None:
-    """The major version that wrote the file, if it says so."""
+    """The major version that wrote the file, if it says so; 3.x names only the engine that it runs on."""
     for page in _about(file):
         match = re.match(r"(\d+)\.", str(page.get("mmdet_version", "")))
         if match:
             return int(match[1])
+        if "mmengine_version" in page:
+            return 3
     return None
 
 
@@ -146,7 +156,7 @@ def _is_one(names: Set[str]) -> bool:
 
 def _recognises_first(names: Set[str], file: ForeignFile) -> bool:
     version = _version(file)
-    if not _is_one(names) or any_starts(names, "roi_head."):
+    if not _is_one(names) or any_starts(names, "roi_head.", "bbox_head.rpn_conv."):
         return False
     return version in (None, 0, 1)
 
@@ -160,12 +170,25 @@ def _recognises_later(names: Set[str], file: ForeignFile) -> bool:
     return any_starts(names, "roi_head.") or version in (None, 2, 3)
 
 
-def _settings(file: ForeignFile, settings: Settings) -> Settings:
+def _first_settings(file: ForeignFile) -> Settings:
+    # 1.0 halved the proposals that the second stage looks at in testing.
+    return _settings(file, FIRST_SETTINGS, fewer_proposals=_version(file) == 1)
+
+
+def _later_settings(file: ForeignFile) -> Settings:
+    return _settings(file, LATER_SETTINGS, fewer_proposals=True)
+
+
+def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
     """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not.
 
     Raises:
         ValueError: The configuration says of the convolutions what the tensors do not, and what is not built here.
     """
+    names = file.tensors.keys()
+    if fewer_proposals and any_starts(names, "rpn_head.") and any_starts(names, "bbox_head.", "roi_head."):
+        # An RPN on its own is tested with as many as ever.
+        settings = replace(settings, rpn=replace(settings.rpn, test_pre_nms_per_level=1000, test_num_proposals=1000))
     text = next((str(page[key]) for page in _about(file) for key in ("config", "cfg") if key in page), "")
     if "ConvWS" in text:
         raise ValueError("its convolutions standardise their weights (ConvWS), which cannot be built here")
@@ -202,7 +225,7 @@ FIRST = Source(
     title="a detector of the 2018 toolbox, 0.5 to 1.x",
     recognises=_recognises_first,
     rules=lambda names: _rules(names, _heads("", names, background_first=True)),
-    settings=lambda file: _settings(file, FIRST_SETTINGS),
+    settings=_first_settings,
     categories=_categories,
 )
 LATER = Source(
@@ -210,6 +233,6 @@ LATER = Source(
     title="an mmdetection detector, 2.x or 3.x",
     recognises=_recognises_later,
     rules=lambda names: _rules(names, _heads("roi_head.", names, background_first=False)),
-    settings=lambda file: _settings(file, LATER_SETTINGS),
+    settings=_later_settings,
     categories=_categories,
 )
