@@ -87,7 +87,7 @@ def _pool_own_level_backward(
     """L of [B, C, H_l, W_l] from [B, P, C, S, S]."""
     dtype = pooling_dtype(gradient)
     num_images, _, channels, size, _ = gradient.shape
-    cells = gradient.permute(0, 1, 3, 4, 2).reshape(-1, size**2, channels)
+    cells = gradient.permute(0, 1, 3, 4, 2).flatten(0, 1)
     gradients = []
     for index, (height, width, stride) in enumerate(zip(heights, widths, strides, strict=True)):
         num_rows = num_images * height * width
@@ -95,7 +95,7 @@ def _pool_own_level_backward(
         for members, places, weights in _sums(
             boxes, level == index, (height, width), stride, size, sampling_ratio, aligned, keep_narrow
         ):
-            own = cells[members].flatten(0, 1).to(dtype)
+            own = cells[members].flatten(0, 2).to(dtype)
             sums = _transposed_product(own, places, weights.to(dtype), num_rows)
             rows = sums if rows is None else rows.add_(sums)
         rows = gradient.new_zeros((num_rows, channels)) if rows is None else rows.to(gradient.dtype)
