@@ -67,6 +67,8 @@ OWN_GAINS = {
     # Objectness that float32 tells apart after the sigmoid, by which the peer chooses.
     "proposal_network": {"*rpn_cls.weight": 0.3},
     "faster_rcnn_resnext": {"*rpn_cls.weight": 0.3},
+    # Detections on the two coarsest levels, too.
+    "retinanet": {"neck.fpn_convs.3.*.weight": 0.8, "neck.fpn_convs.4.*.weight": 1.2, "*retina_reg.weight": 0.2},
     # Scores around the threshold.
     "fast_rcnn": {"*fc_cls.weight": 0.32},
 }
