@@ -245,7 +245,9 @@ def test_single_stage_files_that_do_not_say_their_version_must_be_told(kind: str
 
 def test_files_of_3_say_which_engine_wrote_them_and_call_an_rpn_a_box_head() -> None:
     meta = {"mmengine_version": "0.10.7"}
-    assert convert(file_of(detector("retinanet", first=False), meta=meta)).source.name == "mmdetection2"
+    given = convert(file_of(detector("retinanet", first=False), meta=meta))
+    assert given.source.name == "mmdetection2"
+    assert arguments_of(given.experiment.model)["retina"].drop_empty, "as 3.x alone does"
     theirs = detector("rpn", first=False)
     renamed = {name.replace("rpn_head.", "bbox_head."): tensor for name, tensor in theirs.items()}
     for about in ({"meta": meta}, {}):

@@ -65,6 +65,9 @@ class RetinaConfig:
     clip_first: bool = True
     """Whether boxes are cut at the picture's edges before they compete, or after it (Detectron2); then those of which
     nothing is left are dropped, and their slots stay empty."""
+    drop_empty: bool = False
+    """Whether boxes without area, as cutting leaves them of those outside the picture, are dropped first (mmdetection
+    3.x)."""
 
     def __post_init__(self) -> None:
         # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
@@ -206,12 +209,14 @@ class RetinaHead(nn.Module):
         )
         if config.clip_first:
             boxes = box_geometry.clip(boxes, image_sizes, plus_one=plus_one)
-        found = self.suppression(boxes, scores, classes, torch.ones_like(classes, dtype=torch.bool))
+        kept = torch.ones_like(classes, dtype=torch.bool)
+        if config.drop_empty:
+            kept = _has_area(boxes, plus_one)
+        found = self.suppression(boxes, scores, classes, kept)
         if config.clip_first:
             return found
         boxes = box_geometry.clip(found.boxes, image_sizes, plus_one=plus_one)
-        left = (boxes[..., 2:] - boxes[..., :2] + plus_one > 0).all(-1)
-        return replace(found, boxes=boxes, valid=found.valid & left)
+        return replace(found, boxes=boxes, valid=found.valid & _has_area(boxes, plus_one))
 
     @property
     def suppression(self) -> Suppression:
@@ -222,6 +227,10 @@ class RetinaHead(nn.Module):
             max_detections=self.config.max_detections,
             plus_one=self.conventions.plus_one,
         )
+
+
+def _has_area(boxes: Tensor, plus_one: float) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2] + plus_one > 0).all(-1)
 
 
 def _branch(channels: int, config: RetinaConfig) -> nn.Sequential:

@@ -18,7 +18,15 @@ _TOLD = {
     "box": ("sampling_ratio", "score_threshold", "nms_iou", "max_detections"),
     "cascade": ("mean_of",),
     "mask": ("sampling_ratio",),
-    "retina": ("ratios", "clip_first", "pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"),
+    "retina": (
+        "ratios",
+        "clip_first",
+        "drop_empty",
+        "pre_nms_per_level",
+        "score_threshold",
+        "nms_iou",
+        "max_detections",
+    ),
 }
 """Settings that change what a model detects and that files of other code bases do not hold."""
 

@@ -19,6 +19,7 @@ from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import DETECTRON
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
+from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.categories import COCO, named
 from boxwright.importers.rules import (
@@ -176,7 +177,8 @@ def _first_settings(file: ForeignFile) -> Settings:
 
 
 def _later_settings(file: ForeignFile) -> Settings:
-    return _settings(file, LATER_SETTINGS, fewer_proposals=True)
+    retina = RetinaConfig(drop_empty=_version(file) == 3)
+    return _settings(file, replace(LATER_SETTINGS, retina=retina), fewer_proposals=True)
 
 
 def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
