@@ -1,4 +1,4 @@
-"""Our NMS and multi-level RoIAlign beside torchvision's, and Soft-NMS beside its hard NMS, on one machine.
+"""Our NMS, matching and multi-level RoIAlign beside torchvision's, and Soft-NMS beside its hard NMS, on one machine.
 
     python benchmarks/ops.py --out ops.json
 
@@ -20,11 +20,15 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign, batched_nms
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 
+from boxwright.assign.match import match
+from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.ops.nms import nms
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.ops.soft_nms import soft_nms
+from boxwright.structures import Targets
 
 CANVAS = (800, 1344)
 STRIDES = [4, 8, 16, 32]
@@ -73,11 +77,13 @@ def nms_case(
 def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: int, backward: bool) -> Case:
     """Four levels of 256 channels; ours is unaligned here to do the same work."""
     height, width = CANVAS
-    features = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
-    features = [feature.requires_grad_(backward) for feature in features]
+    plain = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
+    # Each side gets the order in memory that its own models have: channels last in ours, first in torchvision's.
+    features = [feature.to(memory_format=torch.channels_last).requires_grad_(backward) for feature in plain]
+    plain = [feature.requires_grad_(backward) for feature in plain]
     boxes = random_boxes(num_images, num_boxes, device)
     valid = torch.ones(num_images, num_boxes, dtype=torch.bool, device=device)
-    named = OrderedDict((str(index), feature) for index, feature in enumerate(features))
+    named = OrderedDict((str(index), feature) for index, feature in enumerate(plain))
     pooler = MultiScaleRoIAlign(list(named), output_size, 2)
 
     def ours() -> Tensor:
@@ -88,10 +94,30 @@ def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: in
     def theirs() -> Tensor:
         return pooler(named, list(boxes), [CANVAS] * num_images)
 
-    def with_backward(forward: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward().sum(), features)
+    def with_backward(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward().sum(), inputs)
 
-    return (with_backward(ours), with_backward(theirs)) if backward else (ours, theirs)
+    return (with_backward(ours, features), with_backward(theirs, plain)) if backward else (ours, theirs)
+
+
+def matcher_case(device: str, num_objects: int) -> Case:
+    """All anchors of an RPN on strides 4 to 64 with the objects of two images."""
+    height, width = CANVAS
+    strides = [*STRIDES, 64]
+    base = [base_anchors([8.0 * stride], [0.5, 1.0, 2.0]) for stride in strides]
+    anchors = torch.cat(grid_anchors([(-(-height // s), -(-width // s)) for s in strides], strides, base)).to(device)
+    boxes = random_boxes(2, num_objects, device)
+    ones = torch.ones(2, num_objects, dtype=torch.bool, device=device)
+    targets = Targets(boxes=boxes, labels=ones.long(), valid=ones, crowd=~ones)
+    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+
+    def ours() -> object:
+        return match(anchors, targets, positive_iou=0.7, negative_iou=0.3, low_quality=0.0)
+
+    def theirs() -> object:
+        return [matcher(box_iou(objects, anchors)) for objects in boxes]
+
+    return ours, theirs
 
 
 def cases(device: str) -> dict[str, Case]:
@@ -106,6 +132,8 @@ def cases(device: str) -> dict[str, Case]:
         "Soft-NMS, box head: the same, all valid": nms_case(
             clustered_boxes(2, 80000, device), 80, 1.0, 100, 0.5, soft=True
         ),
+        "Matching: 268,569 anchors with 2 x 8 objects": matcher_case(device, 8),
+        "Matching: the same with 2 x 100 objects": matcher_case(device, 100),
         "RoIAlign 7 x 7: 2 x 512 boxes, forward": roi_align_case(device, 2, 512, 7, backward=False),
         "RoIAlign 7 x 7: 2 x 512 boxes, forward + backward": roi_align_case(device, 2, 512, 7, backward=True),
         "RoIAlign 14 x 14: 2 x 128 boxes, forward + backward": roi_align_case(device, 2, 128, 14, backward=True),

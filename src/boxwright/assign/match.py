@@ -101,6 +101,8 @@ def compare(
     crowd_ioa: float,
     low_quality: float | None,
     tile: int,
+    *,
+    skip_idle: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `match` needs to know of all pairs, tile by tile, so that they never exist at once.
 
@@ -114,6 +116,7 @@ def compare(
         crowd_ioa: as in `match`.
         low_quality: as in `match`.
         tile: IoUs that exist at a time.
+        skip_idle: whether to look at numbers to find work that changes nothing, which is free on a CPU.
 
     Returns:
         best_iou: [B, N] each candidate's highest IoU with an object.
@@ -127,7 +130,8 @@ def compare(
     rows = list(zip(*(t.split(width, 1) for t in (objects, object_areas, crowd)), strict=True))
     columns = list(zip(candidates.split(length, 1), areas.split(length, 1), strict=True))
     slot_order = torch.arange(width, 0, -1, device=objects.device, dtype=objects.dtype)[:, None]
-    goals: list[Tensor] = []
+    any_crowd = not skip_idle or bool(crowd.any())
+    reach: list[list[Tensor]] = [[] for _ in rows]
     summaries = []
     for boxes, box_areas in columns:
         summary: tuple[Tensor, Tensor, Tensor] | None = None
@@ -137,34 +141,35 @@ def compare(
             # The first slot that holds the maximum; max(1) would say the same three times slower on the CPU.
             first = torch.where(iou == best[:, None], slot_order[: iou.shape[1]], 0.0).amax(1)
             first = row * width + (width - first).to(torch.int64)
-            in_crowd = (shared * member_crowd[..., None]).amax(1) >= crowd_ioa * box_areas
+            if any_crowd:
+                in_crowd = (shared * member_crowd[..., None]).amax(1) >= crowd_ioa * box_areas
+            else:
+                in_crowd = torch.zeros_like(best, dtype=torch.bool)
             if summary is not None:
                 higher = best > summary[0]
                 best, first = torch.where(higher, best, summary[0]), torch.where(higher, first, summary[1])
                 in_crowd = in_crowd | summary[2]
             summary = best, first, in_crowd
             if low_quality is not None:
-                own = iou.amax(2)
-                if row < len(goals):
-                    goals[row] = torch.maximum(goals[row], own)
-                else:
-                    goals.append(own)
+                reach[row].append(iou.amax(2))
         assert summary is not None
         summaries.append(summary)
     best_iou, matched, held = (torch.cat(pieces, 1) for pieces in zip(*summaries, strict=True))
     if low_quality is None:
         return best_iou, matched, held, torch.zeros_like(held)
+    goals = [torch.stack(own).amax(0) for own in reach]
     goals = [torch.where((goal > 0) & (goal >= low_quality), goal, torch.inf) for goal in goals]
     # What an object's best is was only known after all tiles, hence a second pass over them.
     best_of_object = []
-    for boxes, box_areas in columns:
+    for column, (boxes, box_areas) in enumerate(columns):
         reached = None
-        for (members, member_areas, _), goal in zip(rows, goals, strict=True):
+        for row, ((members, member_areas, _), goal) in enumerate(zip(rows, goals, strict=True)):
+            if skip_idle and not (reach[row][column] >= goal).any():
+                continue
             _, iou = _overlaps(members, member_areas, boxes, box_areas, plus_one)
             here = (iou - goal[..., None]).amax(1) >= 0
             reached = here if reached is None else reached | here
-        assert reached is not None
-        best_of_object.append(reached)
+        best_of_object.append(torch.zeros_like(held[:, : boxes.shape[1]]) if reached is None else reached)
     return best_iou, matched, held, torch.cat(best_of_object, 1)
 
 
@@ -188,7 +193,15 @@ def compare_on_cpu(
     low_quality: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`compare` as one opaque operator, or a graph for the CPU would hold each of its many small tiles."""
-    return compare(candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality, CPU_TILE)
+    # Slots that hold nothing in any image are left out.
+    used = (object_areas.isfinite() | (crowd > 0)).any(0).nonzero().squeeze(1)
+    if not len(used):
+        used = used.new_zeros(1)
+    objects, object_areas, crowd = objects[:, used], object_areas[:, used], crowd[:, used]
+    best_iou, matched, in_crowd, best_of_object = compare(
+        candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality, CPU_TILE, skip_idle=True
+    )
+    return best_iou, used[matched], in_crowd, best_of_object
 
 
 @compare_on_cpu.register_fake

@@ -93,14 +93,19 @@ def _greedy(boxes: Tensor, groups: Tensor, iou_threshold: float, max_keep: int) 
     """Places of the first `max_keep` survivors among candidates that are sorted by falling score.
 
     Whether a box survives depends on better survivors alone. So the list is taken piece by piece, each together with
-    the survivors before it, until enough survive: seldom more than the first pieces of a long list.
+    the survivors before it, until enough survive: seldom more than the first pieces of a long list. How long a piece
+    has to be follows from how many survived in the one before.
     """
     found = torch.zeros(0, dtype=torch.int64)
     start, length = 0, max(1024, max_keep + max_keep // 4)
     while start < len(boxes) and len(found) < max_keep:
+        num_before = len(found)
         places = torch.cat([found, torch.arange(start, min(start + length, len(boxes)))])
         found = places[_survivors(boxes[places], groups[places], iou_threshold)]
-        start, length = start + length, 2 * length
+        start += length
+        # Of worse boxes fewer survive, so four times as many are taken as it would be at the rate of this piece.
+        num_survivors = max(1, len(found) - num_before)
+        length = max(1024, 4 * length * (max_keep - len(found)) // num_survivors)
     return found[:max_keep]
 
 
