@@ -24,6 +24,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import batched_nms
+from torchvision.ops import boxes as box_ops
 
 from importers.reference import Found, Reference, fill, pictures, proposals, thinned
 
@@ -79,6 +82,8 @@ NORM_GAINS = {
     "roi_heads.box_predictor*.cls_score.weight": 1.0,
 }
 """In place of those, where pyramid and heads have norms."""
+IN_FLOAT64 = {"mask_rcnn_syncbn"}
+"""Its many norms of random numbers make a hundredth of a pixel of float32's rounding."""
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
 
@@ -116,6 +121,11 @@ def found_by(model: Any, picture: np.ndarray, wants_proposals: bool) -> Found:
     )
 
 
+def _batched_nms(boxes: Tensor, scores: Tensor, *rest: Any) -> Tensor:
+    """torchvision's, which wants both of one type; Detectron2 gives it boxes in float32 whatever the scores are."""
+    return batched_nms(boxes.to(scores.dtype), scores, *rest)
+
+
 def main(clone: Path, data: Path, names: list[str]) -> None:
     """Write the fixtures of these models, or of all."""
     commit = subprocess.run(
@@ -132,6 +142,9 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         gains = GAINS | (RESNEXT_GAINS if "resnext" in name else {})
         gains |= NORM_GAINS if cfg.MODEL.FPN.NORM else {}
         model.load_state_dict(fill(shapes, gains))
+        if name in IN_FLOAT64:
+            model.double()
+            box_ops.batched_nms = _batched_nms
         found = [found_by(model, picture, cfg.MODEL.LOAD_PROPOSALS) for picture in pictures(data)]
         about = {"peer": "detectron2", "commit": commit, "config": config, "changes": changes}
         Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"detectron2_{name}")

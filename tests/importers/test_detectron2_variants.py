@@ -26,9 +26,11 @@ def converted(reference: Reference, folder: Path, without: str | None = None, ch
     return convert(read_foreign(folder / "theirs.pkl"), changes=changes)
 
 
-def compare_all(imported: Imported, wanted: Sequence[Found], folder: Path, data: Path) -> None:
+def compare_all(
+    imported: Imported, wanted: Sequence[Found], folder: Path, data: Path, dtype: torch.dtype = torch.float32
+) -> None:
     imported.save(folder / "ours.safetensors")
-    detector = boxwright.load(folder / "ours.safetensors").detector
+    detector = boxwright.load(folder / "ours.safetensors").detector.to(dtype)
     for picture, found in zip(pictures(data), wanted, strict=True):
         assert found.count > 50, "a check of few detections proves little"
         different = compare(detect(detector, picture), found)
@@ -82,7 +84,7 @@ def test_batch_norm_everywhere_and_an_rpn_of_two_convolutions(data_dir: Path, tm
     model, backbone = settings_of(given)
     assert (backbone["style"], backbone["norm"], backbone["fpn_norm"]) == ("caffe", "bn", "bn")
     assert (model["rpn"].num_convs, model["box"].norm, model["mask"].norm) == (2, "frozen_bn", "frozen_bn")
-    compare_all(given, reference.found, tmp_path, data_dir)
+    compare_all(given, reference.found, tmp_path, data_dir, torch.float64)
 
 
 def test_a_box_head_that_lacks_a_layer_is_no_other_head(tmp_path: Path) -> None:

@@ -161,6 +161,9 @@ class BoxHead(nn.Module):
         hidden = grid.flatten(0, 1)
         for conv in self.convs:
             hidden = convolve(conv, None, hidden, relu=True)
+        if self.convs:
+            # flatten would do; but a compiler believes that GroupNorm changes the order in memory, which it keeps.
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
         hidden = hidden.flatten(1).unflatten(0, boxes.shape[:2])
         for layer in self._fcs:
             hidden = layer(hidden).relu()
