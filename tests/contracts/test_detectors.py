@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from boxwright.heads import box_head, mask_head
 from boxwright.heads.box_head import BoxHead
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.structures import Batch, MaskGrids, map_tensors
+from boxwright.training.step import keep_compiled
 from factory import DETECTORS, random_batch, small_detector
 
 NUM_SLOTS = 8
@@ -23,6 +26,14 @@ OBJECT_COUNTS = (0, 1, NUM_SLOTS)
 @pytest.fixture(autouse=True)
 def fresh_graphs() -> None:
     torch._dynamo.reset()
+
+
+class Cached(CompileCounterWithBackend):
+    """Refuses a graph that PyTorch would compile anew in each process, since it cannot tell it from others."""
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        check_cacheable(gm)  # Here, since what it looks at is dropped after compiling.
+        return super().__call__(gm, example_inputs)
 
 
 def with_gradients(
@@ -49,9 +60,13 @@ def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> N
 
 @pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in DETECTORS), ("mask_rcnn", True)])
 def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> None:
-    """AOTAutograd takes losses and gradients whole, once, also where blocks are computed again in the backward pass."""
+    """AOTAutograd takes losses and gradients whole, once, also where blocks are computed again in the backward pass.
+
+    And the next process may take what this one compiled from the cache, see `Cached`.
+    """
+    keep_compiled()
     detector = small_detector(kind, recompute=recompute)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = Cached("aot_eager")
     compiled = torch.compile(detector.losses, fullgraph=True, backend=counter)
     for count in OBJECT_COUNTS:
         batch = random_batch(num_slots=NUM_SLOTS, num_objects=count)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -32,6 +33,16 @@ class Losses(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses by name."""
         return cast(Detector, self.detector).losses(batch)
+
+
+def keep_compiled() -> None:
+    """Let what is compiled from now on be taken from PyTorch's cache on disk by the processes that come after this one.
+
+    PyTorch does so by itself, but for graphs with a `torch.autograd.Function` in them (the focal loss is one), since
+    such a function might use what is no part of the graph. Ours use their arguments alone, and the operations of both
+    passes are part of what the cache is asked for.
+    """
+    cast(Any, functorch_config).autograd_cache_allow_custom_autograd_functions = True
 
 
 class TrainStep:
@@ -66,6 +77,7 @@ class TrainStep:
         """
         losses: nn.Module = Losses(detector)
         if compile:
+            keep_compiled()
             losses = cast(nn.Module, torch.compile(losses, fullgraph=True, dynamic=False))
         if dist.is_initialized():
             # Buffers are made alike only where they matter (evaluating, saving), not in every step. The argument has a
