@@ -25,12 +25,22 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
+def placed_image(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """The visible pixels, from a canvas beyond which nothing may be written."""
+    height, width = placement.size
+    canvas = np.full((height + 3, width + 5, 3), 77, np.uint8)
+    place_image(image, placement, canvas)
+    assert (canvas[height:] == 77).all()
+    assert (canvas[:, width:] == 77).all()
+    return canvas[:height, :width]
+
+
 def test_a_plain_resize_is_opencvs() -> None:
     image = rng().integers(0, 256, (48, 64, 3), dtype=np.uint8)
     placement = Augment().draw((48, 64), Resize(80, 133), rng())
     assert placement.size == (80, 107)
     expected = cv2.resize(image, (107, 80), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(place_image(image, placement), expected)
+    np.testing.assert_array_equal(placed_image(image, placement), expected)
 
 
 def test_boxes_scale_by_new_over_old_on_each_axis() -> None:
@@ -43,23 +53,25 @@ def test_boxes_scale_by_new_over_old_on_each_axis() -> None:
 def test_flip_mirrors_pixels_and_boxes() -> None:
     image = picture(40, 60)
     plain, flipped = place((40, 60), (80, 120)), place((40, 60), (80, 120), flipped=True)
-    np.testing.assert_array_equal(place_image(image, flipped), place_image(image, plain)[:, ::-1])
+    np.testing.assert_array_equal(placed_image(image, flipped), placed_image(image, plain)[:, ::-1])
     boxes, _ = place_boxes(np.array([[0, 0, 10, 20]], np.float32), flipped)
     np.testing.assert_allclose(boxes, [[100, 0, 120, 40]])
 
 
+@pytest.mark.parametrize("window", [None, (5, 11, 30, 40)])
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.6])
-def test_pixels_go_where_the_matrix_says(flipped: bool, scale: float) -> None:
+def test_pixels_go_where_the_matrix_says(flipped: bool, scale: float, window: tuple[int, int, int, int] | None) -> None:
     image = cv2.GaussianBlur(rng().integers(0, 256, (60, 90, 3), dtype=np.uint8), (0, 0), 3)
     resized = (round(60 * scale), round(90 * scale))
-    placement = place((60, 90), resized, flipped=flipped, window=(5, 11, 30, 40))
+    placement = place((60, 90), resized, flipped=flipped, window=window)
     # OpenCV's warp counts from the middle of the first pixel, half a pixel away from the origin of the matrix.
     matrix = placement.matrix.astype(np.float64)
     matrix[:, 2] += matrix[:, :2].sum(1) * 0.5 - 0.5
-    warped = cv2.warpAffine(image, matrix, (40, 30), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    size = placement.size[::-1]
+    warped = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     # It rounds to 1/32 pixels; half a pixel of misplacement would show as an error of several times this.
-    assert np.abs(place_image(image, placement).astype(int) - warped).max() <= 2
+    assert np.abs(placed_image(image, placement).astype(int) - warped).max() <= 2
 
 
 def test_the_whole_chain_keeps_an_object_inside_its_box() -> None:
@@ -73,7 +85,7 @@ def test_the_whole_chain_keeps_an_object_inside_its_box() -> None:
         flips, cropped = flips + placement.flipped, cropped + placement.cropped
         assert placement.size[0] <= 100
         assert placement.size[1] <= 140
-        seen = place_image(image, placement)
+        seen = placed_image(image, placement)
         assert seen.shape[:2] == placement.size
         boxes, kept = place_boxes(np.array([[30, 20, 50, 35]], np.float32), placement)
         ys, xs = np.nonzero(seen[..., 0] > 127)

@@ -27,8 +27,9 @@ def test_a_batch_says_what_its_samples_say() -> None:
     batch = collate(iter(placed), 2, (64, 96), 8)
     assert batch.images.shape == (2, 3, 64, 96)
     assert batch.images.dtype == torch.uint8
-    assert batch.images.is_contiguous()
-    first = place_image(samples[0].image, placed[0].placement)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    first = np.zeros((64, 64, 3), np.uint8)
+    place_image(samples[0].image, placed[0].placement, first)
     np.testing.assert_array_equal(batch.images[0, :, :, :64].permute(1, 2, 0), first)
     assert (batch.images[0, :, :, 64:] == 0).all()
     assert batch.image_sizes.tolist() == [[64, 64], [64, 96]]
@@ -89,9 +90,39 @@ def test_without_slots_there_are_no_targets() -> None:
     assert batch.targets is None
 
 
+def test_in_a_worker_pictures_are_written_to_shared_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = [PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)]
+    here = collate(placed, 1, (64, 64), 8)
+    monkeypatch.setattr("boxwright.data.collate.get_worker_info", lambda: "a worker")
+    there = collate(placed, 1, (64, 64), 8)
+    assert not here.images.is_shared()
+    assert there.images.is_shared()
+    assert there.images.stride() == here.images.stride()
+    assert torch.equal(there.images, here.images)
+
+
+def test_padding_is_zero_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.full((2, 64, 96, 3), 77, dtype=torch.uint8)
+    monkeypatch.setattr("boxwright.data.collate._canvases", lambda *_: memory)
+    placements = place((40, 60), (50, 75)), place((40, 60), (64, 96), window=(10, 20, 30, 40), flipped=True)
+    batch = collate([PlacedSample(Pictures(1)[0], placement, 0) for placement in placements], 2, (64, 96), 8)
+    for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True):
+        outside = torch.ones(64, 96, dtype=torch.bool)
+        outside[:height, :width] = False
+        assert (image[:, outside] == 0).all()
+        assert not (image == 77).all(dim=0).any(), "every visible pixel is written"
+
+
 def test_a_picture_that_is_not_as_stated_is_named() -> None:
     with pytest.raises(ValueError, match=r"0.jpg: the file holds 60 x 40 pixels"):
         collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 32), 8)
+
+
+@pytest.mark.parametrize("image", [np.zeros((40, 60, 3), np.float32), np.zeros((40, 60), np.uint8)])
+def test_a_picture_that_is_no_uint8_rgb_is_refused(image: np.ndarray) -> None:
+    sample = replace(Pictures(1)[0], image=image)
+    with pytest.raises(ValueError, match=rf"^0.jpg: the picture is {image.dtype} .*give uint8"):
+        collate([PlacedSample(sample, place((40, 60), (40, 60)), 0)], 1, (64, 64), 8)
 
 
 def test_more_objects_than_stated_are_never_cut_off_in_silence() -> None:

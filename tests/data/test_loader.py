@@ -52,6 +52,7 @@ def assert_equal(one: Batch | Targets | MaskGrids | None, two: Batch | Targets |
         left, right = getattr(one, field.name), getattr(two, field.name)
         if isinstance(left, torch.Tensor):
             assert left.dtype == right.dtype
+            assert left.stride() == right.stride(), field.name
             assert torch.equal(left, right), field.name
         else:
             assert_equal(left, right)

@@ -131,23 +131,31 @@ def place(
     return Placement(resized=resized, flipped=flipped, window=(top, left, height, width), matrix=matrix)
 
 
-def place_image(image: np.ndarray, placement: Placement) -> np.ndarray:
-    """The visible pixels, which the placement's matrix sends here: bilinear, not antialiased, as in the 2018 toolbox.
+def place_image(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> None:
+    """Write the visible pixels into the upper left of a canvas: bilinear, not antialiased, as in the 2018 toolbox.
 
     Args:
         image: uint8 [H, W, 3].
         placement: drawn for this picture's size.
-
-    Returns:
-        uint8 [height, width, 3] of the placement's size.
+        canvas: uint8 [height, width, 3], at least of the placement's size; what lies beyond that is left as it is.
     """
-    if image.shape[:2] != placement.resized:
-        # Scaling the whole picture for a window of it beats a warp into the window at all but extreme jitter.
-        image = cv2.resize(image, placement.resized[::-1], interpolation=cv2.INTER_LINEAR)
+    (height, width), resized = placement.size, placement.resized[::-1]
+    visible = canvas[:height, :width]
+    if not placement.cropped:
+        # OpenCV writes straight into the canvas. A resize takes a fifth of the time of a warp, and turning the result
+        # around in place keeps a flipped picture the exact mirror image of the plain one.
+        cv2.resize(image, resized, dst=visible, interpolation=cv2.INTER_LINEAR)
+        if placement.flipped:
+            cv2.flip(visible, 1, dst=visible)
+        return
+    # Scaling the whole picture for a window of it beats a warp into the window at all but extreme jitter.
+    whole = cv2.resize(image, resized, interpolation=cv2.INTER_LINEAR)
+    top, left = placement.window[:2]
     if placement.flipped:
-        image = image[:, ::-1]
-    top, left, height, width = placement.window
-    return image[top : top + height, left : left + width]
+        left = resized[0] - left - width
+        cv2.flip(whole[top : top + height, left : left + width], 1, dst=visible)
+    else:
+        visible[:] = whole[top : top + height, left : left + width]
 
 
 def place_boxes(

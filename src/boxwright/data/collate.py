@@ -5,11 +5,14 @@ B images, G object slots, P proposals, M cells a side of a mask's grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from boxwright.data.augment import Placement, place_boxes, place_image, place_mask
 from boxwright.data.buckets import Canvas
@@ -59,12 +62,14 @@ def collate(
         masks: whether targets hold masks, M x M bytes a slot.
 
     Returns:
-        A batch whose padding is zero, in pixels as in targets.
+        A batch whose padding is zero, in pixels as in targets. In memory the images' channels come last, as decoders
+        give them and convolutions like them.
 
     Raises:
-        ValueError: a picture does not fit the canvas, or has more objects than slots, or a mask is faulty.
+        ValueError: a picture is not uint8 [H, W, 3] or does not fit the canvas, or has more objects than slots, or a
+            mask is faulty.
     """
-    images = torch.zeros(batch_size, 3, *canvas, dtype=torch.uint8)
+    images = _canvases(batch_size, canvas)
     pixels = images.numpy()
     sizes, originals = np.zeros((2, batch_size, 2), np.int64)
     transforms = np.zeros((batch_size, 2, 3), np.float32)
@@ -79,13 +84,19 @@ def collate(
     for b, item in enumerate(placed):
         sample, placement = item.sample, item.placement
         height, width = placement.size
+        if sample.image.dtype != np.uint8 or sample.image.shape[2:] != (3,):
+            raise ValueError(
+                f"{sample.file_name}: the picture is {sample.image.dtype} {list(sample.image.shape)}: give uint8 "
+                "[H, W, 3], RGB; what makes it float, such as a normalisation, is the detector's"
+            )
         if height > canvas[0] or width > canvas[1]:
             file_height, file_width = sample.image.shape[:2]
             raise ValueError(
                 f"{sample.file_name}: the file holds {file_width} x {file_height} pixels, which is another shape than "
                 f"the data set states: correct the width and height of its annotation"
             )
-        pixels[b, :, :height, :width] = place_image(sample.image, placement).transpose(2, 0, 1)
+        place_image(sample.image, placement, pixels[b])
+        pixels[b, height:], pixels[b, :height, width:] = 0, 0
         sizes[b], originals[b] = placement.size, sample.image.shape[:2]
         transforms[b], image_ids[b], seeds[b] = placement.matrix, sample.image_id, item.seed
         if slots is not None:
@@ -118,7 +129,7 @@ def collate(
             else None,
         )
     return Batch(
-        images=images,
+        images=images.permute(0, 3, 1, 2),
         image_sizes=torch.from_numpy(sizes),
         original_sizes=torch.from_numpy(originals),
         transforms=torch.from_numpy(transforms),
@@ -127,6 +138,15 @@ def collate(
         targets=targets,
         proposals=proposals,
     )
+
+
+def _canvases(batch_size: int, canvas: Canvas) -> Tensor:
+    """uint8 [B, H, W, 3], undefined; in a worker it lies in shared memory from the start, so that nothing copies it."""
+    shape = (batch_size, *canvas, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def _no_proposals(batch_size: int, slots: int) -> Proposals:
