@@ -71,7 +71,7 @@ class BoxwrightSystem:
         self, detector: nn.Module, experiment: Experiment, *, device: torch.device, training: bool, compiled: bool
     ) -> None:
         """Set up training or inference, so that the memory of one is not that of both."""
-        self.detector = detector.to(device=device, memory_format=torch.channels_last).train(training)
+        self.detector = detector.to(device).to(memory_format=torch.channels_last).train(training)
         if not training and device.type == "cpu" and experiment.precision == "bfloat16":
             pack_convolutions(self.detector)
         self._device, self._precision = device, experiment.precision
@@ -85,6 +85,7 @@ class BoxwrightSystem:
                 precision=experiment.precision,
                 clip_norm=experiment.clip_norm,
                 compile=compiled,
+                cuda_graphs=compiled and experiment.cuda_graphs,
                 allowed_non_finite=10**9,
             )
 
