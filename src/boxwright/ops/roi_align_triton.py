@@ -124,8 +124,9 @@ def _launch(
         )
 
 
-# Heights and widths differ from canvas to canvas: no kernel is compiled anew for them.
+# No kernel is compiled anew for another canvas or another number of boxes.
 _SIZES = [f"{side}{level}" for side in ("height", "width") for level in range(MAX_LEVELS)]
+_SIZES += ["num_boxes", "num_levels", "finest_stride", "size"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
