@@ -185,3 +185,19 @@ def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
                 fakes = [mode.from_tensor(feature) for feature in features]
                 gradients = torch.autograd.grad(loss(fakes, mode.from_tensor(boxes)), fakes)
                 assert [gradient.shape for gradient in gradients] == [feature.shape for feature in features]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_gpus_pool_every_level_unless_tritons_form_is_chosen(chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("pool_every_level", "pool_own_level"):
+        form = getattr(roi_align, name)
+        monkeypatch.setattr(roi_align, name, lambda *given, name=name, form=form: calls.append(name) or form(*given))
+    if chosen:
+        monkeypatch.setattr(roi_align, "TRITON", True)
+    with FakeTensorMode():  # Shapes alone, so that no GPU is needed.
+        features = [feature.to("cuda") for feature in pyramid()]
+        boxes, valid = torch.empty(2, 6, 4, device="cuda"), torch.empty(2, 6, dtype=torch.bool, device="cuda")
+        pooled = multilevel_roi_align(features, boxes, valid, strides=STRIDES, output_size=3)
+        assert (pooled.shape, pooled.device.type) == ((2, 6, 3, 3, 3), "cuda")
+    assert calls == ["pool_own_level" if chosen else "pool_every_level"]

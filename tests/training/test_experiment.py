@@ -71,6 +71,7 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
+        ({"cuda_graphs": True}, "give compile=true too"),
         ({"scale_mode": "range"}, "scale_mode=range: give the ends"),
     ],
 )

@@ -74,6 +74,34 @@ def test_accumulation_is_the_big_batch() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_cuda_graphs_may_write_over_their_results_between_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are summed in memory that no graph has given, in every step the same, and nothing else changes."""
+    asked: list[dict[str, Any]] = []
+
+    def compile(losses: nn.Module, **options: Any) -> nn.Module:
+        asked.append(options)
+        return losses
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain, plain_step, _ = make(compile=True)
+    graphed, step, _ = make(compile=True, cuda_graphs=True)
+    assert [options["mode"] for options in asked] == [None, "reduce-overhead"]
+    trained = [parameter for parameter in graphed.parameters() if parameter.requires_grad]
+    places = [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None]
+    assert len(places) == len(trained)
+    for pair in (batches(2), batches(2)):
+        torch.testing.assert_close(step(pair, 0.1), plain_step(pair, 0.1))
+        assert [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None] == places
+    for one, other in zip(parameters(graphed), parameters(plain), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_cuda_graphs_are_refused_in_one_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="single process"):
+        make(compile=True, cuda_graphs=True)
+
+
 @pytest.mark.parametrize("config", [SGD(lr=0.1), AdamW(lr=0.1)])
 def test_non_finite_step_changes_nothing_even_as_the_first(config: SGD | AdamW) -> None:
     good = batches(1)[0]

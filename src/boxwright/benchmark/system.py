@@ -85,6 +85,7 @@ class BoxwrightSystem:
                 precision=experiment.precision,
                 clip_norm=experiment.clip_norm,
                 compile=compiled,
+                cuda_graphs=compiled and experiment.cuda_graphs,
                 allowed_non_finite=10**9,
             )
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from boxwright.geometry.boxes import area
-from boxwright.ops.roi_align_cpu import pool_own_level, pooling_dtype
+from boxwright.ops.roi_align_cpu import pool_own_level, pool_own_level_backward, pooling_dtype
 
 FAR_OUTSIDE = -1e6
 """Where boxes go that must not be pooled: samples outside the picture read nothing, give 0 and have no gradient."""
+
+TRITON = False
+"""Whether GPUs pool with `roi_align_triton`. Off: it was interpreted and compiled, and has not run on a card yet;
+`python -m benchmarks.gpu` compares it with `pool_every_level` there."""
 
 
 def multilevel_roi_align(
@@ -66,9 +70,42 @@ def multilevel_roi_align(
     if longer:
         boxes = torch.cat([boxes[..., :2], torch.maximum(boxes[..., 2:] + plus_one, boxes[..., :2])], -1)
     arguments = (list(strides), output_size, sampling_ratio, aligned, not aligned and longer)
-    if boxes.device.type == "cpu":
+    if boxes.device.type == "cpu" or TRITON:
         return pool_own_level(features, boxes, level, *arguments)
     return pool_every_level(features, boxes, level, *arguments)
+
+
+@pool_own_level.register_kernel("cuda")
+def _(
+    features: list[Tensor],
+    boxes: Tensor,
+    level: Tensor,
+    strides: list[int],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> Tensor:
+    from boxwright.ops.roi_align_triton import pool  # Here, for installations without Triton.
+
+    return pool(features, boxes, level, strides, output_size, sampling_ratio, aligned, keep_narrow)
+
+
+@pool_own_level_backward.register_kernel("cuda")
+def _(
+    gradient: Tensor,
+    boxes: Tensor,
+    level: Tensor,
+    heights: list[int],
+    widths: list[int],
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    keep_narrow: bool,
+) -> list[Tensor]:
+    from boxwright.ops.roi_align_triton import pool_backward  # As above.
+
+    return pool_backward(gradient, boxes, level, heights, widths, strides, sampling_ratio, aligned, keep_narrow)
 
 
 def pool_every_level(

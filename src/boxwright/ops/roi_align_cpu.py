@@ -73,7 +73,7 @@ def _(
 
 
 @torch.library.custom_op("boxwright::roi_align_backward", mutates_args=(), device_types="cpu")
-def _pool_own_level_backward(
+def pool_own_level_backward(
     gradient: Tensor,
     boxes: Tensor,
     level: Tensor,
@@ -84,7 +84,7 @@ def _pool_own_level_backward(
     aligned: bool,
     keep_narrow: bool,
 ) -> list[Tensor]:
-    """L of [B, C, H_l, W_l] from [B, P, C, S, S]."""
+    """The gradient of `pool_own_level`, L of [B, C, H_l, W_l], from that of its result, [B, P, C, S, S]."""
     dtype = pooling_dtype(gradient)
     num_images, _, channels, size, _ = gradient.shape
     cells = gradient.permute(0, 1, 3, 4, 2).flatten(0, 1)
@@ -103,7 +103,7 @@ def _pool_own_level_backward(
     return gradients
 
 
-@_pool_own_level_backward.register_fake
+@pool_own_level_backward.register_fake
 def _(
     gradient: Tensor,
     boxes: Tensor,
@@ -131,7 +131,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     boxes, level = ctx.saved_tensors
-    gradients = _pool_own_level_backward(gradient, boxes, level, ctx.heights, ctx.widths, ctx.strides, *ctx.options)
+    gradients = pool_own_level_backward(gradient, boxes, level, ctx.heights, ctx.widths, ctx.strides, *ctx.options)
     return gradients, *(None,) * 7
 
 

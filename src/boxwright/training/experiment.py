@@ -119,6 +119,8 @@ class Experiment:
     """Of the arithmetic (weights, boxes and losses are always float32); "auto" is bfloat16 on GPUs that have it."""
     compile: bool = False
     """Whether training runs through torch.compile."""
+    cuda_graphs: bool = False
+    """Whether what `compile` made is replayed as CUDA graphs on a GPU, a pair for each canvas; not yet measured."""
     seed: int = 0
     """Decides everything random."""
     evaluate_every: int = 1
@@ -137,6 +139,8 @@ class Experiment:
             raise ValueError(f"scale_mode={self.scale_mode}: give the ends of the range, scales=(640,1333),(800,1333)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: give a share between 0 and 1, such as 0.999, or none")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs=true: only what is compiled is captured: give compile=true too")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm}: give a positive norm, or none")
 

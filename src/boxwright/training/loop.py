@@ -144,6 +144,7 @@ class Training:
             precision=experiment.precision,
             clip_norm=experiment.clip_norm,
             compile=experiment.compile,
+            cuda_graphs=experiment.cuda_graphs,
             allowed_non_finite=allowed_non_finite,
         )
         self.state = checkpoint.TrainingState(

@@ -62,6 +62,7 @@ class TrainStep:
         precision: Precision = "float32",
         clip_norm: float | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         allowed_non_finite: int = 0,
     ) -> None:
         """Set up the step.
@@ -73,12 +74,21 @@ class TrainStep:
             precision: of the detector's arithmetic; weights, losses and boxes stay float32.
             clip_norm: gradients are scaled down to at most this L2 norm over all parameters.
             compile: compile the losses, as one graph for each canvas shape.
+            cuda_graphs: let what is compiled for a GPU be captured and replayed as CUDA graphs, of each canvas shape a
+                forward and a backward one. They share one pool of memory, into which a batch is copied.
             allowed_non_finite: how many steps may be left out before all are.
+
+        Raises:
+            ValueError: CUDA graphs in one of several processes.
         """
+        if cuda_graphs and dist.is_initialized():
+            # The sums that losses make over all ranks would be captured too, which nobody has tried.
+            raise ValueError("cuda_graphs=true is for a single process so far: leave it out of torchrun's")
         losses: nn.Module = Losses(detector)
         if compile:
             keep_compiled()
-            losses = cast(nn.Module, torch.compile(losses, fullgraph=True, dynamic=False))
+            mode = "reduce-overhead" if cuda_graphs else None
+            losses = cast(nn.Module, torch.compile(losses, fullgraph=True, dynamic=False, mode=mode))
         if dist.is_initialized():
             # Buffers are made alike only where they matter (evaluating, saving), not in every step. The argument has a
             # new name in newer torch, which warns of the old one.
@@ -91,6 +101,12 @@ class TrainStep:
         self._device = device
         self._precision: Precision = precision
         self._clip_norm = clip_norm
+        self._cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            # A graph writes its results over the last ones. So gradients are summed in memory of their own, or a step
+            # over several batches would lose the first ones'.
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self._allowed_non_finite = allowed_non_finite
         self.num_non_finite = torch.zeros((), device=device)
         """[] float32, steps left out so far because they were not finite."""
@@ -108,6 +124,8 @@ class TrainStep:
         """
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
+            if self._cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with self._gather_gradients(index == len(batches) - 1):
                 with autocast(self._device, self._precision):
                     losses = self._losses(batch)
@@ -123,7 +141,7 @@ class TrainStep:
         if self._clip_norm is not None:
             clip_grads_with_norm_(self._parameters, self._clip_norm, grad_norm)
         finite = self._apply(grad_norm, learning_rate)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=not self._cuda_graphs)
         return {**sums, "grad_norm": grad_norm.float(), "finite": finite}
 
     def _apply(self, grad_norm: Tensor, learning_rate: float) -> Tensor:
