@@ -67,13 +67,16 @@ class PixelNormalizer(nn.Module):
             image_sizes: [B, 2] int64 (height, width) of the picture on the canvas.
 
         Returns:
-            [B, 3, H, W] float32 in the backbone's colour order; 0 outside the picture, whatever the canvas held there.
+            [B, 3, H, W] float32 in the backbone's colour order, channels last in memory, as convolutions are fastest; 0
+            outside the picture, whatever the canvas held there.
         """
         if self.reverse_colours:
             images = images.flip(1)
-        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
-        rows = torch.arange(images.shape[2], device=images.device)[None, :, None] < image_sizes[:, 0, None, None]
-        columns = torch.arange(images.shape[3], device=images.device)[None, None, :] < image_sizes[:, 1, None, None]
-        pixels = torch.where((rows & columns)[:, None], pixels, 0.0)
-        # Convolutions keep the order in memory that they are given, and are fastest where channels come last.
-        return pixels.contiguous(memory_format=torch.channels_last)
+        height, width = images.shape[2:]
+        # On rows of W x 3 values every operation runs along contiguous memory, and in place, because fresh memory
+        # costs a CPU more than the arithmetic does.
+        pixels = images.permute(0, 2, 3, 1).contiguous().to(self.mean.dtype, copy=True).flatten(2)
+        pixels = pixels.sub_(self.mean.flatten().repeat(width)).div_(self.std.flatten().repeat(width))
+        rows = torch.arange(height, device=images.device)[:, None] < image_sizes[:, 0, None, None]
+        columns = torch.arange(3 * width, device=images.device) < 3 * image_sizes[:, 1, None, None]
+        return pixels.masked_fill_(~(rows & columns), 0.0).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
