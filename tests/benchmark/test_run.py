@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -106,6 +107,15 @@ def test_the_page_shows_what_is_stored_and_leaves_the_rest_empty(report: Report,
     assert ratio in speed
     assert f"| {train.median / report.operations[0].floor:.2f} |" in speed
     assert "| 1.23 | torchvision | 2.46 | 0.50 |" in page
+
+
+def test_a_floor_may_be_another_reports_of_the_machine(report: Report, tmp_path: Path) -> None:
+    timings = msgspec.structs.replace(report, operations=[])
+    counted = msgspec.structs.replace(report, timings=[], ratios=[])
+    write_report(tmp_path / "one.json", timings)
+    assert f"| {report.operations[0].floor:.3f} |" not in write_page(tmp_path, load_zoo())
+    write_report(tmp_path / "two.json", counted)
+    assert f"| {report.operations[0].floor:.3f} |" in write_page(tmp_path, load_zoo())
 
 
 def test_a_file_that_is_no_measurement_is_named(tmp_path: Path) -> None:

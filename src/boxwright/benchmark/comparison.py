@@ -25,12 +25,16 @@ def performance(zoo: Mapping[str, Entry], sources: Sequence[str]) -> str:
 
 
 def speed(stored: Sequence[Stored], task: str) -> str:
-    """Times beside peers' of the same pictures and weights, taken in turns, and beside the floor of operations."""
+    """Times beside peers' of the same pictures and weights, taken in turns, and beside the floor of operations.
+
+    The floor may be another report's of the same machine.
+    """
     rows = []
     for _, machine, report in stored:
         own = [t for t in report.timings if t.case.system == "boxwright" and t.case.task == task and not t.loading]
         for timing in own:
-            counted = next((o for o in report.operations if _counted(o, timing.case)), None)
+            operations = (o for other in stored if other.machine == machine for o in other.report.operations)
+            counted = next((o for o in operations if _counted(o, timing.case)), None)
             peers = [t for t in report.timings if _beside(t.case, timing.case) and not t.loading]
             # With its floor alone a time is of use too, and with neither it stands in the tables above.
             for peer in [*peers, *([None] if counted is not None and not peers else [])]:
