@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from boxwright.backbones.packed import PackedConv2d
 from boxwright.benchmark import operations
 from boxwright.benchmark.operations import best_rate, count_operations
 
@@ -34,6 +35,16 @@ class OneConvolution:
 
 def test_a_convolutions_inference_is_the_formula() -> None:
     assert count_operations(OneConvolution(), None, "infer") == FORMULA  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_packed_convolution_counts_as_much(adds: bool) -> None:
+    system = OneConvolution()
+    packed = PackedConv2d.of(system.layer, None)
+    added = torch.ones(BATCH, OUTPUTS, HEIGHT, WIDTH) if adds else None
+    system.layer = lambda given: packed(given, added, relu=True)  # type: ignore[assignment]
+    assert count_operations(system, None, "infer") == FORMULA  # type: ignore[arg-type]
 
 
 def test_its_training_step_adds_as_much_for_the_weights_and_nothing_for_the_picture() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from boxwright.benchmark.measure import Task, synchronize
 from boxwright.benchmark.system import BoxwrightSystem
@@ -37,9 +37,21 @@ def count_operations(system: BoxwrightSystem, batch: Batch, task: Task) -> int:
         task: training counts the backward pass too.
     """
     given = system.prepare(batch)
-    with FlopCounterMode(display=False) as counter:
+    packed: Any = {torch.ops.mkldnn._convolution_pointwise: _packed_convolution}
+    with FlopCounterMode(display=False, custom_mapping=packed) as counter:
         (system.train_step if task == "train" else system.infer)(given)
     return int(counter.get_total_flops())
+
+
+def _packed_convolution(
+    x: torch.Size, second: torch.Size, third: torch.Size | None, *_: Any, out_shape: torch.Size, **__: Any
+) -> int:
+    """The operations of `backbones.packed`'s kernel, which torch does not count.
+
+    Its arguments are x, weight, bias or, where something is added, x, that, weight.
+    """
+    weight = third if third is not None and len(third) == 4 else second
+    return int(conv_flop_count(list(x), list(weight), list(out_shape)))
 
 
 def best_rate(device: torch.device, precision: Precision) -> float:
