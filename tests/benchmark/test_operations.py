@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from boxwright.backbones.packed import PackedConv2d
 from boxwright.benchmark import operations
 from boxwright.benchmark.operations import best_rate, count_operations
+from boxwright.detectors.inference import can_pack
 
 BATCH, INPUTS, OUTPUTS, KERNEL, HEIGHT, WIDTH = 2, 3, 5, 3, 10, 12
 FORMULA = 2 * BATCH * INPUTS * OUTPUTS * KERNEL**2 * HEIGHT * WIDTH
@@ -37,7 +38,7 @@ def test_a_convolutions_inference_is_the_formula() -> None:
     assert count_operations(OneConvolution(), None, "infer") == FORMULA  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.skipif(not can_pack(), reason="no bfloat16 for oneDNN on this CPU")
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_packed_convolution_counts_as_much(adds: bool) -> None:
     system = OneConvolution()

@@ -6,12 +6,10 @@ from torch import nn
 
 from boxwright.backbones.packed import PackedConv2d
 from boxwright.backbones.resnet import ResNet
-from boxwright.detectors.inference import pack_convolutions
+from boxwright.detectors.inference import can_pack, pack_convolutions
 from factory import DETECTORS, random_batch, small_detector
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 for oneDNN"
-)
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU has no bfloat16 for oneDNN")
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

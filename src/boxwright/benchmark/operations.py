@@ -37,7 +37,9 @@ def count_operations(system: BoxwrightSystem, batch: Batch, task: Task) -> int:
         task: training counts the backward pass too.
     """
     given = system.prepare(batch)
-    packed: Any = {torch.ops.mkldnn._convolution_pointwise: _packed_convolution}
+    packed: Any = {}
+    if torch.backends.mkldnn.is_available():
+        packed = {torch.ops.mkldnn._convolution_pointwise: _packed_convolution}
     with FlopCounterMode(display=False, custom_mapping=packed) as counter:
         (system.train_step if task == "train" else system.infer)(given)
     return int(counter.get_total_flops())

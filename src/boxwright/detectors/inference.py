@@ -20,13 +20,18 @@ def pack_convolutions(detector: nn.Module) -> None:
     Args:
         detector: on the CPU, in eval mode, to be run under autocast to bfloat16.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not can_pack():
         return
     norms = dict(_foldable(detector))
     for parent in list(detector.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Conv2d:
                 setattr(parent, name, PackedConv2d.of(child, norms.get(child)))
+
+
+def can_pack() -> bool:
+    """Whether this PyTorch has oneDNN, and this CPU what it needs for bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _foldable(detector: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
