@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +55,22 @@ def test_it_trains_and_infers_and_tells_its_memory() -> None:
 def test_what_the_interpreter_lacks_is_told() -> None:
     with pytest.raises(ValueError, match=r"cannot run detectron2: .*No module named 'detectron2'"):
         peer(name="detectron2")
+
+
+def test_a_process_that_ends_before_its_first_order_is_told_and_left_behind_by_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = []
+
+    def ended(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(*arguments, **options))
+        time.sleep(0.5)  # It has ended, and nobody has asked it how.
+        return started[-1]
+
+    monkeypatch.setattr(peer_process, "subprocess", SimpleNamespace(Popen=ended, PIPE=subprocess.PIPE))
+    with pytest.raises(ValueError, match="ended when it was to build"):
+        peer(python="/bin/true")
+    assert started[0].returncode == 0
 
 
 def test_an_interpreter_that_is_none_is_told(tmp_path: Path) -> None:

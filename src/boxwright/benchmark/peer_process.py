@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -110,7 +111,8 @@ class PeerProcess:
         """End the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # An order that a process which has ended could not take.
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
         self._folder.cleanup()
