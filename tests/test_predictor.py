@@ -16,9 +16,11 @@ from PIL import Image
 from torch import nn
 
 import boxwright
+from boxwright.backbones.packed import PackedConv2d
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
+from boxwright.detectors.inference import can_pack
 from boxwright.detectors.rcnn import fast_rcnn
 from boxwright.heads.box_head import BoxConfig
 from boxwright.predictor import Predictor
@@ -227,3 +229,15 @@ def test_proposals_are_of_no_class(picture: Path, tmp_path: Path) -> None:
 def test_a_model_with_an_rpn_takes_none(run: Path, picture: Path) -> None:
     with pytest.raises(ValueError, match="the model makes its own"):
         boxwright.load(run).predict(picture, proposals=np.zeros((1, 4)))
+
+
+def test_precision_is_the_models_own_or_the_one_asked_for(run: Path, picture: Path) -> None:
+    seen = []
+    for precision in (None, "bfloat16", "float32"):
+        model = boxwright.load(run, precision=precision)
+        model.detector.backbone.register_forward_hook(lambda _, __, maps: seen.append(maps[0].dtype))
+        assert model.experiment.precision == (precision or boxwright.load(run).experiment.precision)
+        packed = any(isinstance(module, PackedConv2d) for module in model.detector.modules())
+        assert packed == (precision == "bfloat16" and can_pack())
+        assert model.predict(picture).boxes.dtype == np.float32
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]

@@ -65,7 +65,7 @@ class Batch:
     """Images on one canvas, with what is needed to learn from them and to bring boxes back to the files' own pixels."""
 
     images: Tensor
-    """[B, 3, H, W] uint8 RGB; pixels outside `image_sizes` are undefined."""
+    """[B, 3, H, W] uint8 RGB, channels last in memory from the loader; pixels outside `image_sizes` are undefined."""
     image_sizes: Tensor
     """[B, 2] int64, (height, width) of the picture in the upper left of the canvas."""
     original_sizes: Tensor

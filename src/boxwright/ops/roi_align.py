@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,36 +77,17 @@ def multilevel_roi_align(
 
 
 @pool_own_level.register_kernel("cuda")
-def _(
-    features: list[Tensor],
-    boxes: Tensor,
-    level: Tensor,
-    strides: list[int],
-    output_size: int,
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
     from boxwright.ops.roi_align_triton import pool  # Here, for installations without Triton.
 
-    return pool(features, boxes, level, strides, output_size, sampling_ratio, aligned, keep_narrow)
+    return pool(*arguments)
 
 
 @pool_own_level_backward.register_kernel("cuda")
-def _(
-    gradient: Tensor,
-    boxes: Tensor,
-    level: Tensor,
-    heights: list[int],
-    widths: list[int],
-    strides: list[int],
-    sampling_ratio: int,
-    aligned: bool,
-    keep_narrow: bool,
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
     from boxwright.ops.roi_align_triton import pool_backward  # As above.
 
-    return pool_backward(gradient, boxes, level, heights, widths, strides, sampling_ratio, aligned, keep_narrow)
+    return pool_backward(*arguments)
 
 
 def pool_every_level(

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from typer.testing import CliRunner
+
+from boxwright import predictor
+from boxwright.cli.main import app
+
+COMMANDS = {
+    "predict": ["street.jpg"],
+    "test": ["--annotations", "boxes.json", "--images", "."],
+    "propose": ["--annotations", "boxes.json", "--images", "."],
+}
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float32", None])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_precision_reaches_the_model(
+    command: str, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, precision: str | None, **__: Any) -> NoReturn:
+        raise ValueError(f"loaded in {precision}")
+
+    monkeypatch.setattr(predictor, "load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "street.jpg").touch()
+    option = [] if given is None else ["--precision", given]
+    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "found", *option])
+    assert f"loaded in {given}" in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_precision_that_is_none(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "found", "--precision", "half"])
+    assert result.exit_code == 2
+    assert "'bfloat16'" in result.output
