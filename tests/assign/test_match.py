@@ -12,10 +12,10 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 import boxwright.assign.match as module
-from boxwright.assign.match import Matches, match
+from boxwright.assign.match import POSITIVE, Matches, match
 from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.geometry.boxes import area, intersection, iou
-from boxwright.structures import Targets
+from boxwright.structures import Targets, map_tensors
 
 RPN = {"positive_iou": 0.7, "negative_iou": 0.3}
 NAN = float("nan")
@@ -193,3 +193,15 @@ def test_operator_is_well_behaved() -> None:
     objects = random_objects(5, 0)[None]
     arguments = (anchors_of()[None], area(anchors_of())[None], objects, area(objects), torch.zeros(1, 5), 0.0, 0.7, 0.3)
     torch.library.opcheck(module.compare_on_cpu, arguments)
+
+
+def test_empty_slots_may_stand_between_full_ones() -> None:
+    packed = targets_of(random_objects(5, 0), random_objects(3, 1))
+    places = torch.tensor([1, 2, 4, 6, 7, 0, 3, 5])  # where each slot goes; slots 0, 3 and 5 stay empty in both images
+    scattered = map_tensors(packed, lambda tensor: torch.empty_like(tensor).index_copy_(1, places, tensor))
+    everywhere = torch.ones(len(anchors_of()), dtype=torch.bool)
+    wanted, given = (rpn_match(anchors_of(), targets, everywhere) for targets in (packed, scattered))
+    positive = wanted.labels == POSITIVE
+    assert positive.any(1).all()
+    assert torch.equal(given.labels, wanted.labels)
+    assert torch.equal(given.matched[positive], places[wanted.matched[positive]])

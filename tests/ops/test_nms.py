@@ -97,3 +97,17 @@ def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
     assert torch.equal(compiled(boxes, scores), kept_scores(boxes, scores))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert kept_scores(mode.from_tensor(boxes), mode.from_tensor(scores)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("max_keep", [40, 300, 900])
+def test_goes_on_where_the_best_boxes_are_all_alike(max_keep: int) -> None:
+    """The first thousands come to a few boxes, so that those to keep stand pieces further down the list."""
+    torch.manual_seed(2)
+    crowds = random_boxes(6).repeat(500, 1) + torch.rand(3000, 4)
+    boxes, groups = torch.cat([crowds, random_boxes(3000)]), torch.randint(3, (6000,))
+    scores = torch.arange(6000, 0, -1) / 6000
+    everything = torch.ones(1, 6000, dtype=torch.bool)
+    indices, kept = nms(boxes[None], scores[None], groups[None], everything, iou_threshold=0.5, max_keep=max_keep)
+    expected = batched_nms(boxes, scores, groups, 0.5)
+    assert (expected[:30] >= 3000).any(), "the list must be needed beyond its first piece"
+    assert indices[kept].tolist() == expected[:max_keep].tolist()
