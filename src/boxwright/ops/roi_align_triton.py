@@ -55,11 +55,10 @@ def pool_backward(
     sampling_ratio: int,
     aligned: bool,
     keep_narrow: bool,
-) -> list[Tensor]:
-    """L of [B, C, H_l, W_l], channels last, from [B, P, C, S, S]: the gradient of `pool`."""
+) -> Tensor:
+    """What `pool_own_level_backward` does: the gradient of `pool`."""
     cells = gradient.permute(0, 1, 3, 4, 2).contiguous()
     num_images, channels = len(level), cells.shape[4]
-    # One block of memory, so that it is filled with zeros and rounded at once.
     sizes = [num_images * height * width * channels for height, width in zip(heights, widths, strict=True)]
     sums = cells.new_zeros(sum(sizes), dtype=pooling_dtype(cells))
     rows = [
@@ -67,8 +66,7 @@ def pool_backward(
         for part, height, width in zip(sums.split(sizes), heights, widths, strict=True)
     ]
     _launch(_backward_kernel, rows, boxes, level, cells, strides, sampling_ratio, aligned, keep_narrow)
-    rounded = sums.to(cells.dtype).split(sizes)
-    return [part.view(row.shape).permute(0, 3, 1, 2) for part, row in zip(rounded, rows, strict=True)]
+    return sums.to(cells.dtype).view(-1, channels)
 
 
 def _launch(
