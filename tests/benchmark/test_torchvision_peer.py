@@ -92,7 +92,7 @@ def test_every_layer_computes_the_same(name: str, batch: Batch) -> None:
         return
     grids = torch.rand(5, 32, 7, 7)
     logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(grids))
-    hidden = ours.box_head.fc2(ours.box_head.fc1(grids.flatten(1)).relu()).relu()
+    hidden = ours.box_head.fc2(ours.box_head.fc1(grids).relu()).relu()
     close([logits.roll(-1, 1), deltas[:, 4:]], [ours.box_head.class_logits(hidden), ours.box_head.box_deltas(hidden)])
     if name == "mask_rcnn":
         hidden = grids

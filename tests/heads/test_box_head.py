@@ -136,3 +136,8 @@ def test_soft_nms_keeps_the_best_and_lowers_the_rest(method: str) -> None:
     assert torch.equal(soft.scores[:, 0], hard.scores[:, 0])
     assert (soft.scores[soft.valid] > 0.05).all()
     assert soft.valid.sum() != hard.valid.sum()
+
+
+def test_a_head_without_fully_connected_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_fcs=0"):
+        BoxConfig(num_fcs=0)

@@ -23,6 +23,7 @@ from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
+from boxwright.heads.grid_linear import GridLinear
 from boxwright.heads.slots import used_slots
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import at_least_float32, cross_entropy, smooth_l1, weighted_mean
@@ -43,7 +44,7 @@ class BoxConfig:
     norm: GridNorm | None = None
     """Normalises after each of them; None normalises nowhere."""
     num_fcs: int = 2
-    """Fully connected layers before the last ones."""
+    """Fully connected layers before the last ones, 1 or more."""
     width: int = 1024
     """Units of each of them."""
     output_size: int = 7
@@ -79,6 +80,10 @@ class BoxConfig:
     """Detections an image."""
     min_size: float = 1e-2
     """Detections with a shorter side, in pixels of the canvas, are dropped."""
+
+    def __post_init__(self) -> None:
+        if self.num_fcs < 1:
+            raise ValueError(f"num_fcs={self.num_fcs}: a box head has at least 1 fully connected layer")
 
     @property
     def max_positives(self) -> int:
@@ -117,7 +122,8 @@ class BoxHead(nn.Module):
         self.convs = grid_convs(channels, config.conv_width, config.num_convs, config.norm)
         inputs = (config.conv_width if config.num_convs else channels) * config.output_size**2
         for number in range(1, config.num_fcs + 1):
-            self.add_module(f"fc{number}", nn.Linear(inputs, config.width))
+            layer = (GridLinear if number == 1 else nn.Linear)(inputs, config.width)
+            self.add_module(f"fc{number}", layer)
             inputs = config.width
         self.class_logits = nn.Linear(inputs, num_classes + 1)
         self.num_boxes = 1 if config.class_agnostic else num_classes
@@ -158,14 +164,15 @@ class BoxHead(nn.Module):
             pool_plus_one=self.conventions.roi_align_plus_one,
             level_epsilon=self.conventions.level_epsilon,
         )
-        hidden = grid.flatten(0, 1)
+        grid = grid.flatten(0, 1)
         for conv in self.convs:
-            hidden = convolve(conv, None, hidden, relu=True)
-        if self.convs:
-            # flatten would do; but a compiler believes that GroupNorm changes the order in memory, which it keeps.
-            hidden = hidden.clone(memory_format=torch.contiguous_format)
-        hidden = hidden.flatten(1).unflatten(0, boxes.shape[:2])
-        for layer in self._fcs:
+            grid = convolve(conv, None, grid, relu=True)
+        if self.convs and torch.compiler.is_compiling():
+            # A compiler believes that GroupNorm changes the order in memory, which it keeps, and flattens accordingly.
+            grid = grid.clone(memory_format=torch.contiguous_format)
+        first, *others = self._fcs
+        hidden = first(grid).relu().unflatten(0, boxes.shape[:2])
+        for layer in others:
             hidden = layer(hidden).relu()
         logits, deltas = at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
         return logits, deltas.unflatten(-1, (self.num_boxes, 4))
