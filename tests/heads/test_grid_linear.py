@@ -60,9 +60,12 @@ def test_learning_goes_to_the_stored_weights(layer: GridLinear) -> None:
     torch.testing.assert_close(given, wanted)
 
 
-def test_training_holds_no_second_copy(layer: GridLinear) -> None:
+def test_the_second_copy_stays_for_detecting_alone(layer: GridLinear) -> None:
     with torch.no_grad():
         layer(grids())
-    assert layer._laid_out is not None
+        laid_out = layer._laid_out
+        layer.eval()(grids())
+    assert laid_out is not None
+    assert layer._laid_out is laid_out
     layer.train()
     assert layer._laid_out is None

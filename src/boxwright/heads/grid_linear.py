@@ -27,7 +27,8 @@ class GridLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> GridLinear:
         """Give back what only detecting needs."""
-        self._laid_out = None
+        if mode:
+            self._laid_out = None
         return super().train(mode)
 
     def _weight_like(self, grid: Tensor) -> Tensor:
