@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from boxwright.data import rle
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.loader import EvaluationLoader
-from boxwright.evaluation.evaluate import detect_dataset, evaluate
+from boxwright.data.masks import Masks
+from boxwright.evaluation import evaluate as evaluating
+from boxwright.evaluation.evaluate import detect_dataset, evaluate, file_masks
 from boxwright.evaluation.results import Results, match_categories, read_results, write_results
 from boxwright.structures import Batch, Detections
 from pictures import Pictures
@@ -97,6 +100,42 @@ def test_masks_come_back_to_the_files() -> None:
     some = results.select(results.scores > 0.75).relabel([1, 0])
     assert some.masks is not None
     assert some.masks.to_coco() == masks.select(results.scores > 0.75).to_coco()
+
+
+def test_masks_are_encoded_while_the_next_batch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = detect_dataset(MaskOracle(), loader(), device="cpu")
+    batches, begun = list(loader()), []
+    next_begins = [threading.Event() for _ in batches]
+
+    class Telling(MaskOracle):
+        def detect(self, batch: Batch) -> Detections:
+            if begun:
+                next_begins[len(begun) - 1].set()
+            begun.append(batch)
+            return super().detect(batch)
+
+    def patient(batch: Batch, detections: Detections) -> Masks:
+        number = next(index for index, other in enumerate(batches) if other is batch)
+        assert number == len(batches) - 1 or next_begins[number].wait(timeout=30), "the next batch waited for masks"
+        return file_masks(batch, detections)
+
+    monkeypatch.setattr(evaluating, "file_masks", patient)
+    given = detect_dataset(Telling(), batches, device="cpu")
+    assert len(begun) == len(batches) > 2
+    assert given.masks is not None
+    assert wanted.masks is not None
+    assert given.masks.to_coco() == wanted.masks.to_coco()
+
+
+def test_an_error_in_masks_ends_detecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Masks:
+        raise ValueError("no such size")
+
+    seen: list[int] = []
+    monkeypatch.setattr(evaluating, "file_masks", broken)
+    with pytest.raises(ValueError, match="no such size"):
+        detect_dataset(MaskOracle(), loader(), device="cpu", progress=seen.append)
+    assert seen == [2]
 
 
 def test_the_training_mode_is_left_as_found_when_detecting_is_broken_off() -> None:

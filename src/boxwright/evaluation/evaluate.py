@@ -6,6 +6,7 @@ B images, D detections an image; N detections over the data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -101,23 +102,26 @@ def detect_dataset(
     device = torch.device(device)
     module = cast(nn.Module, detector)
     was_training = module.training
-    tables, evaluated = [np.zeros((0, 7))], [np.zeros(0, dtype=np.int64)]
-    masks: list[Masks] = []
+    evaluated = [np.zeros(0, dtype=np.int64)]
+    pending: list[Future[tuple[np.ndarray, Masks | None]]] = []
     module.eval()
     try:
-        with torch.inference_mode(), autocast(device, precision):
+        # Masks are pasted and encoded while the device is at the next batch.
+        with ThreadPoolExecutor(1) as beside, torch.inference_mode(), autocast(device, precision):
             for batch in batches:
                 detections = detector.detect(to_device(batch, device))
-                detections = map_tensors(detections, lambda slots: slots[:, :limit])
-                tables.append(_file_table(batch, detections))
-                if detections.masks is not None:
-                    masks.append(file_masks(batch, detections))
+                detections = map_tensors(detections, lambda slots: slots[:, :limit].cpu())
+                if pending:
+                    pending[-1].result()  # So that batches do not pile up, and an error shows at once.
+                pending.append(beside.submit(_in_files, batch, detections))
                 evaluated.append(batch.image_ids.numpy())
                 if progress is not None:
                     progress(len(batch.image_ids))
+        found = [future.result() for future in pending]
     finally:
         module.train(was_training)
-    table = _gather_rows(np.concatenate(tables), device)
+    masks = [part for _, part in found if part is not None]
+    table = _gather_rows(np.concatenate([np.zeros((0, 7)), *(rows for rows, _ in found)]), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
     gathered = _gather_masks(masks, device)
     # By image, and stable within one: the order, and with it how equal scores rank, is that of a single process.
@@ -140,6 +144,12 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if native else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@torch.inference_mode()
+def _in_files(batch: Batch, detections: Detections) -> tuple[np.ndarray, Masks | None]:
+    """`_file_table` and `file_masks`, None where there are no masks."""
+    return _file_table(batch, detections), None if detections.masks is None else file_masks(batch, detections)
 
 
 def file_boxes(batch: Batch, detections: Detections) -> Tensor:
