@@ -59,3 +59,15 @@ def test_changed_weights_are_laid_out_anew() -> None:
     convolution.weight.mul_(2)
     convolution.bias.mul_(2)
     torch.testing.assert_close(holder(x), 2 * before)
+
+
+def test_convolutions_made_in_inference_mode_are_read_as_they_are() -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        holder = nn.Sequential(nn.Conv2d(4, 8, 3))
+        plain = holder[0]
+        pack_convolutions(holder)
+        x = torch.randn(1, 4, 9, 9)
+        for _ in range(2):
+            torch.testing.assert_close(holder(x).float(), plain(x), rtol=2e-2, atol=2e-2)
+            plain.weight.mul_(2)

@@ -69,3 +69,11 @@ def test_the_second_copy_stays_for_detecting_alone(layer: GridLinear) -> None:
     assert layer._laid_out is laid_out
     layer.train()
     assert layer._laid_out is None
+
+
+def test_a_layer_made_in_inference_mode_is_read_as_it_is() -> None:
+    with torch.inference_mode():
+        layer, grid = GridLinear(6 * 3 * 3, 5).eval(), grids()
+        for _ in range(2):
+            torch.testing.assert_close(layer(grid), flat(layer, grid))
+            layer.weight.mul_(2)

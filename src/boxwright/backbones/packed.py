@@ -57,8 +57,10 @@ class PackedConv2d(nn.Conv2d):
     def _layout(self) -> tuple[Tensor, Tensor | None]:
         """The weight in oneDNN's blocks and the bias, made anew where the parameters have changed."""
         parameters = [*self.parameters(), *(() if self.norm is None else self.norm.parameters())]
-        versions = [parameter._version for parameter in parameters]
-        if self._laid_out is None or self._laid_out[0] != versions:
+        # Nothing tells of a change in parameters that were made in inference mode.
+        known = not any(parameter.is_inference() for parameter in parameters)
+        versions = [parameter._version for parameter in parameters] if known else []
+        if self._laid_out is None or self._laid_out[0] != versions or not known:
             weight, bias = (self.weight, self.bias) if self.norm is None else folded(self, self.norm)
             weight = weight.detach().to(torch.bfloat16, memory_format=torch.channels_last)
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight

@@ -23,6 +23,8 @@ class GridLinear(nn.Linear):
         """[N, C, S, S] -> [N, outputs]."""
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or grid.device.type != "cpu":
             return super().forward(grid.flatten(1))
+        if self.weight.is_inference():  # Made in inference mode: nothing would tell that it has changed.
+            return super().forward(grid.flatten(1))
         return F.linear(grid.permute(0, 2, 3, 1).flatten(1), self._weight_like(grid), self.bias)
 
     def train(self, mode: bool = True) -> GridLinear:
