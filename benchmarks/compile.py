@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the first steps and what the compiler counted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--size", type=parse_size, default=(640, 640), help="(default: 640x640)")
+    parser.add_argument("--size", default="640x640", help="height and width of the canvas (default: 640x640)")
     options = parser.parse_args(arguments)
-    with Bench(Plan(recipe=options.recipe, size=options.size, batch=2, precision="float32")) as bench:
+    plan = Plan(recipe=options.recipe, size=parse_size(options.size), batch=2, precision="float32")
+    with Bench(plan) as bench:
         batch = bench.batches(training=True)[0]
         system = bench.system(OURS, training=True, compiled=True)
         given = system.prepare(batch)

@@ -65,8 +65,8 @@ class FPN(nn.Module):
         maps = self.body(images)
         inner = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
         for finer in range(len(inner) - 2, -1, -1):
-            coarser = F.interpolate(inner[finer + 1], size=inner[finer].shape[-2:], mode="nearest")
-            inner[finer] = coarser.add_(inner[finer])
+            enlarged = F.interpolate(inner[finer + 1], size=inner[finer].shape[-2:], mode="nearest")
+            inner[finer] = enlarged.add_(inner[finer])
         levels = [output(feature) for output, feature in zip(self.output, inner, strict=True)]
         if self.extra == "pool":
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))

@@ -22,7 +22,7 @@ class PackedConv2d(nn.Conv2d):
     """A convolution, maybe with the norm behind it, that also keeps its weights in bfloat16 as oneDNN reads them."""
 
     norm: nn.Module | None
-    _laid_out: tuple[list[int], Tensor, Tensor | None] | None
+    _laid_out: tuple[list[int | None], Tensor, Tensor | None] | None
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None) -> PackedConv2d:
@@ -57,10 +57,9 @@ class PackedConv2d(nn.Conv2d):
     def _layout(self) -> tuple[Tensor, Tensor | None]:
         """The weight in oneDNN's blocks and the bias, made anew where the parameters have changed."""
         parameters = [*self.parameters(), *(() if self.norm is None else self.norm.parameters())]
-        # Nothing tells of a change in parameters that were made in inference mode.
-        known = not any(parameter.is_inference() for parameter in parameters)
-        versions = [parameter._version for parameter in parameters] if known else []
-        if self._laid_out is None or self._laid_out[0] != versions or not known:
+        # Parameters made in inference mode have no version, so that nothing tells of a change.
+        versions = [None if parameter.is_inference() else parameter._version for parameter in parameters]
+        if self._laid_out is None or self._laid_out[0] != versions or None in versions:
             weight, bias = (self.weight, self.bias) if self.norm is None else folded(self, self.norm)
             weight = weight.detach().to(torch.bfloat16, memory_format=torch.channels_last)
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight

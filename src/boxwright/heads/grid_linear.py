@@ -21,9 +21,9 @@ class GridLinear(nn.Linear):
 
     def forward(self, grid: Tensor) -> Tensor:
         """[N, C, S, S] -> [N, outputs]."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or grid.device.type != "cpu":
-            return super().forward(grid.flatten(1))
-        if self.weight.is_inference():  # Made in inference mode: nothing would tell that it has changed.
+        detecting = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        # Nothing would tell that a weight made in inference mode has changed.
+        if not detecting or grid.device.type != "cpu" or self.weight.is_inference():
             return super().forward(grid.flatten(1))
         return F.linear(grid.permute(0, 2, 3, 1).flatten(1), self._weight_like(grid), self.bias)
 
