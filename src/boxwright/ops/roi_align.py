@@ -84,7 +84,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 @pool_own_level_backward.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
+def _(*arguments: Any) -> list[Tensor]:
     from boxwright.ops.roi_align_triton import pool_backward  # As above.
 
     return pool_backward(*arguments)

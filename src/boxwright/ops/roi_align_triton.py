@@ -55,10 +55,11 @@ def pool_backward(
     sampling_ratio: int,
     aligned: bool,
     keep_narrow: bool,
-) -> Tensor:
-    """What `pool_own_level_backward` does: the gradient of `pool`."""
+) -> list[Tensor]:
+    """L of [B, C, H_l, W_l], channels last, from [B, P, C, S, S]: the gradient of `pool`."""
     cells = gradient.permute(0, 1, 3, 4, 2).contiguous()
     num_images, channels = len(level), cells.shape[4]
+    # One block of memory, so that it is filled with zeros at once. An operator's results may not share memory, though.
     sizes = [num_images * height * width * channels for height, width in zip(heights, widths, strict=True)]
     sums = cells.new_zeros(sum(sizes), dtype=pooling_dtype(cells))
     rows = [
@@ -66,7 +67,7 @@ def pool_backward(
         for part, height, width in zip(sums.split(sizes), heights, widths, strict=True)
     ]
     _launch(_backward_kernel, rows, boxes, level, cells, strides, sampling_ratio, aligned, keep_narrow)
-    return sums.to(cells.dtype).view(-1, channels)
+    return [row.to(cells.dtype, copy=True).permute(0, 3, 1, 2) for row in rows]
 
 
 def _launch(
