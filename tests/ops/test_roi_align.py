@@ -201,3 +201,12 @@ def test_gpus_pool_every_level_unless_tritons_form_is_chosen(chosen: bool, monke
         pooled = multilevel_roi_align(features, boxes, valid, strides=STRIDES, output_size=3)
         assert (pooled.shape, pooled.device.type) == ((2, 6, 3, 3, 3), "cuda")
     assert calls == ["pool_own_level" if chosen else "pool_every_level"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_box_gives_zeros(dtype: torch.dtype) -> None:
+    features, boxes = pyramid(dtype=dtype), boxes_of_all_sizes()
+    nowhere = torch.full(boxes.shape[:2], len(STRIDES))
+    pooled = pool_own_level(features, boxes, nowhere, STRIDES, 3, 2, True, False)
+    assert (pooled.shape, pooled.dtype) == ((2, 40, 3, 3, 3), dtype)
+    assert not pooled.any()
