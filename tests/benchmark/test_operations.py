@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boxwright.backbones.packed import PackedConv2d
+from boxwright.backbones.fused import FusedConv2d
 from boxwright.benchmark import operations
 from boxwright.benchmark.operations import best_rate, count_operations
-from boxwright.detectors.inference import can_pack
+from boxwright.detectors.inference import can_fuse
 
 BATCH, INPUTS, OUTPUTS, KERNEL, HEIGHT, WIDTH = 2, 3, 5, 3, 10, 12
 FORMULA = 2 * BATCH * INPUTS * OUTPUTS * KERNEL**2 * HEIGHT * WIDTH
@@ -38,13 +38,15 @@ def test_a_convolutions_inference_is_the_formula() -> None:
     assert count_operations(OneConvolution(), None, "infer") == FORMULA  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not can_pack(), reason="no bfloat16 for oneDNN on this CPU")
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_packed_convolution_counts_as_much(adds: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_convolution_counts_as_much(dtype: torch.dtype, adds: bool) -> None:
+    if not can_fuse("bfloat16" if dtype == torch.bfloat16 else "float32"):
+        pytest.skip(f"no {dtype} for oneDNN on this CPU")
     system = OneConvolution()
-    packed = PackedConv2d.of(system.layer, None)
+    fused = FusedConv2d.of(system.layer, None, dtype)
     added = torch.ones(BATCH, OUTPUTS, HEIGHT, WIDTH) if adds else None
-    system.layer = lambda given: packed(given, added, relu=True)  # type: ignore[assignment]
+    system.layer = lambda given: fused(given, added, relu=True)  # type: ignore[assignment]
     assert count_operations(system, None, "infer") == FORMULA  # type: ignore[arg-type]
 
 

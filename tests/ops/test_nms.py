@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import batched_nms
@@ -44,9 +48,18 @@ def test_is_the_definition(plus_one: float) -> None:
         assert not indices[image][~kept[image]].any()
 
 
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("num_groups", "num_candidates"), [(5, 10000), (80, 20000)])
 @pytest.mark.parametrize("max_keep", [100, 1000, 20000])
-def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_keep: int) -> None:
+@torch.inference_mode()
+def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_keep: int, num_threads: int) -> None:
     torch.manual_seed(1)
     boxes, groups = random_boxes(num_candidates), torch.randint(num_groups, (num_candidates,))
     scores = torch.randperm(num_candidates) / num_candidates  # No ties: torchvision's order among them is undefined.
@@ -61,6 +74,24 @@ def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_
     expected = batched_nms(boxes, scores, groups, 0.5)[:max_keep]
     assert torch.equal(indices[0, : len(expected)], expected)
     assert kept.sum() == len(expected)
+
+
+@pytest.mark.parametrize(("size", "is_large"), [(2000, True), (100, False)])
+def test_large_groups_are_done_in_threads_and_small_ones_in_turn(
+    size: int, is_large: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    plain = torchvision.ops.nms
+
+    def watched(*given: Tensor | float) -> Tensor:
+        threads.add(threading.get_ident())
+        return plain(*given)
+
+    monkeypatch.setattr(torchvision.ops, "nms", watched)
+    groups = torch.arange(5).repeat_interleave(size)[None]
+    boxes, scores = random_boxes(1, 5 * size), torch.rand(1, 5 * size)
+    nms(boxes, scores, groups, torch.ones_like(groups, dtype=torch.bool), iou_threshold=0.5, max_keep=5 * size)
+    assert (threading.get_ident() not in threads) == (is_large and num_threads > 1)
 
 
 def test_iou_of_exactly_the_threshold_survives() -> None:

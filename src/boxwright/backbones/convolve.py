@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from boxwright.backbones.fused import FusedConv2d
 from boxwright.backbones.norm import folded, has_constant_statistics
-from boxwright.backbones.packed import PackedConv2d
 
 
 def convolve(
@@ -31,7 +31,7 @@ def convolve(
     Returns:
         [B, C, H', W'].
     """
-    if isinstance(convolution, PackedConv2d) and convolution.norm is norm:
+    if isinstance(convolution, FusedConv2d) and convolution.norm is norm:
         return convolution(x, add, relu=relu)
     if norm is None:
         y: Tensor = convolution(x)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import Backbone
+from boxwright.backbones.convolve import convolve
 from boxwright.backbones.norm import Norm, make_norm
 from boxwright.backbones.resnet import ResNet, Style
 
@@ -63,10 +64,10 @@ class FPN(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels -> L of [B, channels, H / stride, W / stride], finest first."""
         maps = self.body(images)
-        inner = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
-        for finer in range(len(inner) - 2, -1, -1):
-            enlarged = F.interpolate(inner[finer + 1], size=inner[finer].shape[-2:], mode="nearest")
-            inner[finer] = enlarged.add_(inner[finer])
+        inner = [self.lateral[-1](maps[-1])]
+        for lateral, feature in zip(self.lateral[-2::-1], maps[-2::-1], strict=True):
+            enlarged = F.interpolate(inner[0], size=feature.shape[-2:], mode="nearest")
+            inner.insert(0, convolve(lateral, None, feature, enlarged))
         levels = [output(feature) for output, feature in zip(self.output, inner, strict=True)]
         if self.extra == "pool":
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))

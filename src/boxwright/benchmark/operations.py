@@ -37,18 +37,18 @@ def count_operations(system: BoxwrightSystem, batch: Batch, task: Task) -> int:
         task: training counts the backward pass too.
     """
     given = system.prepare(batch)
-    packed: Any = {}
+    fused: Any = {}
     if torch.backends.mkldnn.is_available():
-        packed = {torch.ops.mkldnn._convolution_pointwise: _packed_convolution}
-    with FlopCounterMode(display=False, custom_mapping=packed) as counter:
+        fused = {torch.ops.mkldnn._convolution_pointwise: _fused_convolution}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         (system.train_step if task == "train" else system.infer)(given)
     return int(counter.get_total_flops())
 
 
-def _packed_convolution(
+def _fused_convolution(
     x: torch.Size, second: torch.Size, third: torch.Size | None, *_: Any, out_shape: torch.Size, **__: Any
 ) -> int:
-    """The operations of `backbones.packed`'s kernel, which torch does not count.
+    """The operations of `backbones.fused`'s kernel, which torch does not count.
 
     Its arguments are x, weight, bias or, where something is added, x, that, weight.
     """

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.assign.match import IGNORED, POSITIVE, match
+from boxwright.backbones.convolve import convolve
 from boxwright.backbones.norm import make_norm
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
@@ -118,9 +119,9 @@ class RetinaHead(nn.Module):
         ]
         self.anchors = AnchorGrid(strides, sizes, config.ratios, conventions)
         num_anchors = config.scales_per_octave * len(config.ratios)
-        self.class_convs = _branch(channels, config)
+        self.class_convs = _Branch(channels, config)
         self.class_logits = nn.Conv2d(channels, num_anchors * num_classes, 3, padding=1)
-        self.box_convs = _branch(channels, config)
+        self.box_convs = _Branch(channels, config)
         self.box_deltas = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -233,11 +234,21 @@ def _has_area(boxes: Tensor, plus_one: float) -> Tensor:
     return (boxes[..., 2:] - boxes[..., :2] + plus_one > 0).all(-1)
 
 
-def _branch(channels: int, config: RetinaConfig) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(config.num_convs):
-        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=config.norm is None))
-        if config.norm is not None:
-            layers.append(make_norm(config.norm, channels))
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+class _Branch(nn.Sequential):
+    """3x3 convolutions, each with a norm or none and a ReLU behind it."""
+
+    def __init__(self, channels: int, config: RetinaConfig) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(config.num_convs):
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=config.norm is None))
+            if config.norm is not None:
+                layers.append(make_norm(config.norm, channels))
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+        self._has_norms = config.norm is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> the same shape."""
+        for first in range(0, len(self), 3 if self._has_norms else 2):
+            x = convolve(self[first], self[first + 1] if self._has_norms else None, x, relu=True)
+        return x

@@ -5,9 +5,14 @@ B images, N candidates. A group is what boxes compete within: a class, or a pyra
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torchvision
 from torch import Tensor
+
+_WORTH_A_THREAD = 512
+"""Boxes of a group that take torchvision's kernel longer, about a millisecond, than it takes to start a thread."""
 
 
 def nms(
@@ -25,7 +30,8 @@ def nms(
     Equals torchvision's `nms` run on each group alone. Boxes are never moved apart by group, as `batched_nms` does,
     which costs float32 digits. Of equal scores the lower index is the better. Groups do not affect the order.
 
-    On the CPU torchvision's kernel does the work; on CUDA a Triton kernel does, without the host waiting for it.
+    On the CPU torchvision's kernel does the work, large groups side by side in as many threads as PyTorch has; on CUDA
+    a Triton kernel does, without the host waiting for it.
 
     Args:
         boxes: [B, N, 4] xyxy; invalid slots may hold anything, NaN included.
@@ -114,7 +120,17 @@ def _survivors(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     by_group = groups.argsort(stable=True)
     sizes = groups[by_group].unique_consecutive(return_counts=True)[1].tolist()
     falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype)  # Scores enough: the order is settled.
-    survives = torch.zeros_like(groups, dtype=torch.bool)
-    for places, members in zip(by_group.split(sizes), boxes[by_group].split(sizes), strict=True):
-        survives[places[torchvision.ops.nms(members, falling[: len(members)], iou_threshold)]] = True
-    return survives.nonzero().squeeze(1)
+
+    def within(members: Tensor) -> Tensor:
+        best: Tensor = torchvision.ops.nms(members, falling[: len(members)], iou_threshold)
+        return best
+
+    members = boxes[by_group].split(sizes)
+    num_threads = min(torch.get_num_threads(), sum(size >= _WORTH_A_THREAD for size in sizes))
+    if num_threads > 1:
+        with ThreadPoolExecutor(num_threads) as threads:
+            kept = list(threads.map(within, members))
+    else:
+        kept = list(map(within, members))
+    survivors = [places[best] for places, best in zip(by_group.split(sizes), kept, strict=True)]
+    return torch.cat(survivors).sort().values
