@@ -142,22 +142,27 @@ def test_padding_reaches_nothing() -> None:
             torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-def test_half_precision_is_pooled_in_float32() -> None:
+@pytest.mark.parametrize("every_level", [False, True], ids=["cpu_form", "gpu_form"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_in_half_precision_sums_are_not_rounded_on_the_way(
+    channels_last: bool, every_level: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if every_level:
+        monkeypatch.setattr(roi_align, "pool_own_level", pool_every_level)
     torch.manual_seed(4)
-    features, boxes = pyramid(dtype=torch.bfloat16), boxes_of_all_sizes()
-    pooled = multilevel_roi_align(
-        features, boxes, torch.ones(2, 40, dtype=torch.bool), strides=STRIDES, output_size=3, aligned=True
-    )
-    wide = multilevel_roi_align(
-        [feature.float() for feature in features],
-        boxes,
-        torch.ones(2, 40, dtype=torch.bool),
-        strides=STRIDES,
-        output_size=3,
-        aligned=True,
-    )
-    assert torch.equal(pooled, wide.bfloat16())
-    assert all(gradient.dtype == torch.bfloat16 for gradient in torch.autograd.grad(pooled.sum(), features))
+    half, boxes = pyramid(channels=64, dtype=torch.bfloat16), boxes_of_all_sizes()
+    if channels_last:
+        half = [feature.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for feature in half]
+    exact = [feature.detach().double().requires_grad_() for feature in half]
+    valid, gradient = torch.ones(2, 40, dtype=torch.bool), torch.randn(2, 40, 64, 7, 7).bfloat16()
+    results = []
+    for features in (half, exact):
+        pooled = multilevel_roi_align(features, boxes, valid, strides=STRIDES, output_size=7, aligned=True)
+        results.append((pooled, *torch.autograd.grad(pooled, features, gradient.to(pooled.dtype))))
+    for ours, wanted in zip(*results, strict=True):
+        assert ours.dtype == torch.bfloat16
+        rounding = (wanted.bfloat16() - wanted).norm()
+        assert (ours - wanted).norm() <= 2 * rounding, "only what is read and what is answered is rounded"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from boxwright.geometry.boxes import area
-from boxwright.ops.roi_align_cpu import pool_own_level, pool_own_level_backward, pooling_dtype
+from boxwright.ops.roi_align_cpu import pool_own_level, pool_own_level_backward
 
 FAR_OUTSIDE = -1e6
 """Where boxes go that must not be pooled: samples outside the picture read nothing, give 0 and have no gradient."""
@@ -45,7 +45,7 @@ def multilevel_roi_align(
     alone, not to the boxes.
 
     Args:
-        features: L of [B, C, H_l, W_l], finest first, all of one dtype; half precision is pooled in float32.
+        features: L of [B, C, H_l, W_l], finest first, all of one dtype; half precision is summed in float32.
         boxes: [B, P, 4] xyxy in pixels of the canvas.
         valid: [B, P] bool; the boxes of other slots may hold anything, NaN included, and nothing flows back from them.
         strides: pixels a cell of each level, powers of two, each twice the one before.
@@ -113,6 +113,11 @@ def pool_every_level(
             feature.to(dtype), rois, output_size, 1 / stride, sampling_ratio, aligned or keep_narrow
         )
     return pooled.to(features[0].dtype).unflatten(0, level.shape)
+
+
+def pooling_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums of a tensor's numbers are made in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _rois(boxes: Tensor, stride: int, keep_narrow: bool) -> Tensor:

@@ -43,17 +43,16 @@ def pool_own_level(
     Returns:
         [B, P, C, S, S], zeros for boxes that are not pooled; in memory the channels come last.
     """
-    dtype = pooling_dtype(features[0])
     pooled = None
     # The level of most boxes comes first: it makes the result, zeros for the others, and the others are put in.
     for index in level.flatten().bincount(minlength=len(features))[: len(features)].argsort(descending=True).tolist():
         feature = features[index]
-        rows = feature.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+        rows = feature.permute(0, 2, 3, 1).flatten(0, 2)
         shape = feature.shape[2], feature.shape[3]
         for members, places, weights in _sums(
             boxes, level == index, shape, strides[index], output_size, sampling_ratio, aligned, keep_narrow
         ):
-            weights = weights.to(dtype)
+            weights = weights.to(rows.dtype)
             if pooled is None:
                 pooled = _product_in_place(places, weights, rows, members, level.numel())
             else:
@@ -61,7 +60,7 @@ def pool_own_level(
                 pooled[members] = sums.view(len(members), *pooled.shape[1:])
     if pooled is None:
         pooled = features[0].new_zeros((level.numel(), output_size**2, features[0].shape[1]))
-    return pooled.to(features[0].dtype).view(*level.shape, output_size, output_size, -1).permute(0, 1, 4, 2, 3)
+    return pooled.view(*level.shape, output_size, output_size, -1).permute(0, 1, 4, 2, 3)
 
 
 @pool_own_level.register_fake
@@ -92,7 +91,6 @@ def pool_own_level_backward(
     keep_narrow: bool,
 ) -> list[Tensor]:
     """The gradient of `pool_own_level`, L of [B, C, H_l, W_l], from that of its result, [B, P, C, S, S]."""
-    dtype = pooling_dtype(gradient)
     num_images, _, channels, size, _ = gradient.shape
     cells = gradient.permute(0, 1, 3, 4, 2).flatten(0, 1)
     gradients = []
@@ -102,10 +100,10 @@ def pool_own_level_backward(
         for members, places, weights in _sums(
             boxes, level == index, (height, width), stride, size, sampling_ratio, aligned, keep_narrow
         ):
-            own = cells[members].flatten(0, 2).to(dtype)
-            sums = _transposed_product(own, places, weights.to(dtype), num_rows)
+            own = cells[members].flatten(0, 2)
+            sums = _transposed_product(own, places, weights.to(own.dtype), num_rows)
             rows = sums if rows is None else rows.add_(sums)
-        rows = gradient.new_zeros((num_rows, channels)) if rows is None else rows.to(gradient.dtype)
+        rows = gradient.new_zeros((num_rows, channels)) if rows is None else rows
         gradients.append(rows.view(num_images, height, width, channels).permute(0, 3, 1, 2))
     return gradients
 
@@ -143,11 +141,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 pool_own_level.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def pooling_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums of a tensor's numbers are made in: float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _product_in_place(places: Tensor, weights: Tensor, rows: Tensor, members: Tensor, num_boxes: int) -> Tensor:

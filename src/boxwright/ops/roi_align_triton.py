@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from boxwright.ops.roi_align_cpu import pooling_dtype
+from boxwright.ops.roi_align import pooling_dtype
 
 MAX_LEVELS = 5
 """As many maps as the kernels have arguments for; a pyramid's boxes lie on P2 to P6 at most."""
