@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from boxwright.backbones.convolve import convolve
+from boxwright.backbones.fused import can_fuse, fused_convolution
 from boxwright.backbones.norm import FrozenBatchNorm2d
 
 
@@ -48,3 +51,84 @@ def test_a_norm_that_learns_statistics_is_not_folded() -> None:
     y = convolve(nn.Conv2d(4, 6, 1), norm, x)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(6), rtol=0, atol=1e-5)
     assert norm.num_batches_tracked == 1
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    dtypes: list[torch.dtype] = []
+
+    def watched(convolution: nn.Conv2d, weight: torch.Tensor, *given: object, **named: object) -> torch.Tensor:
+        dtypes.append(weight.dtype)
+        return fused_convolution(convolution, weight, *given, **named)
+
+    monkeypatch.setattr("boxwright.backbones.convolve.fused_convolution", watched)
+    return dtypes
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
+    dtype: torch.dtype,
+    groups: int,
+    channels_last: bool,
+    with_norm: bool,
+    adds: bool,
+    relu: bool,
+    fused_calls: list[torch.dtype],
+) -> None:
+    if not can_fuse(dtype):
+        pytest.skip(f"no {dtype} for oneDNN on this CPU")
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups)
+    norm = with_statistics(FrozenBatchNorm2d(12)).float() if with_norm else None
+    x, add = torch.randn(2, 8, 19, 17), torch.randn(2, 12, 10, 9) if adds else None
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    seed = torch.randn(2, 12, 10, 9)
+    before = None if add is None else add.clone()
+
+    def answer_and_gradients(to: torch.dtype) -> list[torch.Tensor]:
+        wide = copy.deepcopy(convolution).to(to), None if norm is None else copy.deepcopy(norm).to(to)
+        given = [tensor.to(to).requires_grad_() for tensor in (x, add) if tensor is not None]
+        parameters = [*given, *wide[0].parameters(), *(() if wide[1] is None else wide[1].parameters())]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and to == torch.float32):
+            y = convolve(*wide, *given, relu=relu)
+        return [y, *torch.autograd.grad(y, parameters, seed.to(y.dtype))]
+
+    ours = answer_and_gradients(torch.float32)
+    assert fused_calls == ([dtype] if adds or relu else [])
+    assert ours[0].dtype == dtype
+    # A product near 0 may round to the other side of the ReLU: one in some hundreds in bfloat16.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1 if relu else 0.01
+    for given, wanted in zip(ours, answer_and_gradients(torch.float64), strict=True):
+        assert given.shape == wanted.shape
+        assert (given - wanted).norm() < tolerance * wanted.norm()
+    assert add is None or torch.equal(add, before), "what is added is not written to"
+
+
+def test_what_needs_no_gradient_gets_none(fused_calls: list[torch.dtype]) -> None:
+    convolution, norm = nn.Conv2d(4, 6, 1), FrozenBatchNorm2d(6, train_affine=False)
+    for frozen in (convolution, norm):
+        frozen.requires_grad_(False)
+    x, add = torch.randn(1, 4, 5, 5), torch.randn(1, 6, 5, 5, requires_grad=True)
+    assert not convolve(convolution, norm, x, relu=True).requires_grad
+    y = convolve(convolution, norm, x, add)
+    y.sum().backward()
+    assert torch.equal(add.grad, torch.ones_like(add))
+    assert x.grad is None
+    assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_other_kinds_of_padding_are_those_of_the_layer(
+    padding: int | str, padding_mode: str, fused_calls: list[torch.dtype]
+) -> None:
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode), torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(convolve(convolution, None, x, relu=True), convolution(x).relu())
+    assert bool(fused_calls) == (padding == 1 and padding_mode == "zeros")

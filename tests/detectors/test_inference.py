@@ -5,40 +5,41 @@ import torch
 from torch import nn
 
 from boxwright.backbones.convolve import convolve
-from boxwright.backbones.fused import FusedConv2d
+from boxwright.backbones.fused import can_fuse
+from boxwright.backbones.packed import PackedConv2d
 from boxwright.backbones.resnet import ResNet
-from boxwright.detectors.inference import can_fuse, fuse_convolutions
+from boxwright.detectors.inference import pack_convolutions
 from boxwright.evaluation.evaluate import Precision, autocast
 from factory import DETECTORS, random_batch, small_detector
 
 PRECISIONS = [
-    pytest.param(precision, marks=pytest.mark.skipif(not can_fuse(precision), reason=f"no {precision} for oneDNN here"))
-    for precision in ("float32", "bfloat16")
+    pytest.param(name, marks=pytest.mark.skipif(not can_fuse(dtype), reason=f"no {name} for oneDNN on this CPU"))
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items()
 ]
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_fused_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: str, precision: Precision) -> None:
-    detector, fused = small_detector(kind).eval(), small_detector(kind).eval()
-    fused.load_state_dict(detector.state_dict())
-    fuse_convolutions(fused, precision)
-    assert all(isinstance(module, FusedConv2d) for module in fused.modules() if isinstance(module, nn.Conv2d))
-    assert list(fused.state_dict()) == list(detector.state_dict())
-    assert all(p.dtype == torch.float32 for p in fused.parameters())
+def test_packed_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: str, precision: Precision) -> None:
+    detector, packed = small_detector(kind).eval(), small_detector(kind).eval()
+    packed.load_state_dict(detector.state_dict())
+    pack_convolutions(packed)
+    assert all(isinstance(module, PackedConv2d) for module in packed.modules() if isinstance(module, nn.Conv2d))
+    assert list(packed.state_dict()) == list(detector.state_dict())
+    assert all(p.dtype == torch.float32 for p in packed.parameters())
     batch = random_batch()
     exact = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
     with autocast(torch.device("cpu"), precision):
-        ours = fused.backbone(fused.normalize(batch.images, batch.image_sizes))
+        ours = packed.backbone(packed.normalize(batch.images, batch.image_sizes))
         plain = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
-        found, wanted = fused.detect(batch), detector.detect(batch)
+        found, wanted = packed.detect(batch), detector.detect(batch)
     if precision == "float32":
         for name in ("boxes", "scores", "valid"):
             torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
     for level, plain_level, exact_level in zip(ours, plain, exact, strict=True):
         error, allowed = (level.float() - exact_level).norm(), (plain_level.float() - exact_level).norm()
-        assert error < 1.1 * allowed + 1e-5 * exact_level.norm(), "as near as without fusing"
+        assert error < 1.1 * allowed + 1e-5 * exact_level.norm(), "as near as without packing"
 
 
 @pytest.mark.parametrize("groups", [1, 32])
@@ -53,64 +54,73 @@ def test_norms_of_a_resnet_are_folded_in(precision: Precision, groups: int) -> N
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.weight, 0.2, 0.5)
     x = torch.randn(1, 3, 64, 64)
-    wanted = body(x)
-    fuse_convolutions(body, precision)
-    for ours, exact in zip(body(x), wanted, strict=True):
-        assert (ours.float() - exact).norm() < (1e-5 if precision == "float32" else 0.02) * exact.norm()
+    wanted = body.double()(x.double())
+    pack_convolutions(body.float())
+    with autocast(torch.device("cpu"), precision):
+        maps = body(x)
+    for ours, exact in zip(maps, wanted, strict=True):
+        assert (ours - exact).norm() < (1e-5 if precision == "float32" else 0.02) * exact.norm()
 
 
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_sum_and_relu_are_those_asked_for(precision: Precision, adds: bool, relu: bool) -> None:
+def test_weights_are_kept_until_they_change(precision: Precision) -> None:
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
-    x, added = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8, 8) if adds else None
-    wanted = convolve(holder[0], None, x, added, relu=relu)
-    before = None if added is None else added.clone()
-    fuse_convolutions(holder, precision)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if precision == "bfloat16" else {}
-    torch.testing.assert_close(convolve(holder[0], None, x, added, relu=relu).float(), wanted, **tolerance)
-    assert added is None or torch.equal(added, before), "what is added is not written to"
+    pack_convolutions(holder)
+    packed, x = holder[0], torch.randn(1, 4, 8, 8)
+    with autocast(torch.device("cpu"), precision):
+        before = holder(x)
+        kept = packed.packed(before.dtype)
+        holder(x)
+        assert packed.packed(before.dtype)[0] is kept[0]
+        for parameter in packed.parameters():
+            parameter.mul_(2)
+        torch.testing.assert_close(holder(x), 2 * before)
+        for parameter in packed.parameters():
+            parameter.data = 2 * parameter.data
+        torch.testing.assert_close(holder(x), 4 * before)
+    assert holder(x).dtype == torch.float32, "each precision has its own"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@torch.no_grad()
-def test_changed_weights_are_read_anew(precision: Precision) -> None:
-    convolution = nn.Conv2d(4, 8, 3, padding=1)
-    holder = nn.Sequential(convolution)
-    fuse_convolutions(holder, precision)
-    x = torch.randn(1, 4, 8, 8)
-    before = holder(x)
-    convolution.weight.mul_(2)
-    convolution.bias.mul_(2)
-    torch.testing.assert_close(holder(x), 2 * before)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_convolutions_made_in_inference_mode_are_read_as_they_are(precision: Precision) -> None:
+def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precision) -> None:
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(torch.device("cpu"), precision):
         holder = nn.Sequential(nn.Conv2d(4, 8, 3))
         plain = holder[0]
-        fuse_convolutions(holder, precision)
+        pack_convolutions(holder)
         x = torch.randn(1, 4, 9, 9)
         for _ in range(2):
-            torch.testing.assert_close(holder(x).float(), plain(x), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(holder(x), plain(x), rtol=2e-2, atol=2e-2)
             plain.weight.mul_(2)
 
 
-@pytest.mark.parametrize(
-    "convolution",
-    [
-        nn.Conv2d(4, 8, 3, padding="same"),
-        nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(4, 8, 3).double(),
-    ],
-    ids=["padding by name", "reflected", "float64"],
-)
-def test_convolutions_of_other_kinds_stay_as_they_are(convolution: nn.Conv2d) -> None:
-    holder = nn.Sequential(convolution)
-    fuse_convolutions(holder, "float32")
-    assert holder[0] is convolution
+def test_a_packed_detector_still_learns() -> None:
+    torch.manual_seed(0)
+    plain = ResNet(18, frozen_stages=0)
+    packed = ResNet(18, frozen_stages=0)
+    packed.load_state_dict(plain.state_dict())
+    pack_convolutions(packed.eval())
+    with torch.no_grad():
+        packed(torch.randn(1, 3, 32, 32))
+    x = torch.randn(1, 3, 32, 32)
+    for body in (plain, packed):
+        body.train()(x)[-1].square().sum().backward()
+    for (name, ours), other in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding", [1, "same"])
+@torch.no_grad()
+def test_convolutions_of_other_kinds_answer_as_they_did(
+    padding: int | str, padding_mode: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode, dtype=dtype)
+    holder, x = nn.Sequential(convolution), torch.randn(1, 4, 5, 5, dtype=dtype)
+    pack_convolutions(holder)
+    torch.testing.assert_close(holder(x), convolution(x))
+    torch.testing.assert_close(convolve(holder[0], None, x, relu=True), convolution(x).relu())
