@@ -83,6 +83,15 @@ def test_weights_are_kept_until_they_change(precision: Precision) -> None:
     assert holder(x).dtype == torch.float32, "each precision has its own"
 
 
+@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.parametrize(
+    ("outputs", "dtype", "in_blocks"), [(256, "bfloat16", True), (720, "bfloat16", False), (256, "float32", False)]
+)
+def test_weights_are_in_blocks_where_those_suit_maps_of_any_size(outputs: int, dtype: str, in_blocks: bool) -> None:
+    packed = PackedConv2d.of(nn.Conv2d(8, outputs, 3), None)
+    assert packed.packed(getattr(torch, dtype))[0].is_mkldnn == in_blocks
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precision) -> None:
     torch.manual_seed(0)

@@ -18,8 +18,9 @@ class PackedConv2d(nn.Conv2d):
     """A convolution that, without gradient, keeps what it and a norm behind it weigh together.
 
     In bfloat16, where matrix units leave little time for anything else, the weights are kept in oneDNN's blocks, too,
-    into which every call would bring them. In float32 those blocks depend on the size of the map and save nothing that
-    can be measured.
+    into which every call would bring them. Which blocks those are may depend on the size of the map, and to turn one
+    kind into another takes far longer than the convolution: so it is in float32, where there is little to save anyway,
+    and where outputs do not fill the blocks.
     """
 
     norm: nn.Module | None
@@ -50,7 +51,7 @@ class PackedConv2d(nn.Conv2d):
         if self._packed is None or self._packed[0] != state or not tells:
             weight, bias = (self.weight, self.bias) if self.norm is None else folded(self, self.norm)
             weight = weight.detach().to(dtype, memory_format=torch.channels_last)
-            if dtype == torch.bfloat16:
+            if dtype == torch.bfloat16 and self.out_channels % 64 == 0:
                 reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
                 weight = reorder(weight, self.padding, self.stride, self.dilation, self.groups)
             self._packed = state, weight, None if bias is None else bias.detach().to(dtype)
