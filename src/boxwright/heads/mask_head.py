@@ -99,7 +99,7 @@ class MaskHead(nn.Module):
         hidden = grid.flatten(0, 1)
         for conv in self.convs:
             hidden = convolve(conv, None, hidden, relu=True)
-        hidden = self.upsample(hidden).relu()
+        hidden = self.upsample(hidden).relu_()
         # The last layer's rows are picked by class before it is applied: a mask instead of C of them for every box.
         weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
         assert self.mask_logits.bias is not None
