@@ -170,30 +170,44 @@ def read_batch(path: Path) -> list[Picture]:
 
 @torch.no_grad()
 def settle(model: nn.Module, adapter: Adapter, given: Any) -> None:
-    """Give random weights the work of trained ones, as `boxwright.benchmark.random_weights` does with ours."""
-    for name, tensor in model.state_dict().items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in adapter.WEAK):
-            tensor.fill_(0.2)
+    """Give random weights the work of trained ones, as `boxwright.benchmark.random_weights` does with ours.
+
+    Raises:
+        ValueError: the adapter's patterns name nothing in this model, which would be timed at doing nothing.
+    """
+    weak = [tensor for name, tensor in model.state_dict().items() if _matches(name, adapter.WEAK)]
+    for tensor in weak:
+        tensor.fill_(0.2)
+    spread = 0
     for name, module in model.named_modules():
-        for pattern, spread in adapter.SPREAD.items():
+        for pattern, amount in adapter.SPREAD.items():
             if fnmatch.fnmatchcase(name, pattern):
-                _spread_at_first_call(module, spread)
+                _spread_at_first_call(module, amount)
+                spread += 1
         if adapter.BACKGROUND and fnmatch.fnmatchcase(name, adapter.BACKGROUND):
             module.bias[-1] = BACKGROUND
+    if not weak or not spread:
+        raise ValueError(f"the adapter's {'SPREAD' if weak else 'WEAK'} names nothing in this model")
     training = model.training
     model.eval()
     adapter.infer(model, given)
     model.train(training)
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _spread_at_first_call(module: nn.Module, spread: float) -> None:
-    """Scale a layer's weights when it is first called, so that what it gives spreads that much."""
+    """Scale a layer's weights when it is first called, so that what it gives spreads that much but for its bias."""
 
     def hook(layer: Any, inputs: Any, output: Tensor) -> Tensor:
         handle.remove()
-        # Of each channel, since biases differ and are no spread.
-        rows = output.float().movedim(1, -1).flatten(0, -2)
-        layer.weight.mul_(spread / (rows - rows.mean(0)).std().clamp(min=1e-6))
+        rows = output.float().movedim(1, -1)
+        if layer.bias is not None:
+            # Biases differ and do not grow with the weights. What channels differ by beyond them does.
+            rows = rows - layer.bias
+        layer.weight.mul_(spread / rows.std().clamp(min=1e-6))
         return layer(*inputs)
 
     handle = module.register_forward_hook(hook)
