@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.assign.match import match
@@ -25,7 +24,7 @@ from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.losses import at_least_float32, binary_cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.nms import nms
-from boxwright.ops.patches import gather_patches
+from boxwright.ops.patches import convolve_patches, gather_patches
 from boxwright.structures import Batch, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 1
@@ -218,7 +217,7 @@ class RPNHead(nn.Module):
         for conv in self._convs:
             # Beyond the map's edge, the next convolution reads its padding and not what this one says there.
             inside = inside[..., 1:-1, 1:-1]
-            hidden = torch.where(inside, F.conv2d(hidden, conv.weight, conv.bias).relu(), 0.0)
+            hidden = torch.where(inside, convolve_patches(conv, hidden).relu(), 0.0)
         own = (place % num_anchors)[..., None, None]
         objectness = self.objectness(hidden).view(*indices.shape, num_anchors, 1)
         deltas = self.deltas(hidden).view(*indices.shape, num_anchors, 4)
