@@ -83,6 +83,18 @@ def test_weights_are_kept_until_they_change(precision: Precision) -> None:
     assert holder(x).dtype == torch.float32, "each precision has its own"
 
 
+@torch.no_grad()
+def test_statistics_that_changed_alone_are_read_anew() -> None:
+    torch.manual_seed(0)
+    body, x = ResNet(18, norm="bn"), torch.randn(2, 3, 32, 32)
+    pack_convolutions(body.eval())
+    body(x)
+    body.train()(x)
+    wanted = ResNet(18, norm="bn").eval()
+    wanted.load_state_dict(body.state_dict())
+    torch.testing.assert_close(body.eval()(x), wanted(x))
+
+
 @pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")
 @pytest.mark.parametrize(
     ("outputs", "dtype", "in_blocks"), [(256, "bfloat16", True), (720, "bfloat16", False), (256, "float32", False)]

@@ -43,11 +43,13 @@ class PackedConv2d(nn.Conv2d):
         return fused_convolution(self, *self.packed(dtype), x)
 
     def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the norm in them, without gradient; made anew where the parameters have changed."""
-        parameters = [*self.parameters(), *(() if self.norm is None else self.norm.parameters())]
-        # Parameters made in inference mode have no version, so that nothing tells of a change.
-        tells = not any(parameter.is_inference() for parameter in parameters)
-        state = dtype, *((parameter.data_ptr(), parameter._version) for parameter in parameters if tells)
+        """Weight and bias with the norm in them, without gradient; made anew where those have changed."""
+        tensors = list(self.parameters())
+        if self.norm is not None:
+            tensors += [*self.norm.parameters(), *self.norm.buffers()]
+        # Tensors made in inference mode have no version, so that nothing tells of a change.
+        tells = not any(tensor.is_inference() for tensor in tensors)
+        state = dtype, *((tensor.data_ptr(), tensor._version) for tensor in tensors if tells)
         if self._packed is None or self._packed[0] != state or not tells:
             weight, bias = (self.weight, self.bias) if self.norm is None else folded(self, self.norm)
             weight = weight.detach().to(dtype, memory_format=torch.channels_last)
