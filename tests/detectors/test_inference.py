@@ -129,7 +129,7 @@ def test_a_packed_detector_still_learns() -> None:
     for body in (plain, packed):
         body.train()(x)[-1].square().sum().backward()
     for (name, ours), other in zip(packed.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, other.grad, msg=name)
+        assert (ours.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

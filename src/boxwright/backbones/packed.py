@@ -44,7 +44,7 @@ class PackedConv2d(nn.Conv2d):
 
     def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the norm in them, without gradient; made anew where those have changed."""
-        tensors = list(self.parameters())
+        tensors: list[Tensor] = list(self.parameters())
         if self.norm is not None:
             tensors += [*self.norm.parameters(), *self.norm.buffers()]
         # Tensors made in inference mode have no version, so that nothing tells of a change.
