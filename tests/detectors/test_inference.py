@@ -117,6 +117,13 @@ def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precisio
             plain.weight.mul_(2)
 
 
+def test_a_packed_convolution_called_by_itself_has_gradients() -> None:
+    holder = nn.Sequential(nn.Conv2d(4, 6, 1))
+    pack_convolutions(holder)
+    holder(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert holder[0].weight.grad is not None
+
+
 def test_a_packed_detector_still_learns() -> None:
     torch.manual_seed(0)
     plain = ResNet(18, frozen_stages=0)
