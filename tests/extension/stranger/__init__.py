@@ -1,0 +1,1 @@
+"""What an outside package would hold: nothing here edits or patches Boxwright."""
