@@ -26,8 +26,8 @@ from boxwright.data.dataset import Category
 from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.ground_truth import GroundTruth
+from boxwright.evaluation.paste import paste_masks
 from boxwright.evaluation.results import Results, read_results, write_results
-from boxwright.ops.paste import paste_masks
 
 HEIGHT, WIDTH = 480, 640
 NUM_DRAWN = 50

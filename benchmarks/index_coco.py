@@ -59,7 +59,7 @@ def write_annotations(path: Path, num_images: int, num_objects: int) -> None:
 
 def measure_reading(annotations: Path, cache: Path) -> None:
     """Print the time of one reading and this process's memory."""
-    from boxwright.data.coco_index import read_index
+    from boxwright.data.formats.index import read_index
 
     start, start_processor = time.perf_counter(), time.process_time()
     index = read_index(annotations, cache)

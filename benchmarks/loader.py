@@ -42,8 +42,8 @@ from torchvision.transforms import v2
 
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.data.buckets import Resize
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.structures import map_tensors

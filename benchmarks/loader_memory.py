@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 
 from boxwright.data.buckets import Resize
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.loader import TrainingLoader
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
-from boxwright.ops.paste import paste_masks
+from boxwright.evaluation.paste import paste_masks
 
 PICTURE, LARGE_PICTURE = (800, 1333), (3000, 4000)
 CELLS = 28

@@ -23,9 +23,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
-from boxwright.data.mask_grid import mask_grid
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.masks.mask_grid import mask_grid
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import MaskGrids
 

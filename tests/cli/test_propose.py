@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from boxwright.cli.main import app
 from boxwright.data.buckets import Resize
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.data.shapes import write_shapes
 from boxwright.detectors.rcnn import fast_rcnn

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from boxwright.cli.main import app
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.detectors.rcnn import RCNN
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import read_results

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from boxwright.data.buckets import Resize
-from boxwright.data.coco import CocoDataset
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.detectors.rcnn import mask_rcnn
 from boxwright.evaluation.evaluate import evaluate

@@ -15,9 +15,9 @@ import torch
 
 from boxwright.data.augment import Photometric
 from boxwright.data.buckets import Resize
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Sample
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.structures import Batch, MaskGrids, Targets
 from pictures import SIZES, Pictures, StatedPictures

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.coco_check import check
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.check import check
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.shapes import NAMES, draw_picture, write_shapes
 
 

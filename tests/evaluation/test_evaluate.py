@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
-from boxwright.data import rle
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.loader import EvaluationLoader
-from boxwright.data.masks import Masks
+from boxwright.data.masks import Masks, rle
 from boxwright.evaluation import evaluate as evaluating
 from boxwright.evaluation.evaluate import detect_dataset, evaluate, file_masks
 from boxwright.evaluation.results import Results, match_categories, read_results, write_results

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from boxwright.data.coco import CocoDataset
 from boxwright.data.concat import ConcatDataset, RepeatDataset
 from boxwright.data.dataset import Category, Dataset, Mask, Sample
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.ground_truth import GroundTruth

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category, Sample
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import Results, read_results
 from boxwright.evaluation.voc import average_precision, voc_metrics

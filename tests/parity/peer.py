@@ -20,9 +20,9 @@ from boxwright.assign.match import IGNORED, NEGATIVE, POSITIVE
 from boxwright.assign.sample import sample
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.data.augment import place
-from boxwright.data.coco import CocoDataset
 from boxwright.data.collate import PlacedSample, collate
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.heads.rpn_head import SAMPLING_SALT, RPNConfig
 from boxwright.importers.rules import rename
 from boxwright.importers.torchvision import rules

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.models.detection import MaskRCNN, roi_heads
 
 from boxwright.backbones.fpn import resnet_fpn
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.detectors.rcnn import RCNN, mask_rcnn
 from boxwright.geometry.conventions import TORCHVISION
 from boxwright.heads.box_head import BoxConfig

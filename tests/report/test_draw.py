@@ -5,8 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from boxwright.data import rle
-from boxwright.data.masks import Masks
+from boxwright.data.masks import Masks, rle
 from boxwright.report.draw import class_colour, draw_boxes, draw_detections
 
 

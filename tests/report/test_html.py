@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results, read_results

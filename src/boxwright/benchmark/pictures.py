@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 
 from boxwright.benchmark.plan import Plan
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category, Dataset, Sample
 from boxwright.data.decode import decode_image
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.data.shapes import draw_picture

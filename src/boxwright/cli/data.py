@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from boxwright.data.fault import Fault
-    from boxwright.data.layout import Split
+    from boxwright.data.formats.fault import Fault
+    from boxwright.data.formats.layout import Split
 
 app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=True)
 
@@ -30,7 +30,7 @@ def check(
     Every picture is decoded. An `error` is refused by training; it leaves out what is `dropped` and cuts what is
     `clipped`.
     """
-    from boxwright.data.layout import Split, find_layout
+    from boxwright.data.formats.layout import Split, find_layout
 
     if folder and not annotations and not images:
         layout = find_layout(folder)
@@ -69,7 +69,7 @@ def _check_split(name: str, split: Split) -> list[Fault]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from boxwright.data import coco_check
+    from boxwright.data.formats.check import check as check_split
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -78,4 +78,4 @@ def _check_split(name: str, split: Split) -> list[Fault]:
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return coco_check.check(*split, progress=show)
+        return check_split(*split, progress=show)

@@ -10,7 +10,7 @@ import typer
 from boxwright.cli.options import PrecisionOption
 
 if TYPE_CHECKING:
-    from boxwright.data.layout import Split
+    from boxwright.data.formats.layout import Split
     from boxwright.detectors.detector import Detector
 
 
@@ -42,7 +42,7 @@ def propose(
     import hashlib
 
     from boxwright.cli.console import ImageProgress, print_numbers
-    from boxwright.data.coco import CocoDataset
+    from boxwright.data.indexed_dataset import CocoDataset
     from boxwright.data.loader import EvaluationLoader
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.propose import ProposalWriter
@@ -89,7 +89,7 @@ def propose(
 
 def _splits(data: Path | None, names: list[str], annotations: Path | None, images: Path | None) -> dict[str, Split]:
     """The splits to work on, by name."""
-    from boxwright.data.layout import Split, find_layout
+    from boxwright.data.formats.layout import Split, find_layout
 
     if annotations is not None and images is not None and data is None:
         if len(names) > 1:

@@ -68,8 +68,8 @@ def measure(
     Start it by torchrun to share the images out over several devices.
     """
     from boxwright.cli.console import ImageProgress, print_numbers
-    from boxwright.data.coco import CocoDataset
-    from boxwright.data.layout import Split, find_layout
+    from boxwright.data.formats.layout import Split, find_layout
+    from boxwright.data.indexed_dataset import CocoDataset
     from boxwright.data.loader import EvaluationLoader
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.detectors.detector import require_proposals

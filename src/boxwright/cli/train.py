@@ -12,9 +12,9 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
-    from boxwright.data.coco import CocoDataset
     from boxwright.data.dataset import Dataset
-    from boxwright.data.layout import Split
+    from boxwright.data.formats.layout import Split
+    from boxwright.data.indexed_dataset import CocoDataset
     from boxwright.data.proposals import ProposalFile
     from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
@@ -92,8 +92,8 @@ def train(
 
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
-    from boxwright.data.coco import CocoDataset
     from boxwright.data.concat import ConcatDataset
+    from boxwright.data.indexed_dataset import CocoDataset
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
@@ -237,7 +237,7 @@ def _splits(
     folders: list[Path], train: tuple[Path | None, Path | None], val: tuple[Path | None, Path | None]
 ) -> tuple[list[Split], list[Split]]:
     """What is learnt from, and the split to evaluate on if any; those named one by one before those that are found."""
-    from boxwright.data.layout import Split, find_layout
+    from boxwright.data.formats.layout import Split, find_layout
 
     layouts = [find_layout(folder) for folder in folders]
     found = {name: [layout[name] for layout in layouts if name in layout] for name in ("train", "val")}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from boxwright.data.buckets import Resize
-from boxwright.data.mask_grid import Grid
+from boxwright.data.masks.mask_grid import Grid
 from boxwright.geometry.affine import transform_boxes
 
 MIN_VISIBLE = 0.1

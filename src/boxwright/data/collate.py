@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from boxwright.data.augment import Placement, place_boxes, place_image, place_mask
 from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Sample
-from boxwright.data.mask_grid import GRID_SIZE, Grid, mask_grid
+from boxwright.data.masks.mask_grid import GRID_SIZE, Grid, mask_grid
 from boxwright.data.proposals import GivenProposals
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.cache import cache_folders
-from boxwright.data.coco_index import content_hash
+from boxwright.data.formats.index import content_hash
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
 

@@ -19,10 +19,10 @@ from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
+from boxwright.evaluation.paste import paste_masks
 from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
-from boxwright.ops.paste import paste_masks
 from boxwright.structures import Batch, Detections, map_tensors, to_device
 
 Precision = Literal["float32", "bfloat16", "auto"]

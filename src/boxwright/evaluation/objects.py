@@ -16,11 +16,11 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from boxwright.data import rle
-from boxwright.data.coco_index import read_columns
-from boxwright.data.coco_json import POLYGONS, RLE, Columns
 from boxwright.data.concat import ConcatDataset
 from boxwright.data.dataset import Dataset, Mask, Sample
+from boxwright.data.formats.coco import POLYGONS, RLE, Columns
+from boxwright.data.formats.index import read_columns
+from boxwright.data.masks import rle
 
 COORDINATE_DECIMALS = 3
 """Of the corners of annotated polygons."""

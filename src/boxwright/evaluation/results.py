@@ -15,10 +15,9 @@ import hotcoco
 import msgspec
 import numpy as np
 
-from boxwright.data import rle
 from boxwright.data.categories import UNUSED, match_by_name
 from boxwright.data.dataset import Category
-from boxwright.data.masks import Masks
+from boxwright.data.masks import Masks, rle
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Length = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]

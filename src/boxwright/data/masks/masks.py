@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data import rle
+from boxwright.data.masks import rle
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Masks:
     """n masks; `masks[i]` is the i-th as pixels."""
 
     counts: NDArray[np.object_]
-    """[n] bytes, COCO's compressed runs (see `boxwright.data.rle`)."""
+    """[n] bytes, COCO's compressed runs (see `boxwright.data.masks.rle`)."""
     sizes: NDArray[np.int64]
     """[n, 2] int64, (height, width) of each mask's picture."""
 

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from torch.nn.functional import grid_sample
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from boxwright.ops.paste import paste_masks
+from boxwright.evaluation.paste import paste_masks
 
 HEIGHT, WIDTH = 90, 130
 
@@ -127,7 +127,7 @@ def test_masks_pasted_in_pieces_are_those_pasted_at_once(monkeypatch: pytest.Mon
     probabilities, boxes = smooth_masks(60), made_boxes(60)
     at_once = paste_masks(probabilities, boxes, sizes(60))
     for num_columns in (1, 100, 700):
-        monkeypatch.setattr("boxwright.ops.paste._COLUMNS_AT_ONCE", num_columns)
+        monkeypatch.setattr("boxwright.evaluation.paste._COLUMNS_AT_ONCE", num_columns)
         assert paste_masks(probabilities, boxes, sizes(60)).to_coco() == at_once.to_coco()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from boxwright.data import rle
+from boxwright.data.masks import rle
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from boxwright.data import coco_index
-from boxwright.data.coco_index import CocoIndex, read_annotations, read_index
 from boxwright.data.dataset import Category
-from boxwright.data.fault import FaultyDataError
+from boxwright.data.formats import index as index_module
+from boxwright.data.formats.fault import FaultyDataError
+from boxwright.data.formats.index import CocoIndex, read_annotations, read_index
 from coco_files import document, write
 
 
@@ -281,7 +281,7 @@ def test_cache_is_used_until_the_file_changes(tmp_path: Path, monkeypatch: pytes
     annotations = write(tmp_path)[0]
     first = read_index(annotations, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.delattr(coco_index, "read_annotations")
+        patch.delattr(index_module, "read_annotations")
         assert read_index(annotations, tmp_path / "cache").folder == first.folder
     content = document()
     content["annotations"][1]["category_id"] = 90

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data.coco_check import decode_fault, file_faults, size_fault
-from boxwright.data.coco_index import CocoIndex, read_index
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import MAX_PIXELS, decode_image
-from boxwright.data.fault import Fault, FaultyDataError
+from boxwright.data.formats.check import decode_fault, file_faults, size_fault
+from boxwright.data.formats.fault import Fault, FaultyDataError
+from boxwright.data.formats.index import CocoIndex, read_index
 
 _MIN_SIDE_2018 = 32
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.data.dataset import Mask
-from boxwright.data.rle import decompress
+from boxwright.data.masks.rle import decompress
 
 GRID_SIZE = 128
 FINER = 4

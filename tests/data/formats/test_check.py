@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.coco_check import check
-from boxwright.data.fault import FaultyDataError
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.check import check
+from boxwright.data.formats.fault import FaultyDataError
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from coco_files import document, write
 
 

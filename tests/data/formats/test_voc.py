@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.coco_check import check
-from boxwright.data.fault import FaultyDataError
-from boxwright.data.voc import image_id
+from boxwright.data.formats.check import check
+from boxwright.data.formats.fault import FaultyDataError
+from boxwright.data.formats.voc import image_id
+from boxwright.data.indexed_dataset import CocoDataset
 from voc_files import PICTURES, page, write_voc
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from boxwright.data.coco import CocoDataset
-from boxwright.data.layout import find_layout
-from boxwright.data.mask_grid import GRID_SIZE, mask_grid
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.masks.mask_grid import GRID_SIZE, mask_grid
 
 # What numpy 2 says of pycocotools' arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

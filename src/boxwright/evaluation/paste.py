@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.data import rle
-from boxwright.data.masks import Masks
+from boxwright.data.masks import Masks, rle
 
 THRESHOLD = 0.5
 _COLUMNS_AT_ONCE = 2**16

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
-from boxwright.data.coco_index import read_annotations
 from boxwright.data.decode import MAX_PIXELS, decode_image
-from boxwright.data.fault import Fault
+from boxwright.data.formats.fault import Fault
+from boxwright.data.formats.index import read_annotations
 
 
 def check(

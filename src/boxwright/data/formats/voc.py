@@ -21,8 +21,8 @@ from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from boxwright.data.coco_json import Annotation, Columns, add_annotation
-from boxwright.data.fault import Fault
+from boxwright.data.formats.coco import Annotation, Columns, add_annotation
+from boxwright.data.formats.fault import Fault
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _BOX_FORM = "bndbox is xmin, ymin, xmax, ymax in pixels, the first of which is 1"

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.cache import cache_folders
-from boxwright.data import voc
-from boxwright.data.coco_json import RLE, Columns, read_json
 from boxwright.data.dataset import Category, Mask
-from boxwright.data.fault import Fault, FaultyDataError
+from boxwright.data.formats import voc
+from boxwright.data.formats.coco import RLE, Columns, read_json
+from boxwright.data.formats.fault import Fault, FaultyDataError
 
 # Part of every cache key: raise it when the arrays or what is accepted change.
 _VERSION = 2

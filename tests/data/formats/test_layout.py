@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.layout import find_layout
 from voc_files import write_voc
 
 LAYOUTS = {

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from boxwright.data import rle
-from boxwright.data.fault import Fault
+from boxwright.data.formats.fault import Fault
+from boxwright.data.masks import rle
 
 # What JSON readers hold exactly, and what evaluation takes.
 _Id = Annotated[int, Meta(ge=0, le=2**53)]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxwright.data.coco import CocoDataset
 from boxwright.data.dataset import Category, Dataset
-from boxwright.data.fault import FaultyDataError
-from boxwright.data.layout import find_layout
+from boxwright.data.formats.fault import FaultyDataError
+from boxwright.data.formats.layout import find_layout
+from boxwright.data.indexed_dataset import CocoDataset
 from coco_files import document, write
 
 
