@@ -160,6 +160,50 @@ def test_traces_whole_and_runs_on_fake_tensors() -> None:
         assert rpn_match(anchors, targets, valid).labels.shape == (2, len(anchors))
 
 
+def retinanet_match(anchors: Tensor, targets: Targets, valid: Tensor) -> Matches:
+    return match(anchors, targets, positive_iou=0.5, negative_iou=0.4, low_quality=0.0)
+
+
+@pytest.mark.parametrize("matching", [rpn_match, retinanet_match])
+def test_graph_for_a_gpu_is_small_whatever_the_number_of_pairs(matching: Any) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(), torch.device("cuda"):
+        anchors = torch.empty(268_569, 4)
+        slots = torch.ones(16, 128, dtype=torch.bool)
+        targets = Targets(boxes=torch.empty(16, 128, 4), labels=slots.long(), valid=slots, crowd=slots)
+        valid = torch.ones(16, len(anchors), dtype=torch.bool)
+        torch.compile(matching, fullgraph=True, backend=record)(anchors, targets, valid)
+    assert len(graphs) == 1
+    assert len(graphs[0].graph.nodes) < 60
+
+
+def test_tiles_never_make_the_host_wait_for_a_gpu() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        candidates, objects = torch.empty(1, 5000, 4), torch.empty(2, 300, 4)
+        areas, object_areas = torch.empty(1, 5000), torch.empty(2, 300)
+        results = module.compare(
+            candidates, areas, objects, object_areas, torch.zeros(2, 300), 0.0, 0.7, 0.3, tile=100_000
+        )
+    assert {result.device.type for result in results} == {"cuda"}
+    assert {result.shape for result in results} == {(2, 5000)}
+
+
+def test_tiles_of_a_gpu_and_of_the_cpu_agree() -> None:
+    targets = targets_of(random_objects(6, 0), random_objects(3, 1), torch.zeros(0, 4))
+    objects = targets.boxes.nan_to_num()
+    object_areas = area(objects).masked_fill(~targets.valid, torch.inf)
+    crowd = torch.zeros(3, 8)
+    crowd[0, 1] = 1
+    arguments = (anchors_of()[None], area(anchors_of())[None], objects, object_areas, crowd, 0.0, 0.7, 0.3)
+    for on_cpu, on_gpu in zip(module.compare_all(*arguments), module.compare(*arguments, 50_000), strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+
+
 class LargestResult(TorchDispatchMode):
     """Remembers how many elements the largest result of an operation had."""
 
@@ -192,7 +236,7 @@ def test_thousands_of_objects_never_meet_all_candidates_at_once() -> None:
 def test_operator_is_well_behaved() -> None:
     objects = random_objects(5, 0)[None]
     arguments = (anchors_of()[None], area(anchors_of())[None], objects, area(objects), torch.zeros(1, 5), 0.0, 0.7, 0.3)
-    torch.library.opcheck(module.compare_on_cpu, arguments)
+    torch.library.opcheck(module.compare_all, arguments)
 
 
 def test_empty_slots_may_stand_between_full_ones() -> None:
