@@ -105,6 +105,9 @@ def coco_metrics(
         results: Labels are rows of the data set's categories.
         max_detections: Three rising limits of detections an image and category; COCO's numbers are stated for the
             last one (average recall: for each). Crowded images need more than COCO's 100.
+
+    Raises:
+        ValueError: As `GroundTruth.evaluator`.
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
     assert list(max_detections) == sorted(max_detections)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -48,20 +48,17 @@ class GroundTruth:
         runs = [self.coco_of_masks.ann_to_rle(thing) for thing in same]
         return Masks.of([run["counts"] for run in runs], [run["size"] for run in runs])
 
-    def require_images(self, results: Results) -> None:
-        """Check that the evaluated images are the ground truth's.
+    def require_fit(self, results: Results) -> None:
+        """Check that results can be measured with this ground truth.
+
+        Detections in images of the ground truth that were not evaluated are allowed: they do not count.
 
         Raises:
-            ValueError: No image was evaluated, or one that the ground truth does not have.
+            ValueError: As `require_images`, for the evaluated images and for those of the detections; or as
+                `Results.check`.
         """
-        if not len(results.evaluated):
-            raise ValueError("no image was evaluated, so there is nothing to measure")
-        unknown = sorted(set(results.evaluated.tolist()) - set(self.coco.get_img_ids()))
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} evaluated images are not in the ground truth, image id {unknown[0]} for one: "
-                "the results belong to another data set or split"
-            )
+        require_images(results, self.coco.get_img_ids())
+        results.check()
 
     def evaluator(
         self, results: Results, *, max_detections: Sequence[int], with_masks: bool = False
@@ -74,10 +71,9 @@ class GroundTruth:
             with_masks: Whether masks are compared, in place of boxes.
 
         Raises:
-            ValueError: No image was evaluated, or one that the ground truth does not have; or a mask is not of its
-                picture's size.
+            ValueError: As `require_fit`; or a mask is not of its image's size.
         """
-        self.require_images(results)
+        self.require_fit(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
         rows = np.column_stack([results.image_ids, results.boxes, results.scores, category_ids[results.labels]])
         rows = rows.reshape(-1, 7)
@@ -113,3 +109,33 @@ class GroundTruth:
                 "a mask in image {} is {} x {} pixels, the picture {} x {} (height x width): masks are measured in "
                 "pixels of the files".format(image_ids[first], *masks.sizes[rows[first]], *wanted[first])
             )
+
+
+def require_images(results: Results, image_ids: Collection[int]) -> None:
+    """Check that the evaluated images, and the images of all detections, are among `image_ids`.
+
+    Raises:
+        ValueError: No image was evaluated, or there are images that the ground truth does not have.
+    """
+    if not len(results.evaluated):
+        raise ValueError("no image was evaluated, so there is nothing to measure")
+    known = np.fromiter(image_ids, np.int64)
+    mend = "the results belong to another data set or another split. Measure them with the split that they come from"
+    unknown = np.setdiff1d(results.evaluated, known)
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown)} of {len(results.evaluated)} evaluated images are not in the ground truth "
+            f"(image ids {_examples(unknown)}): {mend}"
+        )
+    outside = ~np.isin(results.image_ids, known)
+    if outside.any():
+        unknown = np.unique(results.image_ids[outside])
+        raise ValueError(
+            f"{int(outside.sum())} of {len(results)} detections are of {len(unknown)} images that the ground truth "
+            f"does not have (image ids {_examples(unknown)}): {mend}"
+        )
+
+
+def _examples(image_ids: np.ndarray) -> str:
+    """The first three."""
+    return ", ".join(map(str, image_ids[:3].tolist())) + (", ..." if len(image_ids) > 3 else "")

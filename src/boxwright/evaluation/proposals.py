@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, mean_measured
+from boxwright.evaluation.ground_truth import require_images
 from boxwright.evaluation.objects import read_objects
 from boxwright.evaluation.results import Results
 
@@ -38,7 +39,8 @@ class RecallCounter:
         assert list(limits) == sorted(limits)
         self.limits = tuple(limits)
         objects = read_objects(dataset)
-        self._image_ids = frozenset(image["id"] for image in objects.images)
+        self.image_ids = frozenset(image["id"] for image in objects.images)
+        """Of all images of the data set."""
         columns = objects.columns
         order = np.argsort(columns["image_ids"], kind="stable")
         # What lies in crowd regions is neither right nor wrong.
@@ -59,7 +61,7 @@ class RecallCounter:
         Raises:
             ValueError: The data set does not have the image.
         """
-        if image_id not in self._image_ids:
+        if image_id not in self.image_ids:
             raise ValueError(
                 f"image id {image_id} was evaluated but is not in the ground truth: the proposals belong to another "
                 "data set or split"
@@ -102,11 +104,11 @@ def proposal_recall(dataset: Dataset, results: Results, *, limits: Sequence[int]
         limits: See `RecallCounter`.
 
     Raises:
-        ValueError: No image was evaluated, or one that the data set does not have.
+        ValueError: As `require_images` and `Results.check`.
     """
-    if not len(results.evaluated):
-        raise ValueError("no image was evaluated, so there is nothing to measure")
     counter = RecallCounter(dataset, limits)
+    require_images(results, counter.image_ids)
+    results.check()
     order = np.lexsort([-results.scores, results.image_ids])
     image_ids, boxes = results.image_ids[order], results.boxes[order]
     starts = np.searchsorted(image_ids, results.evaluated)

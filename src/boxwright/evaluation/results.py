@@ -6,6 +6,7 @@ N detections over M images; boxes here are COCO's (x, y, width, height) in pixel
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ _Length = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Run = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _MASKS_AT_ONCE = 500
 """Masks of a file are checked in pieces, whose runs fit a processor's cache."""
+_NOT_FINITE = re.compile(rb"(?<=[:,\[\s])-?(?:NaN|Infinity)\b")
+_BOX_FORM = "give boxes as [x, y, width, height], where (x, y) is the upper left corner"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,31 @@ class Results:
     def __len__(self) -> int:
         """The number of detections."""
         return len(self.image_ids)
+
+    def check(self) -> None:
+        """Check that every detection has a finite score and a finite box of width and height 0 or more.
+
+        COCO's API measures anything: it ranks NaN last, ignores a box with one negative side, because the area is
+        negative, and counts a box with two negative sides as a false positive.
+
+        Raises:
+            ValueError: A detection has not; the first such row is named.
+        """
+        for name, values in (("score", self.scores[:, None]), ("box", self.boxes)):
+            faulty = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if len(faulty):
+                row = faulty[0]
+                raise ValueError(
+                    f"detection {row} has the {name} {values[row].tolist()}, which is not finite ({len(faulty)} of "
+                    f"{len(self)} detections): leave out what is no number, and look for the cause in the detector"
+                )
+        negative = np.flatnonzero((self.boxes[:, 2:] < 0).any(axis=1))
+        if len(negative):
+            row = negative[0]
+            raise ValueError(
+                f"detection {row} has the box {self.boxes[row].tolist()} of negative width or height ({len(negative)} "
+                f"of {len(self)} detections): {_BOX_FORM}"
+            )
 
     def select(self, rows: np.ndarray) -> Results:
         """The detections at `rows` ([N] bool or [K] int); the evaluated images stay the same."""
@@ -142,9 +170,10 @@ def write_results(path: Path, results: Results, categories: Sequence[Category]) 
 
 
 def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence[int] | None = None) -> Results:
-    """Read a COCO results file of boxes, masks or both, from whatever program.
+    """Read a COCO results file of boxes, masks or both, from any program.
 
-    Where an entry has a mask alone, its box is the least one around the mask.
+    Where an entry has a mask alone, its box is the smallest one around the mask. Scores may be any finite numbers: only
+    their order matters. Boxes of width or height 0 are kept, as false positives.
 
     Args:
         path: The file.
@@ -152,11 +181,19 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
         evaluated: The image ids that the detector has seen; left out, those that occur in the file.
 
     Raises:
-        ValueError: The file is not in COCO results form, or names a category that the data set does not have.
+        ValueError: The file is not in COCO results form, has a category that the data set does not have, NaN,
+            infinity, or a box of negative width or height. `coco_metrics` refuses images that the data set does not
+            have.
     """
+    content = path.read_bytes()
     try:
-        rows = msgspec.json.decode(path.read_bytes(), type=list[_Row])
-    except msgspec.MsgspecError as error:
+        rows = msgspec.json.decode(content, type=list[_Row])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if number := _NOT_FINITE.search(content):
+            raise ValueError(
+                f"{path} holds {number[0].decode()} at byte {number.start()}: scores and boxes are finite numbers. "
+                "Leave such detections out, and look for the cause in the program that wrote the file"
+            ) from error
         raise ValueError(f"{path} is not a COCO results file of boxes or masks: {error}") from error
     labels = {category.id: label for label, category in enumerate(categories)}
     unknown = sorted({row.category_id for row in rows} - set(labels))
@@ -174,9 +211,16 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
             raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation: correct or remove it")
         around = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
         boxes = [least if box is None else box for box, least in zip(boxes, around, strict=True)]
+    box_array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    negative = np.flatnonzero((box_array[:, 2:] < 0).any(axis=1))
+    if len(negative):
+        raise ValueError(
+            f"{path}: entry {negative[0] + 1} has the bbox {list(boxes[negative[0]])} of negative width or height "
+            f"({len(negative)} of {len(rows)} entries): {_BOX_FORM}"
+        )
     return Results(
         image_ids=image_ids,
-        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        boxes=box_array,
         scores=np.array([row.score for row in rows], dtype=np.float64),
         labels=np.array([labels[row.category_id] for row in rows], dtype=np.int64),
         evaluated=np.unique(image_ids) if evaluated is None else np.asarray(evaluated, dtype=np.int64),

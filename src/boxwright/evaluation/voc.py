@@ -60,10 +60,10 @@ def voc_metrics(
         iou_threshold: VOC's is 0.5.
 
     Raises:
-        ValueError: No image was evaluated, or one that the ground truth does not have.
+        ValueError: As `GroundTruth.require_fit`.
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
-    truth.require_images(results)
+    truth.require_fit(results)
     images = np.unique(results.evaluated)
     labels_of = {category.id: label for label, category in enumerate(truth.categories)}
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist(), cat_ids=list(labels_of)))
