@@ -59,10 +59,10 @@ def write_annotations(path: Path, num_images: int, num_objects: int) -> None:
 
 def measure_reading(annotations: Path, cache: Path) -> None:
     """Print the time of one reading and this process's memory."""
-    from boxwright.data.formats.index import read_index
+    from boxwright.data.formats import read_index
 
     start, start_processor = time.perf_counter(), time.process_time()
-    index = read_index(annotations, cache)
+    index = read_index(annotations, cache_dir=cache)
     seconds, processor = time.perf_counter() - start, time.process_time() - start_processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1024
     print(

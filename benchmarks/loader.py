@@ -42,8 +42,8 @@ from torchvision.transforms import v2
 
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.data.buckets import Resize
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.detectors.detector import PixelNormalizer
 from boxwright.structures import map_tensors
@@ -85,7 +85,7 @@ STAGES: dict[str, Stages] = {
 class Ours:
     """The training loader, in this process, over and over."""
 
-    def __init__(self, dataset: CocoDataset, *, worker: bool = False, normalized: bool = False) -> None:
+    def __init__(self, dataset: IndexedDataset, *, worker: bool = False, normalized: bool = False) -> None:
         loader = TrainingLoader(
             dataset, batch_size=BATCH_SIZE, resize=Resize(SHORT, LONG), flip=0.5, seed=0, num_workers=0
         )
@@ -116,7 +116,7 @@ def normalize(normalizer: PixelNormalizer, images: Tensor, image_sizes: Tensor) 
 class Torchvision:
     """The pipeline of references/detection (presets.DetectionPresetTrain with hflip) and of the detectors."""
 
-    def __init__(self, dataset: CocoDataset, transform: Callable[[Image.Image, dict], tuple[Tensor, dict]]) -> None:
+    def __init__(self, dataset: IndexedDataset, transform: Callable[[Image.Image, dict], tuple[Tensor, dict]]) -> None:
         objects = [dataset.index.objects(int(row)) for row in dataset.rows]
         # Boxes are read beforehand: parsing annotations is not what is measured.
         self.samples = [
@@ -211,7 +211,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     split = find_layout(arguments.data)["train"]
-    dataset = CocoDataset(split.annotations, split.images)
+    dataset = IndexedDataset(split.annotations, split.images)
     dataset.rows = dataset.rows[(np.sort(dataset.image_sizes, axis=1) == (480, 640)).all(axis=1)]
 
     systems: dict[str, Callable[[], None]] = {

@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 
 from boxwright.data.buckets import Resize
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import TrainingLoader
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=667)
     arguments = parser.parse_args()
     split = find_layout(arguments.data)["train"]
-    dataset = CocoDataset(split.annotations, split.images)
+    dataset = IndexedDataset(split.annotations, split.images)
     print(f"Python {platform.python_version()}, torch {version('torch')}, {len(dataset)} images")
     for num_workers in arguments.workers:
         loader = TrainingLoader(

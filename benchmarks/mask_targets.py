@@ -23,8 +23,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.masks.mask_grid import mask_grid
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import MaskGrids
@@ -80,7 +80,7 @@ class Case:
 
 def cases(folder: Path, num_objects: int, rng: np.random.Generator) -> list[Case]:
     """Objects of the validation split, evenly over it, each with `NUM_BOXES` boxes."""
-    dataset = CocoDataset(*find_layout(folder)["val"])
+    dataset = IndexedDataset(*find_layout(folder)["val"])
     index = dataset.index
     rows = np.flatnonzero(index.has_mask)
     rows = rows[np.linspace(0, len(rows) - 1, min(num_objects, len(rows))).astype(int)]

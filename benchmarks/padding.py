@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from boxwright.data.buckets import Scale, assign_buckets, buckets_for, plan_scales
-from boxwright.data.formats.index import read_index
+from boxwright.data.formats import read_index
 
 CUTS = (32, 64, 96)
 

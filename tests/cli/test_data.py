@@ -44,7 +44,7 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["{}/none"], "there is no such folder"),
-        (["{}"], "no COCO or VOC data set was recognised"),
+        (["{}"], "the folder is not in a known format (COCO, VOC)"),
         ([], "give either a folder, or both"),
         (["--annotations", "{}/a.json"], "give either a folder, or both"),
         (["--annotations", "{}/a.json", "--images", "{}"], "a.json"),

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from boxwright.cli.main import app
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.data.shapes import write_shapes
 from boxwright.detectors.rcnn import fast_rcnn
@@ -66,7 +66,7 @@ def test_both_splits_are_written_and_measured(folder: Path) -> None:
     assert re.search(r"proposals: [\d,]+ proposals of 13 images \(train, val\)", output)
     layout = find_layout(folder / "data")
     for name in ("train", "val"):
-        dataset = CocoDataset(*layout[name])
+        dataset = IndexedDataset(*layout[name])
         file = ProposalFile(folder / "proposals", split=name)
         file.require(dataset.image_ids)
         for image_id, size in zip(dataset.image_ids.tolist(), dataset.image_sizes.tolist(), strict=True):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from boxwright.cli.main import app
 from boxwright.data.dataset import Category
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.detectors.rcnn import RCNN
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import read_results
@@ -43,7 +43,7 @@ def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for word in ("AP50", "ARl", "Platelets", "objects", "results.json", "report.html"):
         assert word in result.stdout
-    dataset = CocoDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
+    dataset = IndexedDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
     results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
     assert len(results)
     summary = coco_metrics(dataset, results).summary
@@ -57,7 +57,7 @@ def test_vocs_numbers(few_cells: Path, tmp_path: Path, metric: Interpolation) ->
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu", "--metric", metric]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    dataset = CocoDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
+    dataset = IndexedDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
     results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
     expected = voc_metrics(dataset, results, interpolation=metric)
     assert f"mAP of {metric} {100 * expected.mean:.1f}" in result.stdout
@@ -88,7 +88,7 @@ def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypat
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     shown = re.split(r"^masks ", result.stdout, flags=re.MULTILINE)[1]
-    dataset = CocoDataset(file, few_cells / "JPEGImages")
+    dataset = IndexedDataset(file, few_cells / "JPEGImages")
     metrics = coco_metrics(dataset, read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist()))
     assert metrics.masks is not None
     assert metrics.masks.summary["AR100"] > 0

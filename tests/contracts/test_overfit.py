@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from boxwright.data.buckets import Resize
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.detectors.rcnn import mask_rcnn
 from boxwright.evaluation.evaluate import evaluate
@@ -21,7 +21,7 @@ NUM_STEPS = 180
 PEAK_LEARNING_RATE = 2.5e-3
 
 
-def four_pictures(folder: Path, annotations: Path) -> CocoDataset:
+def four_pictures(folder: Path, annotations: Path) -> IndexedDataset:
     """The first pictures of `coco_mini` with one to three large objects each and nothing else."""
     page = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     objects: dict[int, list[dict]] = {}
@@ -36,7 +36,7 @@ def four_pictures(folder: Path, annotations: Path) -> CocoDataset:
     ][:4]
     kept = [o for image in chosen for o in objects[image["id"]]]
     annotations.write_text(json.dumps({**page, "images": chosen, "annotations": kept}))
-    return CocoDataset(annotations, folder / "train2017")
+    return IndexedDataset(annotations, folder / "train2017")
 
 
 def test_four_real_pictures_and_their_masks_are_learnt_by_heart(data_dir: Path, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from boxwright.data.dataset import Category, Dataset
+from boxwright.data.formats import find_layout
 from boxwright.data.formats.fault import FaultyDataError
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from coco_files import document, write
 
 
-def open_dataset(folder: Path, content: dict | None = None, **options: object) -> CocoDataset:
-    return CocoDataset(*write(folder, content), cache_dir=folder / "cache", **options)
+def open_dataset(folder: Path, content: dict | None = None, **options: object) -> IndexedDataset:
+    return IndexedDataset(*write(folder, content), cache_dir=folder / "cache", **options)
 
 
 def test_samples(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_samples(tmp_path: Path) -> None:
 
 
 def test_masks_are_those_of_the_file(tmp_path: Path) -> None:
-    dataset = CocoDataset(*write(tmp_path), cache_dir=tmp_path)
+    dataset = IndexedDataset(*write(tmp_path), cache_dir=tmp_path)
     (none,), (polygons, crowd, runs) = dataset[0].masks, dataset[1].masks
     assert none is None
     assert [polygon.tolist() for polygon in polygons] == [
@@ -100,19 +100,19 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
     (images / "a.png").rename(tmp_path / "a.png")
     (images / "a.png").symlink_to(tmp_path / "a.png")
     with pytest.raises(FaultyDataError, match="image 7: is a link that leaves"):
-        CocoDataset(annotations, images, cache_dir=tmp_path / "cache")
+        IndexedDataset(annotations, images, cache_dir=tmp_path / "cache")
     (images / "a.png").unlink()
     (images / "a.png").symlink_to(images / "sub" / "b.png")
-    assert len(CocoDataset(annotations, images, cache_dir=tmp_path / "cache")) == 2
+    assert len(IndexedDataset(annotations, images, cache_dir=tmp_path / "cache")) == 2
     (images / "sub").rename(tmp_path / "sub")
     (images / "sub").symlink_to(tmp_path / "sub")
     with pytest.raises(FaultyDataError, match="image 3: is a link that leaves"):
-        CocoDataset(annotations, images, cache_dir=tmp_path / "cache")
+        IndexedDataset(annotations, images, cache_dir=tmp_path / "cache")
     # The image folder itself may be a link, as data folders often are.
     (tmp_path / "link").symlink_to(images)
     (images / "sub").unlink()
     (tmp_path / "sub").rename(images / "sub")
-    assert len(CocoDataset(annotations, tmp_path / "link", cache_dir=tmp_path / "cache")) == 2
+    assert len(IndexedDataset(annotations, tmp_path / "link", cache_dir=tmp_path / "cache")) == 2
 
 
 def test_missing_images_are_listed(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_missing_images_are_listed(tmp_path: Path) -> None:
     assert "none/109.png: image 109: is missing" in str(caught.value)
     assert "and 10 more" in str(caught.value)
     with pytest.raises(ValueError, match="no such image folder"):
-        CocoDataset(tmp_path / "instances_train.json", tmp_path / "none", cache_dir=tmp_path / "cache")
+        IndexedDataset(tmp_path / "instances_train.json", tmp_path / "none", cache_dir=tmp_path / "cache")
 
 
 def test_backslash_in_a_missing_file_name(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 60), "red").save(images / "a.png", format="JPEG", exif=exif)
-    dataset = CocoDataset(annotations, images, cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(annotations, images, cache_dir=tmp_path / "cache")
     assert dataset[0].image.shape == (40, 60, 3)
     Image.new("RGB", (60, 40), "red").save(images / "a.png", format="JPEG", exif=exif)
     with pytest.raises(FaultyDataError, match="EXIF orientation"):
@@ -162,7 +162,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
 def test_every_kind_of_picture_is_rgb(tmp_path: Path, mode: str) -> None:
     annotations, images = write(tmp_path)
     Image.new("RGB", (60, 40), "white").convert(mode).save(images / "a.png")
-    image = CocoDataset(annotations, images, cache_dir=tmp_path / "cache")[0].image
+    image = IndexedDataset(annotations, images, cache_dir=tmp_path / "cache")[0].image
     np.testing.assert_array_equal(image, np.full((40, 60, 3), 255))
 
 
@@ -176,7 +176,7 @@ def test_unreadable_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["coco_mini", "bccd", "nuclei"])
 def test_real_data(data_dir: Path, tmp_path: Path, name: str) -> None:
     for split in find_layout(data_dir / name).values():
-        dataset = CocoDataset(*split, cache_dir=tmp_path)
+        dataset = IndexedDataset(*split, cache_dir=tmp_path)
         assert dataset.dropped == {}
         for position in (0, len(dataset) - 1):
             sample = dataset[position]

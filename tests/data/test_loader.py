@@ -16,8 +16,8 @@ import torch
 from boxwright.data.augment import Photometric
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Sample
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.structures import Batch, MaskGrids, Targets
 from pictures import SIZES, Pictures, StatedPictures
@@ -306,7 +306,7 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(("folder", "num_images"), [("coco_mini", 206), ("bccd", 87)])
 def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) -> None:
     split = find_layout(data_dir / folder)["val"]
-    dataset = CocoDataset(split.annotations, split.images)
+    dataset = IndexedDataset(split.annotations, split.images)
     assert len(dataset) == num_images
     resize = Resize(160, 267)
     seen = []

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
+from boxwright.data.formats import find_layout
 from boxwright.data.formats.check import check
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.shapes import NAMES, draw_picture, write_shapes
 
 
@@ -26,7 +26,7 @@ def test_is_sound(folder: Path, tmp_path: Path) -> None:
     layout = find_layout(folder)
     assert list(layout) == ["train", "val"]
     assert [check(*split) for split in layout.values()] == [[], []]
-    datasets = [CocoDataset(*split, cache_dir=tmp_path) for split in layout.values()]
+    datasets = [IndexedDataset(*split, cache_dir=tmp_path) for split in layout.values()]
     assert [len(dataset) for dataset in datasets] == [12, 5]
     assert tuple(category.name for category in datasets[0].categories) == NAMES
     assert 1 < datasets[0].max_objects <= 8
@@ -36,7 +36,7 @@ def test_is_sound(folder: Path, tmp_path: Path) -> None:
 
 
 def test_boxes_and_areas_are_those_of_the_polygons(folder: Path, tmp_path: Path) -> None:
-    index = CocoDataset(*find_layout(folder)["train"], cache_dir=tmp_path).index
+    index = IndexedDataset(*find_layout(folder)["train"], cache_dir=tmp_path).index
     for row, box in enumerate(index.boxes):
         (polygon,) = index.polygons(row)
         np.testing.assert_allclose(np.concatenate([polygon.min(0), polygon.max(0)]), box, atol=1e-3)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from boxwright.data.concat import ConcatDataset, RepeatDataset
 from boxwright.data.dataset import Category, Dataset, Mask, Sample
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.masks import Masks
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.ground_truth import GroundTruth
@@ -41,7 +41,7 @@ class Hidden:
 
 
 @pytest.fixture(scope="module")
-def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexedDataset:
     """40 pictures of COCO, those with crowd regions first; categories in the file's order."""
     source = data_dir / "coco_mini"
     page = json.loads((source / "annotations" / "instances_val2017.json").read_bytes())
@@ -52,7 +52,7 @@ def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CocoD
     assert sum(thing["iscrowd"] for thing in page["annotations"]) > 10
     folder = tmp_path_factory.mktemp("coco_mini")
     (folder / "instances.json").write_text(json.dumps(page))
-    return CocoDataset(folder / "instances.json", source / "val2017", cache_dir=folder / "cache")
+    return IndexedDataset(folder / "instances.json", source / "val2017", cache_dir=folder / "cache")
 
 
 def shifted(dataset: Dataset) -> Results:
@@ -74,7 +74,7 @@ def shifted(dataset: Dataset) -> Results:
     )
 
 
-def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: CocoDataset, tmp_path: Path) -> None:
+def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: IndexedDataset, tmp_path: Path) -> None:
     """Polygons, several of an object, and the runs of crowd regions come through the samples."""
     results = shifted(coco_mini)
     write_results(tmp_path / "results.json", results, coco_mini.categories)
@@ -96,7 +96,7 @@ def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: CocoDatase
     assert of_samples.masks.num_objects.tolist() == of_file.masks.num_objects.tolist()
 
 
-def test_joined_halves_are_measured_as_the_whole(coco_mini: CocoDataset, tmp_path: Path) -> None:
+def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_path: Path) -> None:
     """Areas, crowd regions and boxes beyond the picture are the files' own; classes and ids those of the whole."""
     page = json.loads(coco_mini.annotations.read_bytes())
     page["annotations"][0]["bbox"][0] -= 7  # training cuts this box
@@ -112,10 +112,10 @@ def test_joined_halves_are_measured_as_the_whole(coco_mini: CocoDataset, tmp_pat
             ]
         path = tmp_path / f"{half}.json"
         path.write_text(json.dumps(other))
-        parts.append(CocoDataset(path, coco_mini.images, cache_dir=tmp_path))
+        parts.append(IndexedDataset(path, coco_mini.images, cache_dir=tmp_path))
     path = tmp_path / "whole.json"
     path.write_text(json.dumps(page))
-    whole, joined = CocoDataset(path, coco_mini.images, cache_dir=tmp_path), ConcatDataset(parts)
+    whole, joined = IndexedDataset(path, coco_mini.images, cache_dir=tmp_path), ConcatDataset(parts)
     results = shifted(whole)
     wanted, metrics = coco_metrics(whole, results), coco_metrics(joined, results)
     assert metrics.numbers == wanted.numbers
@@ -124,14 +124,14 @@ def test_joined_halves_are_measured_as_the_whole(coco_mini: CocoDataset, tmp_pat
 
 
 def test_a_part_twice_is_measured_twice_without_pictures_that_it_leaves_out(
-    coco_mini: CocoDataset, tmp_path: Path
+    coco_mini: IndexedDataset, tmp_path: Path
 ) -> None:
     page = json.loads(coco_mini.annotations.read_bytes())
     page["images"] = page["images"][-20:]
     empty, *kept = [image["id"] for image in page["images"]]
     page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
     (tmp_path / "a.json").write_text(json.dumps(page))
-    full = CocoDataset(tmp_path / "a.json", coco_mini.images, keep_empty=False, cache_dir=tmp_path)
+    full = IndexedDataset(tmp_path / "a.json", coco_mini.images, keep_empty=False, cache_dir=tmp_path)
     assert empty not in full.image_ids
     twice = ConcatDataset([full, full])
     results = shifted(twice)

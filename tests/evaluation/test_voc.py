@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from boxwright.data.dataset import Category, Sample
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.results import Results, read_results
 from boxwright.evaluation.voc import average_precision, voc_metrics
@@ -184,7 +184,7 @@ def test_only_evaluated_images_count() -> None:
 
 
 def test_classes_of_the_file_that_the_data_set_leaves_out_do_not_count(tmp_path: Path) -> None:
-    dataset = CocoDataset(*write_voc(tmp_path), cache_dir=tmp_path)
+    dataset = IndexedDataset(*write_voc(tmp_path), cache_dir=tmp_path)
 
     class OneClass:
         annotations = dataset.annotations
@@ -211,14 +211,14 @@ def test_no_object_at_all() -> None:
 
 def test_difficult_objects_of_voc_files_are_ignored(tmp_path: Path) -> None:
     objects: list[Object] = [("ant", (1, 1, 10, 10), 0), ("ant", (31, 21, 40, 30), 1)]
-    dataset = CocoDataset(*write_voc(tmp_path, {"000000": objects}), cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(*write_voc(tmp_path, {"000000": objects}), cache_dir=tmp_path / "cache")
     detections = np.array([[0, 0, 0.9, 31, 21, 40, 30], [0, 0, 0.8, *HALF]])
     assert voc_metrics(dataset, as_results(detections, 1), interpolation="voc07").mean == 1
 
 
 def test_is_near_cocos_ap50(data_dir: Path, tmp_path: Path) -> None:
     folder = data_dir / "coco_mini"
-    dataset = CocoDataset(folder / "annotations" / "instances_val2017.json", folder / "val2017", cache_dir=tmp_path)
+    dataset = IndexedDataset(folder / "annotations" / "instances_val2017.json", folder / "val2017", cache_dir=tmp_path)
     path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
     results = read_results(path, dataset.categories, dataset.image_ids.tolist())
     coco = coco_metrics(dataset, results)

@@ -21,8 +21,8 @@ from boxwright.assign.sample import sample
 from boxwright.backbones.backbone import PYTORCH
 from boxwright.data.augment import place
 from boxwright.data.collate import PlacedSample, collate
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.heads.rpn_head import SAMPLING_SALT, RPNConfig
 from boxwright.importers.rules import rename
 from boxwright.importers.torchvision import rules
@@ -72,7 +72,7 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
 
 def real_objects(folder: Path, num_images: int = 2) -> Batch:
     """Landscape pictures of `coco_mini`'s val2017 on one canvas, with their real objects and masks, several on each."""
-    dataset = CocoDataset(*find_layout(folder / "coco_mini")["val"])
+    dataset = IndexedDataset(*find_layout(folder / "coco_mini")["val"])
     placed = []
     for row in range(len(dataset)):
         objects = dataset.index.objects(row)

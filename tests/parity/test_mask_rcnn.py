@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.models.detection import MaskRCNN, roi_heads
 
 from boxwright.backbones.fpn import resnet_fpn
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.detectors.rcnn import RCNN, mask_rcnn
 from boxwright.geometry.conventions import TORCHVISION
 from boxwright.heads.box_head import BoxConfig
@@ -53,7 +53,7 @@ def batch(data_dir: Path) -> Batch:
 @pytest.fixture(scope="module")
 def bitmaps(data_dir: Path, batch: Batch) -> list[Tensor]:
     """Each picture's masks as pixels of the canvas, drawn by pycocotools from the polygons of the file."""
-    index = CocoDataset(*find_layout(data_dir / "coco_mini")["val"]).index
+    index = IndexedDataset(*find_layout(data_dir / "coco_mini")["val"]).index
     drawn = []
     for image_id, matrix, (height, width) in zip(
         batch.image_ids.tolist(), batch.transforms.numpy(), batch.image_sizes.tolist(), strict=True

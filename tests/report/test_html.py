@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results, read_results
@@ -19,7 +19,7 @@ from boxwright.report.html import write_report
 
 def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
     folder = data_dir / "coco_mini"
-    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
     path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
     results = read_results(path, dataset.categories, dataset.image_ids.tolist())
     metrics = coco_metrics(dataset, results)
@@ -44,7 +44,7 @@ def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
 def test_report_of_masks(data_dir: Path, tmp_path: Path) -> None:
     """On COCO's pictures: the annotated objects of half of the images as results."""
     folder = data_dir / "coco_mini"
-    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
     truth = GroundTruth(dataset)
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids[::2].tolist(), iscrowd=False))
     labels = {category.id: label for label, category in enumerate(dataset.categories)}
@@ -72,7 +72,7 @@ def test_report_of_masks(data_dir: Path, tmp_path: Path) -> None:
 
 def test_report_of_proposals(data_dir: Path, tmp_path: Path) -> None:
     folder = data_dir / "coco_mini"
-    dataset = CocoDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
     path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
     results = read_results(path, dataset.categories)
     recall = {"AR@100": 0.4, "AR@1000": -1.0, "ARs@100": 0.2}
@@ -97,7 +97,7 @@ def test_a_class_without_masks_leaves_the_curve_of_the_others(data_dir: Path, tm
             del thing["segmentation"]
     annotations = tmp_path / "instances_val.json"
     annotations.write_text(json.dumps(document))
-    dataset = CocoDataset(annotations, source.images, cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(annotations, source.images, cache_dir=tmp_path / "cache")
     truth = GroundTruth(dataset)
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids.tolist(), iscrowd=False))
     labels = {category.id: label for label, category in enumerate(dataset.categories)}

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 
 from boxwright.benchmark.plan import Plan
-from boxwright.data.dataset import Category, Dataset, Sample
+from boxwright.data.dataset import Category, Dataset, DatasetInfo, Sample
 from boxwright.data.decode import decode_image
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.data.shapes import draw_picture
@@ -91,7 +91,7 @@ def open_pictures(plan: Plan) -> Iterator[Dataset]:
     """
     if plan.data:
         layout = find_layout(Path(plan.data))
-        yield CocoDataset(*(layout["train"] if "train" in layout else next(iter(layout.values()))))
+        yield IndexedDataset(*(layout["train"] if "train" in layout else next(iter(layout.values()))))
         return
     height, width = plan.size or (3 * _LONG_SIDE // 4, _LONG_SIDE)
     factor = _LONG_SIDE / max(height, width)
@@ -105,16 +105,16 @@ def given_proposals(dataset: Dataset, experiment: Experiment, needed: bool) -> I
     if not needed:
         yield None
         return
-    sizes: np.ndarray = np.asarray(getattr(dataset, "image_sizes"))  # noqa: B009, not of every Dataset
+    info = DatasetInfo(dataset)
     count = experiment.given_proposals
     with TemporaryDirectory() as folder:
         path = Path(folder) / "random.proposals"
         page = {"splits": [{"name": "all", "images": len(dataset)}]}
         write_proposals(
             path,
-            image_ids=np.asarray(getattr(dataset, "image_ids")),  # noqa: B009
+            image_ids=info.image_ids,
             counts=[count] * len(dataset),
-            images=(_random_boxes(size, count) for size in sizes),
+            images=(_random_boxes(size, count) for size in info.image_sizes),
             page=page,
         )
         yield ProposalFile(path, limit=count)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from boxwright.data.formats import Split
     from boxwright.data.formats.fault import Fault
-    from boxwright.data.formats.layout import Split
 
 app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=True)
 
@@ -18,19 +18,19 @@ app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=Tru
 @app.command()
 def check(
     folder: Annotated[
-        Path | None, typer.Argument(help="A folder in one of the usual COCO layouts, or in VOC's.")
+        Path | None, typer.Argument(help="Folder of a data set, in any format that Boxwright reads.")
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="A COCO JSON file, or a VOC list of images, instead of a folder.")
+        Path | None, typer.Option(help="Annotations of one split, such as a COCO JSON file, instead of a folder.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder that its file names start from.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder of --annotations.")] = None,
 ) -> None:
     """List everything that is wrong with a data set, and how to mend it; exit status 1 if anything is.
 
     Every picture is decoded. An `error` is refused by training; it leaves out what is `dropped` and cuts what is
     `clipped`.
     """
-    from boxwright.data.formats.layout import Split, find_layout
+    from boxwright.data.formats import Split, find_layout
 
     if folder and not annotations and not images:
         layout = find_layout(folder)

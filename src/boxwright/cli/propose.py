@@ -10,20 +10,20 @@ import typer
 from boxwright.cli.options import PrecisionOption
 
 if TYPE_CHECKING:
-    from boxwright.data.formats.layout import Split
+    from boxwright.data.formats import Split
     from boxwright.detectors.detector import Detector
 
 
 def propose(
     model: Annotated[str, typer.Argument(help="An RPN: a run's folder, a weights file, its URL, or one of the zoo.")],
     out: Annotated[Path, typer.Option(help="The proposals file to write.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a data set, in any format that Boxwright reads.")] = None,
     split: Annotated[
         list[str] | None,
         typer.Option(help="Which split of it: train, val or test; may be repeated.", show_default="train and val"),
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
+        Path | None, typer.Option(help="Annotations of one split, such as a COCO file, instead of --data.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     num_proposals: Annotated[int, typer.Option(min=1, help="The best so many of an image are written.")] = 1000,
@@ -42,7 +42,7 @@ def propose(
     import hashlib
 
     from boxwright.cli.console import ImageProgress, print_numbers
-    from boxwright.data.indexed_dataset import CocoDataset
+    from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.loader import EvaluationLoader
     from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.propose import ProposalWriter
@@ -56,7 +56,7 @@ def propose(
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         if not isinstance(predictor.detector, ProposalNetwork):
             raise ValueError(f"{model} is no RPN: train one, such as rpn_r50_fpn_1x, and name its run")
-        datasets = {name: CocoDataset(*chosen_split) for name, chosen_split in splits.items()}
+        datasets = {name: IndexedDataset(*chosen_split) for name, chosen_split in splits.items()}
         with ProposalWriter(out) as writer:
             for name, dataset in datasets.items():
                 loader = EvaluationLoader(
@@ -89,7 +89,7 @@ def propose(
 
 def _splits(data: Path | None, names: list[str], annotations: Path | None, images: Path | None) -> dict[str, Split]:
     """The splits to work on, by name."""
-    from boxwright.data.formats.layout import Split, find_layout
+    from boxwright.data.formats import Split, find_layout
 
     if annotations is not None and images is not None and data is None:
         if len(names) > 1:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def measure(
     model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a model of the zoo.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a COCO- or VOC-style data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a data set, in any format that Boxwright reads.")] = None,
     split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
     annotations: Annotated[
-        Path | None, typer.Option(help="A COCO file, or a VOC list of images, in place of --data.")
+        Path | None, typer.Option(help="Annotations of one split, such as a COCO file, instead of --data.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     proposals: Annotated[
@@ -68,8 +68,8 @@ def measure(
     Start it by torchrun to share the images out over several devices.
     """
     from boxwright.cli.console import ImageProgress, print_numbers
-    from boxwright.data.formats.layout import Split, find_layout
-    from boxwright.data.indexed_dataset import CocoDataset
+    from boxwright.data.formats import Split, find_layout
+    from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.loader import EvaluationLoader
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.detectors.detector import require_proposals
@@ -103,7 +103,7 @@ def measure(
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         require_proposals(predictor.detector, proposals is not None)
-        dataset = CocoDataset(*chosen_split)
+        dataset = IndexedDataset(*chosen_split)
         limit = predictor.experiment.given_proposals
         given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = cast("Detector", predictor.detector)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from boxwright.data.dataset import Dataset
-    from boxwright.data.formats.layout import Split
-    from boxwright.data.indexed_dataset import CocoDataset
+    from boxwright.data.formats import Split
+    from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.proposals import ProposalFile
     from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
@@ -29,8 +29,8 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of a COCO- or VOC-style data set: its train split is learnt from, val evaluated. May be "
-            "repeated: all train splits are learnt from together, the first val split is evaluated."
+            help="Folder of a data set, in any format that Boxwright reads. Trains on train, evaluates on val. "
+            "May be repeated: trains on all train splits together, evaluates on the first val split."
         ),
     ] = None,
     out: Annotated[
@@ -71,11 +71,11 @@ def train(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
     train_annotations: Annotated[
-        Path | None, typer.Option(help="COCO file, or VOC list of images, to learn from, in place of --data.")
+        Path | None, typer.Option(help="Annotations to train on, such as a COCO file, instead of --data.")
     ] = None,
     train_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     val_annotations: Annotated[
-        Path | None, typer.Option(help="COCO file, or VOC list of images, to evaluate on, in place of --data.")
+        Path | None, typer.Option(help="Annotations to evaluate on, such as a COCO file, instead of --data.")
     ] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     log_every: Annotated[
@@ -93,7 +93,7 @@ def train(
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
     from boxwright.data.concat import ConcatDataset
-    from boxwright.data.indexed_dataset import CocoDataset
+    from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.recipes import find_recipe
     from boxwright.training.distributed import process_group, rank
@@ -118,9 +118,9 @@ def train(
     with process_group(device) as place:
         for name, split in [*(("train", split) for split in train_splits), *(("val", split) for split in val_splits)]:
             say(f"{name}: {split.annotations}, images in {split.images}")
-        parts = [CocoDataset(*split) for split in train_splits]
+        parts = [IndexedDataset(*split) for split in train_splits]
         dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        val = CocoDataset(*val_splits[0]) if val_splits else None
+        val = IndexedDataset(*val_splits[0]) if val_splits else None
         for part in parts:
             for what, count in part.dropped.items():
                 say(f"{part.annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
@@ -170,7 +170,7 @@ class Validation:
         self,
         experiment: Experiment,
         dataset: Dataset,
-        val: CocoDataset,
+        val: IndexedDataset,
         num_workers: int,
         proposals: ProposalFile | None = None,
     ) -> None:
@@ -237,7 +237,7 @@ def _splits(
     folders: list[Path], train: tuple[Path | None, Path | None], val: tuple[Path | None, Path | None]
 ) -> tuple[list[Split], list[Split]]:
     """What is learnt from, and the split to evaluate on if any; those named one by one before those that are found."""
-    from boxwright.data.formats.layout import Split, find_layout
+    from boxwright.data.formats import Split, find_layout
 
     layouts = [find_layout(folder) for folder in folders]
     found = {name: [layout[name] for layout in layouts if name in layout] for name in ("train", "val")}

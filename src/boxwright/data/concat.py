@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.data.categories import match_by_name
-from boxwright.data.dataset import Category, Dataset, Sample
+from boxwright.data.dataset import Category, Dataset, DatasetInfo, Sample
 
 
 class ConcatDataset:
@@ -32,7 +31,8 @@ class ConcatDataset:
         if not parts:
             raise ValueError("there are no data sets to join: give at least one")
         self.parts = tuple(parts)
-        names = [str(getattr(part, "annotations", f"data set {k}")) for k, part in enumerate(parts, 1)]
+        infos = [DatasetInfo(part) for part in parts]
+        names = [str(info.annotations or f"data set {number}") for number, info in enumerate(infos, 1)]
         self.categories: tuple[Category, ...] = tuple(parts[0].categories)
         """The first part's."""
         self.part_labels = [
@@ -49,22 +49,21 @@ class ConcatDataset:
             for name, part in zip(names, parts, strict=True)
         ]
         """For each part, the joined data set's label of each of its own."""
-        facts = [_facts(part) for part in parts]
-        self.image_sizes: NDArray[np.int64] = np.concatenate([sizes for sizes, _, _ in facts])
+        self.image_sizes: NDArray[np.int64] = np.concatenate([info.image_sizes for info in infos])
         """[N, 2] int64, (height, width)."""
-        self.max_objects = max(most for _, _, most in facts)
-        """Objects of the fullest picture."""
-        self.num_masks, self.num_without_mask = _mask_counts(parts)
-        """Objects with a mask (None where a part does not say), and known to have none."""
+        self.max_objects = max(info.max_objects for info in infos)
+        """The largest number of objects on one image."""
+        self.num_masks, self.num_without_mask = _mask_counts(infos)
+        """Objects with a mask (None if a part does not state it), and objects known to have none."""
         self.image_ids: NDArray[np.int64] = np.zeros(0, np.int64)
         """[N] int64, unique if those of each part are."""
         self.part_shifts: list[int] = []
         """For each part, by how much its image ids are raised."""
-        for _, ids, _ in facts:
-            taken = self.image_ids
-            shift = int(taken.max()) + 1 - int(ids.min()) if np.isin(ids, taken).any() else 0
+        for info in infos:
+            previous, ids = self.image_ids, info.image_ids
+            shift = int(previous.max()) + 1 - int(ids.min()) if np.isin(ids, previous).any() else 0
             self.part_shifts.append(shift)
-            self.image_ids = np.concatenate([taken, ids + shift])
+            self.image_ids = np.concatenate([previous, ids + shift])
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -95,12 +94,14 @@ class RepeatDataset:
             raise ValueError(f"times={times}: give at least 1")
         self.dataset, self.times = dataset, times
         self.categories: Sequence[Category] = dataset.categories
-        sizes, ids, self.max_objects = _facts(dataset)
-        self.num_masks, self.num_without_mask = _mask_counts([dataset])
-        """Of the data set itself: objects with a mask (None where it does not say), and known to have none."""
-        self.image_sizes: NDArray[np.int64] = np.tile(sizes, (times, 1))
+        info = DatasetInfo(dataset)
+        self.max_objects = info.max_objects
+        """The largest number of objects on one image."""
+        self.num_masks, self.num_without_mask = _mask_counts([info])
+        """Objects with a mask (None if the data set does not state it) and known to have none, each counted once."""
+        self.image_sizes: NDArray[np.int64] = np.tile(info.image_sizes, (times, 1))
         """[N, 2] int64, (height, width)."""
-        self.image_ids: NDArray[np.int64] = np.tile(ids, times)
+        self.image_ids: NDArray[np.int64] = np.tile(info.image_ids, times)
         """[N] int64, each id `times` times."""
 
     def __len__(self) -> int:
@@ -111,23 +112,8 @@ class RepeatDataset:
         return self.dataset[position % len(self.dataset)]
 
 
-def _mask_counts(parts: Sequence[Dataset]) -> tuple[int | None, int]:
-    """Objects with a mask, None where a part does not say; and those that are known to have none."""
-    with_mask = [getattr(part, "num_masks", None) for part in parts]
-    stated = [count for count in with_mask if count is not None]
-    total = sum(stated) if len(stated) == len(parts) else None
-    return total, sum(getattr(part, "num_without_mask", 0) for part in parts)
-
-
-def _facts(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Sizes [N, 2] and ids [N] of the pictures and the objects of the fullest; a pass over all where not stated."""
-    if not len(dataset):
-        return np.zeros((0, 2), np.int64), np.zeros(0, np.int64), 0
-    stated: list[Any] = [getattr(dataset, name, None) for name in ("image_sizes", "image_ids", "max_objects")]
-    if any(fact is None for fact in stated):
-        samples = map(dataset.__getitem__, range(len(dataset)))
-        sizes, ids, counts = zip(
-            *((sample.image.shape[:2], sample.image_id, len(sample.boxes)) for sample in samples), strict=True
-        )
-        stated = [sizes, ids, max(counts)]
-    return np.asarray(stated[0], np.int64), np.asarray(stated[1], np.int64), int(stated[2])
+def _mask_counts(infos: Sequence[DatasetInfo]) -> tuple[int | None, int]:
+    """Objects with a mask (None if a part does not state it), and objects known to have none."""
+    stated = [info.num_masks for info in infos if info.num_masks is not None]
+    total = sum(stated) if len(stated) == len(infos) else None
+    return total, sum(info.num_without_mask or 0 for info in infos)

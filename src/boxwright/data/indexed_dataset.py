@@ -1,4 +1,4 @@
-"""COCO or Pascal VOC annotations and a folder of pictures as a data set."""
+"""A data set of annotations in any known format, and a folder of images."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from numpy.typing import NDArray
 
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import MAX_PIXELS, decode_image
+from boxwright.data.formats import read_index
 from boxwright.data.formats.check import decode_fault, file_faults, size_fault
 from boxwright.data.formats.fault import Fault, FaultyDataError
-from boxwright.data.formats.index import CocoIndex, read_index
+from boxwright.data.formats.index import AnnotationIndex
 
 _MIN_SIDE_2018 = 32
 
 
-class CocoDataset:
-    """Pictures with their objects from a COCO annotation file, or from the XML files that a VOC split lists.
+class IndexedDataset:
+    """The images of one split with their objects, in any of the formats of `boxwright.data.formats`.
 
-    Holds memory maps and pickles as paths, so that workers share one copy of the annotations.
+    It holds memory maps and pickles as paths, so that workers share one copy of the annotations.
     """
 
     def __init__(
@@ -31,26 +32,26 @@ class CocoDataset:
         max_pixels: int = MAX_PIXELS,
         cache_dir: Path | None = None,
     ) -> None:
-        """Open a data set; `CocoDataset(*find_layout(folder)["train"])` opens what a folder holds.
+        """Open a split; `IndexedDataset(*find_layout(folder)["train"])` opens the training split of a folder.
 
         Args:
-            annotations: The COCO JSON file, or VOC's `ImageSets/Main/SPLIT.txt`.
-            images: The folder that its file names start from.
-            keep_empty: Whether images without objects are kept, to be learnt from as background. False leaves them out,
-                and images with a side under 32 pixels, like the 2018 toolbox.
-            max_pixels: Refuse pictures with more.
+            annotations: The split's annotations: a COCO JSON file, a VOC list `ImageSets/Main/SPLIT.txt`, ...
+            images: The image folder; file names are relative to it.
+            keep_empty: Whether to keep images without objects, which are background in training. False leaves them out,
+                and also images with a side under 32 pixels, like mmdetection 0.5.
+            max_pixels: Refuse images with more pixels.
             cache_dir: See `read_index`.
 
         Raises:
-            FaultyDataError: Something would corrupt training, or images are missing; lists it.
+            FaultyDataError: The annotations have errors that would corrupt training, or images are missing.
             OSError: An annotation file cannot be read.
-            ValueError: There is no such image folder, or none with VOC's XML files.
+            ValueError: The annotations are in no known format, or a folder is missing.
         """
         self.annotations = Path(annotations)
         self.images = Path(images)
         self.max_pixels = max_pixels
-        self.index: CocoIndex = read_index(self.annotations, cache_dir)
-        """The annotation file as arrays; `object_ids` of a sample are rows in it."""
+        self.index: AnnotationIndex = read_index(self.annotations, self.images, cache_dir=cache_dir)
+        """The annotations as arrays; the `object_ids` of a sample are rows of them."""
         names = [self.index.file_name(row) for row in range(len(self.index))]
         faults = [*file_faults(self.images, names, self.index.image_ids.tolist()).values(), *self._too_large()]
         if faults:
@@ -58,7 +59,7 @@ class CocoDataset:
         num_objects = np.diff(self.index.object_offsets)
         kept = np.ones(len(self.index), bool)
         self.dropped: dict[str, int] = dict(self.index.dropped)
-        """What is left out or changed, counted by what it is; to be told to the user."""
+        """Number of entries that are left out or changed, by kind, to be printed for the user."""
         if not keep_empty:
             empty, small = num_objects == 0, (self.index.image_sizes < _MIN_SIDE_2018).any(1)
             kept = ~empty & ~small
@@ -77,16 +78,16 @@ class CocoDataset:
         self.num_masks = int(has_mask.sum())
         """Objects with a mask."""
         self.num_without_mask = int((~has_mask & ~self.index.crowd[of_kept]).sum())
-        """Objects, crowd regions not counted, of which only the box is known."""
+        """Objects that have a box only, crowd regions not counted."""
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes by rising id, which is the order of their labels."""
+        """The classes in order of their ids, which is the order of the labels."""
         return self.index.categories
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
-        """[N] int64, the annotation file's image ids."""
+        """[N] int64, the image ids of the annotations."""
         return self.index.image_ids[self.rows]
 
     @property
@@ -98,10 +99,10 @@ class CocoDataset:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> Sample:
-        """Decode the picture at a position.
+        """Decode the image at a position.
 
         Raises:
-            FaultyDataError: The file cannot be decoded, or is of another size than the annotation file states.
+            FaultyDataError: The file cannot be decoded, or its size is not the one in the annotations.
         """
         row = int(self.rows[position])
         path = self.images / self.index.file_name(row)

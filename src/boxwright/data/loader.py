@@ -23,7 +23,7 @@ from boxwright import structures
 from boxwright.data.augment import Augment, Photometric, seeded
 from boxwright.data.buckets import Resize, Scale, ScaleMode, plan_buckets, plan_scales, round_up
 from boxwright.data.collate import PlacedSample, collate, slots_for
-from boxwright.data.dataset import Dataset, Sample
+from boxwright.data.dataset import Dataset, DatasetInfo, Sample
 from boxwright.data.proposals import ProposalFile
 from boxwright.data.sampler import Step, TrainingSampler, group, image_seed
 from boxwright.structures import Batch
@@ -103,11 +103,12 @@ class TrainingLoader:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
+        info = _describe(dataset)
         if proposals is not None:
-            proposals.require(_image_ids(dataset))
+            proposals.require(info.image_ids)
         if masks:
-            _require_masks(dataset)
-        original_sizes, max_objects = _measure(dataset)
+            _require_masks(info)
+        original_sizes = info.image_sizes
         planned = [Scale(resize, resize)] if scales is None else plan_scales(scales, scale_mode)
         buckets, canvases = plan_buckets(planned, original_sizes)
         num_sizes = [scale.high.short - scale.low.short + 1 for scale in planned]
@@ -122,7 +123,7 @@ class TrainingLoader:
             transform=transform,
             proposals=proposals,
             seed=seed,
-            slots=slots_for(max_objects),
+            slots=slots_for(info.max_objects),
             masks=masks,
         )
         self._rank, self._world_size = rank, world_size
@@ -176,11 +177,12 @@ class EvaluationLoader:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
+        info = _describe(dataset)
         if proposals is not None:
-            proposals.require(_image_ids(dataset))
+            proposals.require(info.image_ids)
         if (resize is None) != native:
             raise ValueError("give either resize or native=True")
-        original_sizes, _ = _measure(dataset, objects=False)
+        original_sizes = info.image_sizes
         order = np.arange(len(original_sizes))
         if resize is not None:
             scales = [Scale(resize, resize)]
@@ -311,35 +313,15 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _image_ids(dataset: Dataset) -> np.ndarray:
-    """The pictures' ids [N], by a pass over the samples where not stated."""
-    ids = getattr(dataset, "image_ids", None)
-    return np.array([dataset[index].image_id for index in range(len(dataset))] if ids is None else ids, np.int64)
-
-
-def _measure(dataset: Dataset, *, objects: bool = True) -> tuple[np.ndarray, int]:
-    """The pictures' sizes [N, 2] and the objects of the fullest one, by a pass over the samples where not stated."""
+def _describe(dataset: Dataset) -> DatasetInfo:
     if len(dataset) == 0:
         raise ValueError("the data set holds no pictures")
-    sizes, most = getattr(dataset, "image_sizes", None), getattr(dataset, "max_objects", None)
-    if sizes is None or (most is None and objects):
-        facts = [
-            (sample.image.shape[:2], len(sample.boxes)) for sample in map(dataset.__getitem__, range(len(dataset)))
-        ]
-        sizes, most = [size for size, _ in facts], max(count for _, count in facts)
-    return np.asarray(sizes, dtype=np.int64), int(most or 0)
+    return DatasetInfo(dataset)
 
 
-def _require_masks(dataset: Dataset) -> None:
-    """Check that there are masks to learn, by a look at the samples up to the first one where it is not stated."""
-    known = getattr(dataset, "num_masks", None)
-    if known is None:
-        samples = (dataset[position] for position in range(len(dataset)))
-        known = any(mask is not None for sample in samples for mask in sample.masks or ())
-    if not known:
-        parts = getattr(dataset, "parts", [dataset])
-        names = ", ".join(str(getattr(part, "annotations", type(part).__name__)) for part in parts)
+def _require_masks(info: DatasetInfo) -> None:
+    if not info.has_masks:
         raise ValueError(
-            f"{names}: no object has a mask, which this model learns "
-            "besides boxes: add them (`segmentation` in a COCO file), or train a model of boxes alone"
+            f"{info.source}: no object has a mask, but this model is trained on masks: add them (`segmentation` in a "
+            "COCO file), or train a model without a mask head"
         )

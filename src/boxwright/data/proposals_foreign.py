@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from boxwright.cache import cache_folders
-from boxwright.data.formats.index import content_hash
+from boxwright.cache import cache_folders, hash_file
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
 
@@ -47,7 +46,7 @@ def open_proposals(
     if not _is_pickle(path):
         return ProposalFile(path, split=split, limit=limit)
     ids = np.asarray(image_ids, np.int64)
-    key = hashlib.sha256(f"{_VERSION} {content_hash(path)} {ids.tobytes().hex()}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{_VERSION} {hash_file(path)} {ids.tobytes().hex()}".encode()).hexdigest()[:32]
     folders = [folder / "proposals" for folder in cache_folders()]
     for folder in folders:
         if kept := _open_if_whole(folder / f"{key}.safetensors", limit):

@@ -17,9 +17,9 @@ import hotcoco
 import numpy as np
 
 from boxwright.data.concat import ConcatDataset
-from boxwright.data.dataset import Dataset, Mask, Sample
-from boxwright.data.formats.coco import POLYGONS, RLE, Columns
-from boxwright.data.formats.index import read_columns
+from boxwright.data.dataset import Dataset, DatasetInfo, Mask, Sample
+from boxwright.data.formats import read_columns
+from boxwright.data.formats.columns import POLYGONS, RLE, Columns
 from boxwright.data.masks import rle
 
 COORDINATE_DECIMALS = 3
@@ -62,9 +62,9 @@ def read_objects(dataset: Dataset) -> Objects:
     Raises:
         ValueError: Two pictures have the same id, or a sample's mask does not fit its picture.
     """
-    annotations = getattr(dataset, "annotations", None)
-    if isinstance(annotations, str | Path):
-        objects = _from_file(Path(annotations))
+    info = DatasetInfo(dataset)
+    if info.annotations is not None:
+        objects = _from_file(info.annotations, info.images)
     elif isinstance(dataset, ConcatDataset):
         objects = _from_parts(dataset)
     else:
@@ -84,13 +84,13 @@ def _outline(box: Sequence[float]) -> list[list[float]]:
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
-def _from_file(path: Path) -> Objects:
-    """Ground truth from an annotation file, read as training reads it.
+def _from_file(annotations: Path, image_folder: Path | None) -> Objects:
+    """Ground truth from annotations in any known format, read as training reads them.
 
     hotcoco's own reader refuses what training takes: a byte order mark, a licence that is no number, fields of one's
     own that COCO uses otherwise.
     """
-    columns, _ = read_columns(path)
+    columns, _ = read_columns(annotations, image_folder)
     images = [
         {"id": image_id, "file_name": name, "height": height, "width": width}
         for image_id, name, (height, width) in zip(

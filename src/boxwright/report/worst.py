@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from boxwright.data.dataset import Dataset
+from boxwright.data.dataset import Dataset, DatasetInfo
 from boxwright.data.masks import Masks
 from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.mistakes import ImageMistakes, Mistakes
@@ -46,12 +46,10 @@ def worst_images(dataset: Dataset, truth: GroundTruth, mistakes: Mistakes, num_p
     )
 
 
-def _positions(dataset: Dataset, wanted: set[int]) -> dict[int, int]:
-    """Where the wanted images stand in the data set."""
-    image_ids = getattr(dataset, "image_ids", None)
-    if image_ids is None:
-        image_ids = [dataset[position].image_id for position in range(len(dataset))]
-    return {int(image_id): position for position, image_id in enumerate(image_ids) if int(image_id) in wanted}
+def _positions(dataset: Dataset, image_ids: set[int]) -> dict[int, int]:
+    """The positions of images in the data set, by image id."""
+    ids = DatasetInfo(dataset).image_ids.tolist()
+    return {image_id: position for position, image_id in enumerate(ids) if image_id in image_ids}
 
 
 def _card(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.norm import has_untrained_statistics
-from boxwright.data.dataset import Dataset
+from boxwright.data.dataset import Dataset, DatasetInfo
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
 from boxwright.detectors.detector import require_proposals
@@ -127,7 +127,7 @@ class Training:
             rank=rank(),
             world_size=world_size(),
         )
-        self.num_without_mask = getattr(dataset, "num_without_mask", 0) if needs_masks else 0
+        self.num_without_mask = (DatasetInfo(dataset).num_without_mask or 0) if needs_masks else 0
         self.steps_per_epoch = max(1, self.loader.steps_per_epoch // experiment.accumulate)
         self.total_steps = experiment.epochs * self.steps_per_epoch
         self.images_per_step = experiment.images_per_device * world_size() * experiment.accumulate

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from boxwright.data.formats import find_layout
 from boxwright.data.formats.check import check
 from boxwright.data.formats.fault import FaultyDataError
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from coco_files import document, write
 
 
@@ -70,7 +70,7 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_missing(tmp_path: Path) -> N
     faults = check(annotations, images)
     assert [(fault.object, fault.what) for fault in faults] == [("image 7", "is missing"), ("image 3", "is missing")]
     with pytest.raises(FaultyDataError, match="2 faults"):
-        CocoDataset(annotations, images)
+        IndexedDataset(annotations, images)
 
 
 def test_a_name_that_no_folder_can_have_is_missing(tmp_path: Path) -> None:

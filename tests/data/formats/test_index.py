@@ -18,17 +18,18 @@ from pycocotools.coco import COCO
 
 from boxwright.data.dataset import Category
 from boxwright.data.formats import index as index_module
+from boxwright.data.formats import read_annotations, read_index
 from boxwright.data.formats.fault import FaultyDataError
-from boxwright.data.formats.index import CocoIndex, read_annotations, read_index
+from boxwright.data.formats.index import AnnotationIndex
 from coco_files import document, write
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> CocoIndex:
-    return read_index(write(tmp_path)[0], tmp_path / "cache")
+def index(tmp_path: Path) -> AnnotationIndex:
+    return read_index(write(tmp_path)[0], cache_dir=tmp_path / "cache")
 
 
-def test_images_and_objects(index: CocoIndex) -> None:
+def test_images_and_objects(index: AnnotationIndex) -> None:
     assert index.categories == (Category(2, "ant"), Category(90, "zebra"))
     assert [index.file_name(row) for row in range(len(index))] == ["a.png", "sub/b.png"]
     np.testing.assert_array_equal(index.image_ids, [7, 3])
@@ -42,7 +43,7 @@ def test_images_and_objects(index: CocoIndex) -> None:
     assert index.dropped == {}
 
 
-def test_segmentation(index: CocoIndex) -> None:
+def test_segmentation(index: AnnotationIndex) -> None:
     np.testing.assert_array_equal(index.segmentation, [0, 1, 2, 2])
     assert [polygon.tolist() for polygon in index.polygons(1)] == [
         [[10, 5], [30, 5], [20, 15]],
@@ -54,7 +55,7 @@ def test_segmentation(index: CocoIndex) -> None:
     assert index.rle(1) == b""
 
 
-def test_pickles_as_a_path(index: CocoIndex) -> None:
+def test_pickles_as_a_path(index: AnnotationIndex) -> None:
     data = pickle.dumps(index)
     assert len(data) < 500
     again = pickle.loads(data)
@@ -65,7 +66,7 @@ def test_pickles_as_a_path(index: CocoIndex) -> None:
 @pytest.mark.parametrize("name", ["train", "val"])
 def test_equals_coco_api(data_dir: Path, tmp_path: Path, name: str) -> None:
     annotations = data_dir / "coco_mini" / "annotations" / f"instances_{name}2017.json"
-    index, coco = read_index(annotations, tmp_path), COCO(str(annotations))
+    index, coco = read_index(annotations, cache_dir=tmp_path), COCO(str(annotations))
     assert [category.id for category in index.categories] == coco.getCatIds()
     assert len(index) == len(coco.imgs)
     for row, image_id in enumerate(index.image_ids.tolist()):
@@ -155,7 +156,7 @@ def test_each_error_is_named_and_refused(tmp_path: Path, path: str, value: Any, 
     assert named[0].file == str(annotations)
     assert named[0].mend
     with pytest.raises(FaultyDataError, match="in the data set"):
-        read_index(annotations, tmp_path / "cache")
+        read_index(annotations, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -197,7 +198,7 @@ def test_harmless_boxes(
     content["annotations"][0]["bbox"] = bbox
     annotations = write(tmp_path, content)[0]
     assert [fault.severity for fault in read_annotations(annotations).faults] == ([severity] if severity else [])
-    index = read_index(annotations, tmp_path / "cache")
+    index = read_index(annotations, cache_dir=tmp_path / "cache")
     assert index.dropped == counted
     boxes = index.boxes[index.annotation_ids == 11]
     np.testing.assert_array_equal(boxes, np.zeros((0, 4)) if expected is None else [expected])
@@ -209,11 +210,11 @@ def test_broken_polygons_are_left_out(tmp_path: Path) -> None:
     annotations = write(tmp_path, content)[0]
     (fault,) = read_annotations(annotations).faults
     assert fault.severity == "dropped"
-    index = read_index(annotations, tmp_path / "cache")
+    index = read_index(annotations, cache_dir=tmp_path / "cache")
     assert index.dropped == {"polygons with fewer than three points": 1}
     assert [len(polygon) for polygon in index.polygons(1)] == [4]
     content["annotations"][0]["segmentation"] = [[]]
-    index = read_index(write(tmp_path, content)[0], tmp_path / "cache")
+    index = read_index(write(tmp_path, content)[0], cache_dir=tmp_path / "cache")
     assert index.polygons(1) == []
     assert index.segmentation[1] == 0
 
@@ -235,7 +236,7 @@ def test_no_coco_file(tmp_path: Path, text: str, what: str) -> None:
     path = tmp_path / "instances.json"
     path.write_text(text)
     with pytest.raises(FaultyDataError, match=what):
-        read_index(path, tmp_path / "cache")
+        read_index(path, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -251,18 +252,18 @@ def test_odd_text(tmp_path: Path, old: bytes, new: bytes, place: str, what: str)
     annotations = write(tmp_path)[0]
     annotations.write_bytes(annotations.read_bytes().replace(old, new))
     with pytest.raises(FaultyDataError, match=rf"{place}.*: .*{what}"):
-        read_index(annotations, tmp_path / "cache")
+        read_index(annotations, cache_dir=tmp_path / "cache")
 
 
 def test_byte_order_mark(tmp_path: Path) -> None:
     annotations = write(tmp_path)[0]
     annotations.write_bytes(b"\xef\xbb\xbf" + annotations.read_bytes())
-    assert len(read_index(annotations, tmp_path / "cache")) == 2
+    assert len(read_index(annotations, cache_dir=tmp_path / "cache")) == 2
 
 
 def test_no_annotations_at_all(tmp_path: Path) -> None:
     content = document() | {"annotations": []}
-    index = read_index(write(tmp_path, content)[0], tmp_path / "cache")
+    index = read_index(write(tmp_path, content)[0], cache_dir=tmp_path / "cache")
     assert index.boxes.shape == (0, 4)
     assert len(pickle.loads(pickle.dumps(index))) == 2
 
@@ -271,7 +272,7 @@ def test_message_shows_the_first_faults_and_counts_the_rest(tmp_path: Path) -> N
     content = document()
     content["annotations"] = [{"id": number} for number in range(30)]
     with pytest.raises(FaultyDataError, match="90 faults") as caught:
-        read_index(write(tmp_path, content)[0], tmp_path / "cache")
+        read_index(write(tmp_path, content)[0], cache_dir=tmp_path / "cache")
     assert str(caught.value).count("\n") == 11
     assert "and 80 more" in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -279,28 +280,28 @@ def test_message_shows_the_first_faults_and_counts_the_rest(tmp_path: Path) -> N
 
 def test_cache_is_used_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     annotations = write(tmp_path)[0]
-    first = read_index(annotations, tmp_path / "cache")
+    first = read_index(annotations, cache_dir=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.delattr(index_module, "read_annotations")
-        assert read_index(annotations, tmp_path / "cache").folder == first.folder
+        patch.delattr(index_module, "check_columns")
+        assert read_index(annotations, cache_dir=tmp_path / "cache").folder == first.folder
     content = document()
     content["annotations"][1]["category_id"] = 90
     before = annotations.stat()
     annotations.write_text(json.dumps(content))
     os.utime(annotations, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert read_index(annotations, tmp_path / "cache").labels[0] == 1
+    assert read_index(annotations, cache_dir=tmp_path / "cache").labels[0] == 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
 def test_damaged_cache_is_built_again(tmp_path: Path, damage: str) -> None:
     annotations = write(tmp_path)[0]
-    index = read_index(annotations, tmp_path / "cache")
+    index = read_index(annotations, cache_dir=tmp_path / "cache")
     boxes, path = np.array(index.boxes), index.folder / "boxes.npy"
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: -8 if damage == "cut" else 0])
-    np.testing.assert_array_equal(read_index(annotations, tmp_path / "cache").boxes, boxes)
+    np.testing.assert_array_equal(read_index(annotations, cache_dir=tmp_path / "cache").boxes, boxes)
     assert [entry.name for entry in index.folder.parent.iterdir()] == [index.folder.name]
 
 
@@ -320,7 +321,7 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _read_at(start: float, annotations: Path, cache: Path) -> int:
     time.sleep(max(0.0, start - time.time()))
-    return len(read_index(annotations, cache).boxes)
+    return len(read_index(annotations, cache_dir=cache).boxes)
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:

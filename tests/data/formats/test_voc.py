@@ -11,12 +11,12 @@ import pytest
 from boxwright.data.formats.check import check
 from boxwright.data.formats.fault import FaultyDataError
 from boxwright.data.formats.voc import image_id
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from voc_files import PICTURES, page, write_voc
 
 
 def test_samples_are_as_the_files_say(tmp_path: Path) -> None:
-    dataset = CocoDataset(*write_voc(tmp_path), cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(*write_voc(tmp_path), cache_dir=tmp_path / "cache")
     assert [(category.id, category.name) for category in dataset.categories] == [(1, "ant"), (2, "zebra")]
     first, empty, last = (dataset[i] for i in range(3))
     # The first pixel is 1 and the last one belongs to the box.
@@ -43,7 +43,7 @@ def test_an_images_number_depends_on_its_name_alone() -> None:
 def test_all_splits_have_the_classes_of_all_files(tmp_path: Path) -> None:
     train, images = write_voc(tmp_path, {"a": [("zebra", (1, 1, 9, 9), 0)]})
     val, _ = write_voc(tmp_path, {"b": [("ant", (1, 1, 9, 9), 0)]}, "val")
-    sets = [CocoDataset(split, images, cache_dir=tmp_path / "cache") for split in (train, val)]
+    sets = [IndexedDataset(split, images, cache_dir=tmp_path / "cache") for split in (train, val)]
     assert [[category.name for category in each.categories] for each in sets] == [["ant", "zebra"]] * 2
     assert [each[0].labels.tolist() for each in sets] == [[1], [0]]
 
@@ -51,19 +51,19 @@ def test_all_splits_have_the_classes_of_all_files(tmp_path: Path) -> None:
 def test_classes_can_be_stated_in_an_order(tmp_path: Path) -> None:
     image_set, images = write_voc(tmp_path)
     (tmp_path / "classes.txt").write_text("zebra\n\nbee\nant\n")
-    dataset = CocoDataset(image_set, images, cache_dir=tmp_path / "cache")
+    dataset = IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")
     assert [category.name for category in dataset.categories] == ["zebra", "bee", "ant"]
     assert dataset[0].labels.tolist() == [0, 2]
     (tmp_path / "classes.txt").write_text("zebra\n")
     with pytest.raises(FaultyDataError, match=r"000007\.xml: object 2 \(ant\): classes\.txt has no class 'ant'"):
-        CocoDataset(image_set, images, cache_dir=tmp_path / "cache")
+        IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")
 
 
 def test_edited_files_are_read_anew(tmp_path: Path) -> None:
     image_set, images = write_voc(tmp_path)
-    assert len(CocoDataset(image_set, images, cache_dir=tmp_path / "cache")[0].boxes) == 2
+    assert len(IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")[0].boxes) == 2
     (tmp_path / "Annotations" / "000007.xml").write_text(page("000007", PICTURES["000007"][:1]))
-    assert len(CocoDataset(image_set, images, cache_dir=tmp_path / "cache")[0].boxes) == 1
+    assert len(IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")[0].boxes) == 1
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_list_names_the_picture_and_the_file_its_ending(tmp_path: Path, stat
     (images / "b.png").rename(images / taken)
     file = tmp_path / "Annotations" / "b.xml"
     file.write_text(file.read_text().replace("b.png", stated))
-    assert CocoDataset(image_set, images, cache_dir=tmp_path / "cache")[0].file_name == taken
+    assert IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")[0].file_name == taken
 
 
 def one_page(content: str) -> str:
@@ -152,7 +152,7 @@ def test_faults_name_file_object_and_mend(tmp_path: Path, case: str) -> None:
     assert faults[0].mend
     if faults[0].severity == "error" and not faults[0].file.endswith(".png"):
         with pytest.raises(FaultyDataError):
-            CocoDataset(image_set, images, cache_dir=tmp_path / "cache")
+            IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")
 
 
 def test_faults_of_the_list(tmp_path: Path) -> None:
@@ -175,20 +175,20 @@ def test_faults_of_the_list(tmp_path: Path) -> None:
 def test_files_without_any_object(tmp_path: Path) -> None:
     image_set, images = write_voc(tmp_path, {"a": [], "b": []})
     with pytest.raises(FaultyDataError, match="its files name no object: add what is to be learnt"):
-        CocoDataset(image_set, images, cache_dir=tmp_path / "cache")
+        IndexedDataset(image_set, images, cache_dir=tmp_path / "cache")
 
 
 def test_a_list_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a\n")
     with pytest.raises(ValueError, match=r"there is no folder .*Annotations: a list of VOC pictures lies in ImageSets"):
-        CocoDataset(tmp_path / "train.txt", tmp_path)
+        IndexedDataset(tmp_path / "train.txt", tmp_path)
 
 
 @pytest.mark.parametrize(("split", "num_flat"), [("train", 1), ("val", 1), ("test", 0)])
 def test_blood_cells_are_those_of_the_coco_file(data_dir: Path, tmp_path: Path, split: str, num_flat: int) -> None:
     root = data_dir / "bccd"
-    ours = CocoDataset(root / "ImageSets" / "Main" / f"{split}.txt", root / "JPEGImages", cache_dir=tmp_path)
-    theirs = CocoDataset(root / f"instances_{split}.json", root / "JPEGImages", cache_dir=tmp_path)
+    ours = IndexedDataset(root / "ImageSets" / "Main" / f"{split}.txt", root / "JPEGImages", cache_dir=tmp_path)
+    theirs = IndexedDataset(root / f"instances_{split}.json", root / "JPEGImages", cache_dir=tmp_path)
     rows = range(len(theirs))
     assert [ours.index.file_name(row) for row in rows] == [theirs.index.file_name(row) for row in rows]
     np.testing.assert_array_equal(ours.image_sizes, theirs.image_sizes)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from boxwright.data.formats.layout import find_layout
-from boxwright.data.indexed_dataset import CocoDataset
+from boxwright.data.formats import find_layout
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.masks.mask_grid import GRID_SIZE, mask_grid
 
 # What numpy 2 says of pycocotools' arrays.
@@ -126,7 +126,7 @@ def test_masks_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize(("folder", "num_checked"), [("coco_mini", 200), ("nuclei", 200)])
 def test_real_masks_keep_their_area(data_dir: Path, folder: str, num_checked: int) -> None:
-    dataset = CocoDataset(*find_layout(data_dir / folder)["val"])
+    dataset = IndexedDataset(*find_layout(data_dir / folder)["val"])
     index = dataset.index
     assert dataset.num_masks == index.has_mask.sum() > num_checked
     rows = np.flatnonzero(index.has_mask)

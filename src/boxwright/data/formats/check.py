@@ -1,4 +1,4 @@
-"""Everything that is wrong with a COCO data set, found in one go: annotations, file names and pictures."""
+"""Finds everything that is wrong with a data set in one pass: annotations, file names and image files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
 from boxwright.data.decode import MAX_PIXELS, decode_image
+from boxwright.data.formats import read_annotations
 from boxwright.data.formats.fault import Fault
-from boxwright.data.formats.index import read_annotations
 
 
 def check(
@@ -20,18 +20,19 @@ def check(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Fault]:
-    """All faults of a data set, every picture decoded.
+    """Find all faults of a data set. Every image is decoded.
 
     Args:
-        annotations: The COCO JSON file.
-        images: The folder that its file names start from.
-        max_pixels: A picture with more is a fault.
-        progress: Called with the number of pictures that are done and that there are.
+        annotations: The split's annotations, in any of `formats`.
+        images: The image folder; file names are relative to it.
+        max_pixels: An image with more pixels is a fault.
+        progress: Called with the number of images checked so far, and the number of images.
 
     Raises:
-        OSError: The annotation file or the image folder cannot be read.
+        OSError: The annotations or the image folder cannot be read.
+        ValueError: The annotations are in no known format, or there is no such image folder.
     """
-    reading = read_annotations(annotations)
+    reading = read_annotations(annotations, images)
     sizes = reading.arrays["image_sizes"].tolist()
     ids = reading.arrays["image_ids"].tolist()
     name_faults = file_faults(images, reading.file_names, ids)

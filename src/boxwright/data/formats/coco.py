@@ -1,63 +1,63 @@
-"""A COCO annotation file read into columns, with everything that is wrong with it.
+"""COCO: one JSON file per split, with the lists images, annotations and categories.
 
-Each image, annotation and category is checked for itself against a typed schema, so that one reading finds all faults.
+Each image, annotation and category is checked against a typed schema on its own, so that one pass finds all faults.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import re
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta, Struct
 
+from boxwright.cache import hash_file
+from boxwright.data.formats.columns import Annotation, Columns, Id, Length, add_annotation
 from boxwright.data.formats.fault import Fault
-from boxwright.data.masks import rle
+from boxwright.data.formats.format import SPLIT_NAMES, NoMatch, Split
 
-# What JSON readers hold exactly, and what evaluation takes.
-_Id = Annotated[int, Meta(ge=0, le=2**53)]
-_Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-_Run = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+name = "COCO"
 
+# SPLIT is the name of a split, possibly followed by a year. The first pattern with a match wins.
+_ANNOTATIONS = (
+    "annotations/instances_SPLIT.json",
+    "annotations/SPLIT.json",
+    "instances_SPLIT.json",
+    "SPLIT.json",
+    "SPLIT/_annotations.coco.json",
+    "SPLIT/annotations.json",
+    "SPLIT/instances.json",
+)
+# A data set without splits, used as the training split.
+_SINGLE = (
+    "annotations/instances.json",
+    "annotations/annotations.json",
+    "_annotations.coco.json",
+    "annotations.json",
+    "instances.json",
+)
+_IMAGES = ("SPLIT", "images/SPLIT", "SPLIT/images", "images", "JPEGImages", ".")
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+_NUM_PROBES = 20
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-NO_SEGMENTATION, POLYGONS, RLE = 0, 1, 2
 
 
 class _Image(Struct):
-    id: _Id
+    id: Id
     file_name: Annotated[str, Meta(min_length=1)]
-    width: _Length
-    height: _Length
+    width: Length
+    height: Length
 
 
 class _Category(Struct):
-    id: _Id
+    id: Id
     name: Annotated[str, Meta(min_length=1)]
-
-
-class _Rle(Struct):
-    size: tuple[_Run, _Run]
-    counts: str | list[_Run]
-
-
-class Annotation(Struct):
-    """One object as COCO has it."""
-
-    id: _Id
-    image_id: _Id
-    category_id: _Id
-    bbox: tuple[float, float, float, float]
-    area: float | None = None
-    iscrowd: Literal[0, 1] = 0
-    segmentation: list[list[float]] | _Rle | None = None
 
 
 class _File(Struct):
@@ -75,60 +75,56 @@ class _TolerantFile(Struct):
 _Entry = TypeVar("_Entry", bound=Struct)
 
 
-def _integers() -> array[int]:
-    return array("q")
+def detect(folder: Path) -> dict[str, Split] | NoMatch:
+    """Find annotation files under `annotations/`, in the folder itself or in folders of splits.
+
+    The images of a split may be in a folder named like the split, in `images/`, in `JPEGImages/` or beside the
+    annotation file: the folder that holds most of the first images in the file is used.
+
+    Raises:
+        ValueError: Several files could be one split.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*.json"), *folder.glob("*/*.json"))}
+    splits = {}
+    for split, names in SPLIT_NAMES.items():
+        if match := _find_split(folder, files, split, names):
+            splits[split] = match
+    single = [files[path] for path in _SINGLE if path in files]
+    if not splits and len(single) > 1:
+        raise _ambiguous(folder, [path.relative_to(folder).as_posix() for path in single], "train")
+    if not splits and single:
+        splits["train"] = Split(single[0], _find_images(folder, single[0], "train"))
+    if splits:
+        return splits
+    return NoMatch(
+        f"{', '.join(_ANNOTATIONS)} with train, val, valid or test (a year may follow) as SPLIT, and for "
+        f"{', '.join(_SINGLE)}"
+    )
 
 
-def _reals() -> array[float]:
-    return array("d")
+def reads(annotations: Path) -> bool:
+    """Whether a path ends in `.json`, or is a file that starts like a JSON object."""
+    if annotations.suffix.lower() == ".json":
+        return True
+    try:
+        with annotations.open("rb") as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+    except OSError:
+        return False
 
 
-@dataclass
-class Columns:
-    """What is well-typed in an annotation file, in the file's order; ids may still be unknown and numbers NaN."""
-
-    image_ids: array[int] = field(default_factory=_integers)
-    image_sizes: array[int] = field(default_factory=_integers)
-    """(height, width) of each image, one after the other."""
-    file_names: list[str] = field(default_factory=list)
-    category_ids: array[int] = field(default_factory=_integers)
-    category_names: list[str] = field(default_factory=list)
-    annotation_ids: array[int] = field(default_factory=_integers)
-    annotation_images: array[int] = field(default_factory=_integers)
-    annotation_categories: array[int] = field(default_factory=_integers)
-    bboxes: array[float] = field(default_factory=_reals)
-    """x, y, width and height of each annotation, one after the other."""
-    areas: array[float] = field(default_factory=_reals)
-    crowd: array[int] = field(default_factory=lambda: array("b"))
-    segmentation: array[int] = field(default_factory=lambda: array("b"))
-    polygon_ends: array[int] = field(default_factory=_integers)
-    """For each annotation, the number of polygons up to and with its own."""
-    point_ends: array[int] = field(default_factory=_integers)
-    """For each polygon, the number of coordinates up to and with its own."""
-    points: array[float] = field(default_factory=lambda: array("f"))
-    rle_ends: array[int] = field(default_factory=_integers)
-    """For each annotation, the number of characters up to and with its own."""
-    rle_sizes: array[int] = field(default_factory=_integers)
-    """(height, width) of each annotation's run-length mask, 0 where it has none."""
-    rle_characters: bytearray = field(default_factory=bytearray)
-    refused_images: set[int] = field(default_factory=set)
-    """Ids of images that are there but not well-typed: the annotations that name them are not to blame."""
-    refused_categories: set[int] = field(default_factory=set)
-    """Likewise of categories."""
-    places: list[tuple[str, str]] = field(default_factory=list)
-    """File and object that faults of each annotation name; empty where that is the annotation file and the id."""
-    stated_boxes: array[float] = field(default_factory=_reals)
-    """Four numbers for each annotation as its format has them, for messages; empty where those are `bboxes`."""
-    box_form: str = "bbox is [x, y, width, height] in pixels"
-    """How the format writes a box."""
+def content_hash(split: Split) -> str:
+    """The hash of the JSON file."""
+    return hash_file(split.annotations)
 
 
-def read_json(path: Path) -> tuple[Columns, list[Fault]]:
-    """All entries of an annotation file that have the right types, and a fault for each that has not.
+def read(split: Split) -> tuple[Columns, list[Fault]]:
+    """The entries of the JSON file that have the right types, and a fault for each of the others.
 
     Raises:
         OSError: The file cannot be read.
     """
+    path = split.annotations
     columns = Columns()
     faults: list[Fault] = []
     try:
@@ -155,6 +151,55 @@ def read_json(path: Path) -> tuple[Columns, list[Fault]]:
     for annotation in _entries(path, "annotation", file.annotations, Annotation, faults, set()):
         add_annotation(columns, annotation, str(path), faults)
     return columns, faults
+
+
+def _find_split(folder: Path, files: dict[str, Path], split: str, names: str) -> Split | None:
+    for pattern in _ANNOTATIONS:
+        expression = re.compile(re.escape(pattern).replace("SPLIT", rf"(?P<name>(?:{names})(?:[-_.]?\d+)*)"))
+        matches = [match for match in map(expression.fullmatch, files) if match]
+        if len(matches) > 1:
+            raise _ambiguous(folder, [match.string for match in matches], split)
+        if matches:
+            annotations = files[matches[0].string]
+            return Split(annotations, _find_images(folder, annotations, matches[0]["name"]))
+    return None
+
+
+def _ambiguous(folder: Path, names: list[str], split: str) -> ValueError:
+    return ValueError(
+        f"{folder}: each of {', '.join(sorted(names))} could be the {split} split: give the annotation file and the "
+        "image folder by their paths"
+    )
+
+
+def _find_images(folder: Path, annotations: Path, name: str) -> Path:
+    """The folder that holds most of the first images in the file; without any image, the most specific folder."""
+    folders = [folder / place.replace("SPLIT", name) for place in _IMAGES]
+    folders = [place for place in (annotations.parent, *folders) if place.is_dir()]
+    file_names = _first_file_names(annotations)
+    # max returns the first of equals: the most specific folder. If no image exists, the check reports all of them.
+    return max(folders[1:] + folders[:1], key=lambda place: sum(_is_file(place, name) for name in file_names))
+
+
+def _first_file_names(annotations: Path) -> list[str]:
+    if annotations.stat().st_size == 0:
+        return []
+    with annotations.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        quoted = [match[1] for match in islice(_FILE_NAME.finditer(text), _NUM_PROBES)]
+    names = []
+    for word in quoted:
+        try:
+            names.append(json.loads(word))
+        except ValueError:  # noqa: PERF203, at most 20; the reader reports names that are not valid JSON
+            continue
+    return names
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _parse(data: bytes) -> _File | _TolerantFile:
@@ -252,61 +297,3 @@ def _mend(told: str) -> str:
     if "length" in told:
         return "bbox is [x, y, width, height] and segmentation.size [height, width]; a name is not empty"
     return "write it as the COCO format has it"
-
-
-def add_annotation(columns: Columns, annotation: Annotation, file: str, faults: list[Fault]) -> None:
-    """Append an object, and the faults of its mask.
-
-    Args:
-        columns: What it is appended to.
-        annotation: The object.
-        file: Where it is from, for faults.
-        faults: What its faults are appended to.
-    """
-    columns.annotation_ids.append(annotation.id)
-    columns.annotation_images.append(annotation.image_id)
-    columns.annotation_categories.append(annotation.category_id)
-    columns.bboxes.extend(annotation.bbox)
-    area = annotation.area
-    columns.areas.append(annotation.bbox[2] * annotation.bbox[3] if area is None else area)
-    columns.crowd.append(annotation.iscrowd)
-    segmentation = annotation.segmentation
-    kind, size = NO_SEGMENTATION, (0, 0)
-    if isinstance(segmentation, _Rle):
-        kind, size = RLE, segmentation.size
-        try:
-            columns.rle_characters += _rle_characters(segmentation)
-        except ValueError as error:
-            faults.append(
-                Fault(file, f"annotation {annotation.id}", f"`segmentation`: {error}", "correct or remove its mask")
-            )
-    elif segmentation:
-        for polygon in segmentation:
-            if len(polygon) < 6 or len(polygon) % 2:
-                what = f"a polygon of {len(polygon)} numbers"
-                mend = "a polygon is x, y of three or more points: correct it; training leaves it out"
-                faults.append(Fault(file, f"annotation {annotation.id}", what, mend, "dropped"))
-                continue
-            kind = POLYGONS
-            columns.points.fromlist(polygon)
-            columns.point_ends.append(len(columns.points))
-    columns.segmentation.append(kind)
-    columns.rle_sizes.extend(size)
-    columns.polygon_ends.append(len(columns.point_ends))
-    columns.rle_ends.append(len(columns.rle_characters))
-
-
-def _rle_characters(mask: _Rle) -> bytes:
-    """The mask's runs in the compressed form, whichever it was written in."""
-    if isinstance(mask.counts, str):
-        characters = mask.counts.encode()
-        runs = rle.decompress(characters)
-    else:
-        runs = np.asarray(mask.counts, np.int64)
-        characters = rle.compress(runs)
-    height, width = mask.size
-    if len(runs) and runs.min() < 0:
-        raise ValueError("a run of less than no pixels")
-    if runs.sum() != height * width:
-        raise ValueError(f"runs of {runs.sum()} pixels in all for a mask of {height} x {width}")
-    return characters

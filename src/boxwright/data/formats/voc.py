@@ -1,12 +1,13 @@
-"""Pascal VOC annotations, one XML file a picture, read into the columns that a COCO file is read into.
+"""Pascal VOC: one XML file per image, and one list of image names per split.
 
-A split is the list of its pictures' names, `ROOT/ImageSets/Main/train.txt`. The name `2007_000027` stands for
-`ROOT/Annotations/2007_000027.xml` and, in the image folder, for the file that this one names if only its ending is
-another, else for `2007_000027.jpg`. The classes are those of `ROOT/classes.txt`, one a line, in its order; without it
-those of all XML files of the folder, sorted, so that all splits have the same.
+A split is the list of its image names, `ROOT/ImageSets/Main/train.txt`. The annotations of the name `2007_000027` are
+`ROOT/Annotations/2007_000027.xml`. Its image is, in the image folder, the file that the XML file names if only the
+ending differs, otherwise `2007_000027.jpg`. The classes are the lines of `ROOT/classes.txt`, in that order; without
+this file they are the sorted classes of all XML files in the folder, so that all splits have the same classes.
 
-VOC counts pixels from 1 and its boxes hold their last row and column: (xmin, ymin, xmax, ymax) is (xmin - 1, ymin - 1,
-xmax, ymax) in continuous coordinates. What is `difficult` becomes a crowd region: not learnt, ignored in measuring.
+VOC counts pixels from 1, and a box includes its last row and column: (xmin, ymin, xmax, ymax) is (xmin - 1, ymin - 1,
+xmax, ymax) in continuous coordinates. A `difficult` object becomes a crowd region: not trained on, ignored in
+evaluation.
 """
 
 from __future__ import annotations
@@ -21,38 +22,63 @@ from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from boxwright.data.formats.coco import Annotation, Columns, add_annotation
+from boxwright.data.formats.columns import Annotation, Columns, add_annotation
 from boxwright.data.formats.fault import Fault
+from boxwright.data.formats.format import SPLIT_NAMES, NoMatch, Split
 
+name = "VOC"
+
+_LISTS = "ImageSets/Main/SPLIT.txt"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _BOX_FORM = "bndbox is xmin, ymin, xmax, ymax in pixels, the first of which is 1"
 _VOC_NAME = re.compile(r"(?:([1-9]\d{3})_)?(\d{6})", re.ASCII)
 _LENGTH = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 
 
-def is_image_set(annotations: Path) -> bool:
-    """Whether a split is the list of VOC's pictures rather than a COCO file."""
+def detect(folder: Path) -> dict[str, Split] | NoMatch:
+    """Find the lists `ImageSets/Main/SPLIT.txt`. The image folder is `JPEGImages`.
+
+    `trainval` overlaps train and val: it is the training split only if neither of them is there.
+    """
+    lists = {split: folder / _LISTS.replace("SPLIT", split) for split in (*SPLIT_NAMES, "trainval")}
+    present = {split: path for split, path in lists.items() if path.is_file()}
+    trainval = present.pop("trainval", None)
+    if trainval and not present.keys() & {"train", "val"}:
+        present["train"] = trainval
+    if not present:
+        return NoMatch(f"{_LISTS} with train, val, test or trainval as SPLIT")
+    return {split: Split(present[split], folder / "JPEGImages") for split in SPLIT_NAMES if split in present}
+
+
+def reads(annotations: Path) -> bool:
+    """Whether a path ends in `.txt`."""
     return annotations.suffix == ".txt"
 
 
-def source_files(image_set: Path) -> list[Path]:
-    """All files that a split's annotations are made of: the list, the classes and the XML files.
-
-    Raises:
-        ValueError: There is no folder `Annotations` where it belongs.
-    """
-    root = _root(image_set)
-    classes = root / "classes.txt"
-    return [image_set, *([classes] if classes.is_file() else []), *_xml_files(root)]
-
-
-def read_image_set(image_set: Path) -> tuple[Columns, list[Fault]]:
-    """The pictures and objects of a split that are well-formed, and a fault for each that is not.
+def content_hash(split: Split) -> str:
+    """A hash of the list, the classes and all XML files.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: There is no folder `Annotations` where it belongs.
+        ValueError: The folder `Annotations` is missing.
     """
+    root = _root(split.annotations)
+    classes = root / "classes.txt"
+    digest = hashlib.sha256()
+    for source in [split.annotations, *([classes] if classes.is_file() else []), *_xml_files(root)]:
+        content = source.read_bytes()
+        digest.update(f"{source.name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
+    return digest.hexdigest()[:32]
+
+
+def read(split: Split) -> tuple[Columns, list[Fault]]:
+    """The well-formed images and objects of a split, and a fault for each of the others.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The folder `Annotations` is missing.
+    """
+    image_set = split.annotations
     root = _root(image_set)
     columns, faults = Columns(box_form=_BOX_FORM), list[Fault]()
     names = list(_names(image_set, "image", faults))
