@@ -41,6 +41,7 @@ from torchvision.transforms import functional as v1
 from torchvision.transforms import v2
 
 from boxwright.backbones.backbone import PYTORCH
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
@@ -54,9 +55,9 @@ BATCH_SIZE = 2
 Stages = dict[str, tuple[str, ...]]
 OURS: Stages = {
     "decode": ("decode.py:decode_image",),
-    "the sample apart from that": ("loader.py:_placed_sample", "-decode.py:decode_image"),
+    "the sample apart from that": ("batch_builder.py:_placed_sample", "-decode.py:decode_image"),
     "resize and flip": ("augment.py:place_image",),
-    "the rest of collating": ("collate.py:collate", "-loader.py:_placed_sample", "-augment.py:place_image"),
+    "the rest of collating": ("collate.py:collate", "-batch_builder.py:_placed_sample", "-augment.py:place_image"),
 }
 MODEL: Stages = {
     "normalise": ("transform.py:normalize",),
@@ -87,7 +88,11 @@ class Ours:
 
     def __init__(self, dataset: IndexedDataset, *, worker: bool = False, normalized: bool = False) -> None:
         loader = TrainingLoader(
-            dataset, batch_size=BATCH_SIZE, resize=Resize(SHORT, LONG), flip=0.5, seed=0, num_workers=0
+            dataset,
+            augmentation=Augmentation(resize=Resize(SHORT, LONG), flip=0.5),
+            batch_size=BATCH_SIZE,
+            seed=0,
+            num_workers=0,
         )
         self.batches = loader.batches()
         self.worker, self.normalized = worker, normalized

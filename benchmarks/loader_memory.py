@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
@@ -53,9 +54,8 @@ def main() -> None:
     for num_workers in arguments.workers:
         loader = TrainingLoader(
             dataset,
+            augmentation=Augmentation(resize=Resize(arguments.short, arguments.long), scale_jitter=(0.8, 1.25)),
             batch_size=arguments.batch_size,
-            resize=Resize(arguments.short, arguments.long),
-            scale_jitter=(0.8, 1.25),
             seed=0,
             num_workers=num_workers,
         )

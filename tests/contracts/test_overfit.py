@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
@@ -52,7 +53,14 @@ def test_four_real_pictures_and_their_masks_are_learnt_by_heart(data_dir: Path, 
     )
     optimizer = torch.optim.AdamW(detector.parameters(), lr=PEAK_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, NUM_STEPS)
-    loader = TrainingLoader(dataset, batch_size=4, resize=RESIZE, flip=0.0, masks=True, seed=0, num_workers=0)
+    loader = TrainingLoader(
+        dataset,
+        augmentation=Augmentation(resize=RESIZE, flip=0.0),
+        batch_size=4,
+        masks=True,
+        seed=0,
+        num_workers=0,
+    )
     batch = next(loader.batches())
     for step in range(NUM_STEPS):
         losses = detector.losses(replace(batch, seeds=batch.seeds + step))

@@ -9,12 +9,14 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.concat import ConcatDataset, RepeatDataset
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.loader import TrainingLoader
 from pictures import Pictures, StatedPictures
 
+SMALL = Augmentation(resize=Resize(64, 107))
 TURNED = (Category(id=3, name="two"), Category(id=4, name="one"))
 
 
@@ -68,7 +70,7 @@ def test_image_ids_stay_where_they_can_and_are_unique() -> None:
 def test_what_parts_state_is_not_looked_up_again() -> None:
     NumberedPictures.looks = 0
     joined = RepeatDataset(ConcatDataset([NumberedPictures(4), NumberedPictures(5)]), 2)
-    TrainingLoader(joined, batch_size=2, resize=Resize(64, 107), seed=0, num_workers=0)
+    TrainingLoader(joined, augmentation=SMALL, batch_size=2, seed=0, num_workers=0)
     assert NumberedPictures.looks == 0
     assert joined.max_objects == 3
 
@@ -89,7 +91,7 @@ def test_repeating_gives_every_sample_as_often_and_changes_it_anew() -> None:
     assert repeated.image_sizes.shape == (12, 2)
     for position in range(12):
         np.testing.assert_array_equal(repeated[position].image, Pictures(4)[position % 4].image)
-    loader = TrainingLoader(repeated, batch_size=2, resize=Resize(64, 107), seed=0, num_workers=0)
+    loader = TrainingLoader(repeated, augmentation=SMALL, batch_size=2, seed=0, num_workers=0)
     batches = list(islice(loader.batches(), loader.steps_per_epoch))
     pairs = {
         (int(image_id), int(seed))
@@ -124,7 +126,7 @@ def test_masks_are_counted_over_the_parts() -> None:
     assert (RepeatDataset(joined, 3).num_masks, RepeatDataset(joined, 3).num_without_mask) == (3, 6)
     unstated = ConcatDataset([Outlined(4), Pictures(4)])
     assert (unstated.num_masks, unstated.num_without_mask) == (None, 2)
-    settings = {"batch_size": 2, "resize": Resize(64, 107), "seed": 0, "num_workers": 0, "masks": True}
+    settings = {"augmentation": SMALL, "batch_size": 2, "seed": 0, "num_workers": 0, "masks": True}
     TrainingLoader(joined, **settings)
     with pytest.raises(ValueError, match=r"^boxes_alone.json, boxes_alone.json: no object has a mask"):
         TrainingLoader(ConcatDataset([BoxesAlone(2), BoxesAlone(3)]), **settings)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from boxwright.data.augment import Photometric
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Sample
 from boxwright.data.formats import find_layout
@@ -29,19 +30,15 @@ pytestmark = [
 ]
 
 RESIZE = Resize(64, 107)
+AUGMENTATION = {field.name for field in fields(Augmentation)}
 
 
 def training_loader(dataset: Pictures | None = None, **changes: object) -> TrainingLoader:
-    settings: dict = {
-        "batch_size": 4,
-        "resize": RESIZE,
-        "scale_jitter": (0.7, 1.4),
-        "crop": 0.7,
-        "photometric": Photometric(),
-        "seed": 5,
-        "num_workers": 0,
-    }
-    return TrainingLoader(Pictures(23) if dataset is None else dataset, **{**settings, **changes})
+    """A loader with changes of its arguments or of its augmentation's fields."""
+    augmentation = Augmentation(resize=RESIZE, scale_jitter=(0.7, 1.4), crop=0.7, photometric=Photometric())
+    augmentation = replace(augmentation, **{name: changes.pop(name) for name in AUGMENTATION & set(changes)})
+    arguments: dict = {"augmentation": augmentation, "batch_size": 4, "seed": 5, "num_workers": 0, **changes}
+    return TrainingLoader(Pictures(23) if dataset is None else dataset, **arguments)
 
 
 def assert_equal(one: Batch | Targets | MaskGrids | None, two: Batch | Targets | MaskGrids | None) -> None:
@@ -223,16 +220,18 @@ def test_a_transforms_chance_is_repeatable_and_private(num_workers: int) -> None
 
 
 def test_a_transform_that_changes_the_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"jpg: the transform made a picture of shape"):
+    with pytest.raises(ValueError, match=r"jpg: the transform made an image of shape"):
         next(training_loader(transform=cut).batches())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_fault_in_a_worker_reaches_the_user_as_it_was(num_workers: int) -> None:
+def test_a_fault_in_a_file_keeps_its_type_and_message(num_workers: int) -> None:
     loader = training_loader(StatedPictures(23, broken=7), num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"^broken/7.jpg: cannot be decoded$") as caught:
+    message = r"^broken/7.jpg: cannot be decoded \(position 7 of the data set\)$"
+    with pytest.raises(ValueError, match=message) as caught:
         list(islice(loader.batches(), loader.steps_per_epoch))
-    assert "__getitem__" in str(caught.value.__cause__)
+    if num_workers:
+        assert "__getitem__" in str(caught.value.__cause__)
     del caught
     assert_no_children()
 
@@ -316,7 +315,8 @@ def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) 
         np.testing.assert_array_equal(resize.sizes(batch.original_sizes.numpy()), batch.image_sizes)
     assert sorted(seen) == sorted(dataset.image_ids.tolist())
 
-    loader = TrainingLoader(dataset, batch_size=4, resize=resize, scale_jitter=(0.8, 1.2), seed=0, num_workers=2)
+    augmentation = Augmentation(resize=resize, scale_jitter=(0.8, 1.2))
+    loader = TrainingLoader(dataset, augmentation=augmentation, batch_size=4, seed=0, num_workers=2)
     num_objects = 0
     for batch in islice(loader.batches(), 10):
         assert batch.targets is not None

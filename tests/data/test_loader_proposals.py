@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
@@ -16,7 +17,7 @@ from pictures import Pictures, StatedPictures
 
 PICTURES = StatedPictures(12)
 RESIZE = Resize(64, 107)
-CHANGES = {"scale_jitter": (0.7, 1.6), "crop": 0.6}
+AUGMENTATION = Augmentation(resize=RESIZE, scale_jitter=(0.7, 1.6), crop=0.6)
 
 
 @pytest.fixture
@@ -44,12 +45,11 @@ def batches(file: ProposalFile, num_workers: int = 0, start_method: str | None =
     loader = TrainingLoader(
         PICTURES,
         batch_size=3,
-        resize=RESIZE,
+        augmentation=AUGMENTATION,
         seed=1,
         num_workers=num_workers,
         start_method=start_method,
         proposals=file,
-        **CHANGES,
     )
     steps = loader.batches()
     found = [next(steps) for _ in range(3 * loader.steps_per_epoch)]
@@ -96,6 +96,6 @@ def test_evaluation_has_them_too(file: ProposalFile) -> None:
 def test_an_image_without_a_row_is_told_before_the_first_batch(file: ProposalFile) -> None:
     for dataset in (StatedPictures(13), Pictures(13)):
         with pytest.raises(ValueError, match="no proposals of 1 of 13 images, image id 112 for one"):
-            TrainingLoader(dataset, batch_size=3, resize=RESIZE, seed=1, num_workers=0, proposals=file)
+            TrainingLoader(dataset, augmentation=AUGMENTATION, batch_size=3, seed=1, num_workers=0, proposals=file)
         with pytest.raises(ValueError, match="image id 112"):
             EvaluationLoader(dataset, batch_size=3, resize=RESIZE, num_workers=0, proposals=file)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize
 from boxwright.data.loader import TrainingLoader
 from boxwright.structures import Batch, map_tensors
@@ -17,7 +18,9 @@ from training.fakes import Pictures, stumbling_detector
 
 
 def batches(number: int, size: int = 4) -> list[Batch]:
-    loader = TrainingLoader(Pictures(), batch_size=size, resize=Resize(32, 32), seed=1, num_workers=0)
+    loader = TrainingLoader(
+        Pictures(), augmentation=Augmentation(resize=Resize(32, 32)), batch_size=size, seed=1, num_workers=0
+    )
     iterator = loader.batches()
     return [next(iterator) for _ in range(number)]
 

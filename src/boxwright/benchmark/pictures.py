@@ -132,14 +132,8 @@ def training_loader(
     """The loader that a training run of the experiment would have."""
     return TrainingLoader(
         dataset,
+        augmentation=experiment.augmentation,
         batch_size=plan.batch_size(experiment, training=True),
-        resize=experiment.resize,
-        scales=experiment.scales,
-        scale_mode=experiment.scale_mode,
-        flip=experiment.flip,
-        scale_jitter=experiment.scale_jitter,
-        crop=experiment.crop,
-        photometric=experiment.photometric,
         proposals=proposals,
         masks=masks,
         seed=experiment.seed,

@@ -1,43 +1,36 @@
-"""Batches for training and for testing, built by worker processes.
-
-One worker builds one whole batch, and gets nothing for it but its step: an epoch, a canvas and the pictures' positions.
-What a worker holds is therefore the data set, which its processes share, and the batch in hand.
-"""
+"""Loaders that plan the batches of training and of evaluation; `workers.py` has them built in worker processes."""
 
 from __future__ import annotations
 
 import itertools
-import signal
-import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from boxwright import structures
-from boxwright.data.augment import Augment, Photometric, seeded
-from boxwright.data.buckets import Resize, Scale, ScaleMode, plan_buckets, plan_scales, round_up
-from boxwright.data.collate import PlacedSample, collate, slots_for
-from boxwright.data.dataset import Dataset, DatasetInfo, Sample
+from boxwright.data.augment import Augment
+from boxwright.data.augmentation import Augmentation
+from boxwright.data.batch_builder import BatchBuilder
+from boxwright.data.buckets import Resize, Scale, plan_buckets, round_up
+from boxwright.data.collate import slots_for
+from boxwright.data.dataset import Dataset, DatasetInfo
 from boxwright.data.proposals import ProposalFile
-from boxwright.data.sampler import Step, TrainingSampler, group, image_seed
+from boxwright.data.sampler import Step, TrainingSampler, group
+from boxwright.data.workers import iterate_batches
 from boxwright.structures import Batch
 
 
 class TrainingLoader:
-    """Endless augmented batches, of which each depends on seed, step, rank and number of ranks alone.
+    """Endless augmented batches; each depends only on seed, step, rank and number of ranks.
 
-    The ranks' batches of a step, joined, are the same for any number of ranks, so long as all of them together take
-    the same number of pictures. All ranks' batches of a step have the same canvas.
+    The batches of all ranks of a step, joined, are the same for any number of ranks, as long as all ranks together take
+    the same number of images. All ranks' batches of a step have the same canvas.
 
-    Transforms of torchvision v2 or albumentations plug in through `transform`, which gets and gives one sample as it
-    is in the file, before it is resized. It must keep the picture's height and width; boxes may move or vanish.
-    torch's, numpy's and random's global generators are seeded for each picture, so that what it draws is repeatable::
+    Transforms of torchvision v2 or albumentations plug in through `Augmentation.transform`, a function of one sample as
+    it is in the file, before resizing. It must keep the image's height and width; boxes may move or vanish. The global
+    generators of torch, numpy and random are seeded for each image, so that its random numbers are repeatable::
 
         from dataclasses import replace
 
@@ -50,7 +43,7 @@ class TrainingLoader:
             image = blur(torch.from_numpy(sample.image).permute(2, 0, 1))
             return replace(sample, image=image.permute(1, 2, 0).numpy())
 
-        TrainingLoader(dataset, ..., transform=transform)
+        TrainingLoader(dataset, augmentation=Augmentation(transform=transform), ...)
 
     Define it in a module rather than inside a function where workers start by "spawn", which pickles it.
     """
@@ -59,15 +52,8 @@ class TrainingLoader:
         self,
         dataset: Dataset,
         *,
+        augmentation: Augmentation | None = None,
         batch_size: int,
-        resize: Resize,
-        scales: Sequence[tuple[int, int]] | None = None,
-        scale_mode: ScaleMode = "list",
-        flip: float = 0.5,
-        scale_jitter: tuple[float, float] | None = None,
-        crop: float | None = None,
-        photometric: Photometric | None = None,
-        transform: Callable[[Sample], Sample] | None = None,
         proposals: ProposalFile | None = None,
         masks: bool = False,
         seed: int,
@@ -75,32 +61,34 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         start_method: str | None = None,
+        **deprecated: Any,
     ) -> None:
         """Plan the batches of one rank.
 
         Args:
-            dataset: the pictures.
-            batch_size: pictures of this rank a step.
-            resize: the size that pictures get before jitter.
-            scales: sizes in place of `resize`, of which each step draws one for all ranks.
-            scale_mode: whether these are all there are, or the two ends of a range (see `plan_scales`).
-            flip: probability of swapping left and right.
-            scale_jitter: least and largest factor on that size, see `Augment`.
-            crop: least share of each side that is kept, see `Augment`.
-            photometric: changes of colour; None for none.
-            transform: changes a sample before anything else does.
-            proposals: boxes that every batch brings with it. They follow what the loader does to a picture; what
-                `transform` moves they do not.
-            masks: whether targets hold masks, which cost time and memory.
-            seed: of the run.
-            num_workers: processes that build batches; 0 builds them in this one.
-            rank: of this process among those that train together.
-            world_size: how many processes train together.
-            start_method: "fork", "spawn" or "forkserver"; None takes the platform's own.
+            dataset: Training images with their annotations.
+            augmentation: Size and augmentation of the images; None for `Augmentation()`.
+            batch_size: Images per step on this rank.
+            proposals: Boxes that every batch carries. They follow the geometric augmentation, but not `transform`.
+            masks: Whether targets hold masks, which cost time and memory.
+            seed: Of the run.
+            num_workers: Processes that build batches; 0 builds them in this one.
+            rank: Of this process among those that train together.
+            world_size: Number of processes that train together.
+            start_method: "fork", "spawn" or "forkserver"; None for the platform's own.
+            **deprecated: The fields of `Augmentation`, which were arguments of their own before.
 
         Raises:
-            ValueError: an image has no row among the proposals, or a number is out of range.
+            ValueError: An image has no row among the proposals, or a setting is out of range.
         """
+        if deprecated:
+            fields = ", ".join(deprecated)
+            warnings.warn(
+                f"TrainingLoader({fields}=...) is deprecated: use TrainingLoader(augmentation=Augmentation(...))",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        augmentation = replace(augmentation or Augmentation(), **deprecated)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
         info = _describe(dataset)
@@ -108,19 +96,18 @@ class TrainingLoader:
             proposals.require(info.image_ids)
         if masks:
             _require_masks(info)
-        original_sizes = info.image_sizes
-        planned = [Scale(resize, resize)] if scales is None else plan_scales(scales, scale_mode)
-        buckets, canvases = plan_buckets(planned, original_sizes)
-        num_sizes = [scale.high.short - scale.low.short + 1 for scale in planned]
+        scales = augmentation.plan()
+        buckets, canvases = plan_buckets(scales, info.image_sizes)
+        num_sizes = [scale.high.short - scale.low.short + 1 for scale in scales]
         self._sampler = TrainingSampler(
             buckets, canvases, batch_size=batch_size * world_size, seed=seed, weights=num_sizes
         )
-        self._builder = _Builder(
+        self._builder = BatchBuilder(
             dataset=dataset,
-            scales=planned,
-            augment=Augment(flip=flip, scale_jitter=scale_jitter, crop=crop),
-            photometric=photometric,
-            transform=transform,
+            scales=scales,
+            augment=augmentation.geometric(),
+            photometric=augmentation.photometric,
+            transform=augmentation.transform,
             proposals=proposals,
             seed=seed,
             slots=slots_for(info.max_objects),
@@ -129,12 +116,12 @@ class TrainingLoader:
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._start_method = num_workers, start_method
         self.steps_per_epoch = self._sampler.steps_per_epoch
-        """Steps until every picture was seen, the same in each epoch."""
+        """Number of steps that show every image, the same in each epoch."""
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches from a step on, without end. Closing the iterator ends its workers."""
+        """Batches from a step on, without end. Closing the generator ends its workers."""
         steps = (self._sampler.step(step).share(self._rank, self._world_size) for step in itertools.count(start_step))
-        return _batches(self._builder, steps, self._num_workers, self._start_method)
+        return iterate_batches(self._builder, steps, self._num_workers, self._start_method)
 
 
 class EvaluationLoader:
@@ -201,7 +188,7 @@ class EvaluationLoader:
             ]
         self._steps = [Step(0, canvases[bucket][0], indices) for bucket, indices in batches][rank::world_size]
         augment = Augment(flip=float(flipped))
-        self._builder = _Builder(dataset=dataset, scales=scales, augment=augment, proposals=proposals, seed=0)
+        self._builder = BatchBuilder(dataset=dataset, scales=scales, augment=augment, proposals=proposals, seed=0)
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:
@@ -210,107 +197,7 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches, the same in each pass."""
-        return _batches(self._builder, self._steps, self._num_workers, self._start_method)
-
-
-@dataclass(frozen=True)
-class _Builder(TorchDataset[Batch]):
-    """Builds the batch of a step; what a worker process gets once, when it starts."""
-
-    dataset: Dataset
-    scales: Sequence[Scale]
-    """What a step's number of a scale stands for; none: pictures keep their own sizes."""
-    augment: Augment
-    seed: int
-    photometric: Photometric | None = None
-    transform: Callable[[Sample], Sample] | None = None
-    proposals: ProposalFile | None = None
-    slots: int | None = None
-    masks: bool = False
-
-    def __getitem__(self, step: Step) -> Batch:
-        placed = (self._placed_sample(int(index), step) for index in step.indices)
-        proposal_slots = None if self.proposals is None else self.proposals.slots
-        return collate(placed, len(step.indices), step.canvas, self.slots, proposal_slots, masks=self.masks)
-
-    def _placed_sample(self, index: int, step: Step) -> PlacedSample:
-        seed = image_seed(self.seed, step.epoch, index)
-        rng = np.random.Generator(np.random.Philox(seed))
-        sample = self.dataset[index]
-        height, width = sample.image.shape[:2]
-        resize = self.scales[step.scale].draw(seed) if self.scales else None
-        placement = self.augment.draw((height, width), resize, rng)
-        if self.transform is not None:
-            with seeded(seed):
-                sample = self.transform(sample)
-            if sample.image.shape != (height, width, 3):
-                raise ValueError(
-                    f"{sample.file_name}: the transform made a picture of shape {sample.image.shape} from one of "
-                    f"{(height, width, 3)}: it must keep the shape, resizing and cropping are the loader's"
-                )
-        if self.photometric is not None:
-            sample = replace(sample, image=self.photometric(sample.image, rng))
-        given = None if self.proposals is None else self.proposals.of(sample.image_id, (height, width))
-        return PlacedSample(sample, placement, seed, given)
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """What a worker sends: a batch, or why there is none."""
-
-    batch: Batch | None = None
-    fault: str = ""
-    trace: str = ""
-
-    def pin_memory(self) -> _Parcel:
-        """Called by torch's pinning thread."""
-        return self if self.batch is None else _Parcel(structures.pin_memory(self.batch))
-
-
-@dataclass(frozen=True)
-class _ParcelBuilder(TorchDataset[_Parcel]):
-    """Turns a user's fault in a worker into a parcel, because torch would bury its message under a traceback."""
-
-    builder: _Builder
-
-    def __getitem__(self, step: Step) -> _Parcel:
-        try:
-            return _Parcel(self.builder[step])
-        except (ValueError, OSError) as error:
-            return _Parcel(fault=str(error), trace=traceback.format_exc())
-
-
-def _batches(
-    builder: _Builder, steps: Iterable[Step], num_workers: int, start_method: str | None
-) -> Generator[Batch, None, None]:
-    loader: DataLoader[Any] = DataLoader(
-        _ParcelBuilder(builder),
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        multiprocessing_context=start_method if num_workers else None,
-        # Its own generator, because torch draws the workers' seeds from it and the run's must not notice.
-        generator=torch.Generator(),
-    )
-    for parcel in loader:
-        if parcel.batch is None:
-            raise ValueError(parcel.fault) from RuntimeError(f"while a batch was built:\n{parcel.trace}")
-        yield parcel.batch
-
-
-def _as_it_is(parcel: Any) -> Any:
-    return parcel
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first and then ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return iterate_batches(self._builder, self._steps, self._num_workers, self._start_method)
 
 
 def _describe(dataset: Dataset) -> DatasetInfo:

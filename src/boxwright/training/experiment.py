@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from boxwright.data.augment import Photometric
+from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize, ScaleMode, plan_scales
 
 
@@ -143,6 +144,12 @@ class Experiment:
             raise ValueError("cuda_graphs=true: only what is compiled is captured: give compile=true too")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm}: give a positive norm, or none")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The image settings of the training loader."""
+        names = ("resize", "scales", "scale_mode", "flip", "scale_jitter", "crop", "photometric")
+        return Augmentation(**{name: getattr(self, name) for name in names})
 
 
 def build(call: Callable[..., Any], **arguments: Any) -> Any:

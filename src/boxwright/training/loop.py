@@ -112,14 +112,8 @@ class Training:
         needs_masks = getattr(self.detector, "needs_masks", False)
         self.loader = TrainingLoader(
             dataset,
+            augmentation=experiment.augmentation,
             batch_size=experiment.images_per_device,
-            resize=experiment.resize,
-            scales=experiment.scales,
-            scale_mode=experiment.scale_mode,
-            flip=experiment.flip,
-            scale_jitter=experiment.scale_jitter,
-            crop=experiment.crop,
-            photometric=experiment.photometric,
             proposals=proposals,
             masks=needs_masks,
             seed=experiment.seed,
