@@ -23,7 +23,7 @@ from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions
 from boxwright.detectors.proposal_network import ProposalNetwork
-from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
+from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks, without_non_finite
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
@@ -149,7 +149,7 @@ class Predictor:
         slots = None if given is None else max(len(given.boxes), 1)
         batch = collate([PlacedSample(sample, place(original, size), 0, given)], 1, canvas, None, slots)
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
-            detections = cast(Detector, self.detector).detect(to_device(batch, self.device))
+            detections = without_non_finite(cast(Detector, self.detector).detect(to_device(batch, self.device)))
         scores = detections.scores[0].float().cpu()
         valid = detections.valid[0].cpu()
         kept = valid & (scores >= score)

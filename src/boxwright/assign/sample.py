@@ -65,7 +65,8 @@ def hardest(labels: Tensor, losses: Tensor, identities: Tensor, *, num: int, pos
 
     Args:
         labels: [B, N] int64 from `match`; ignored candidates are not taken.
-        losses: [B, N] float32, at least 0; those of ignored candidates may be anything.
+        losses: [B, N] float32, at least 0; those of ignored candidates may be anything. Losses that are not finite
+            rank last. They are not left out, or a model whose losses are all NaN would seem to have a loss of 0.
         identities: [B, N] int64 in 0..2^32 - 1, different for all candidates of an image that are not ignored: of
             equal losses the lower identity is taken first, wherever it stands.
         num: candidates to take an image; negatives fill what positives leave.
@@ -75,7 +76,8 @@ def hardest(labels: Tensor, losses: Tensor, identities: Tensor, *, num: int, pos
         S = min(num, N) slots; positives and negatives each by falling loss.
     """
     # The bits of floats that are not negative rank as the floats do. abs() because -0.0 has a negative number's bits.
-    rank = losses.float().abs().view(torch.int32).to(torch.int64)
+    rank = losses.float().abs().view(torch.int32).to(torch.int64) + 1
+    rank = torch.where(losses.isfinite(), rank, 0)
     return _highest(rank << 32 | (_32_BITS - identities), labels, num, positive_fraction)
 
 

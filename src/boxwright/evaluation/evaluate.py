@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -109,7 +110,7 @@ def detect_dataset(
         # Masks are pasted and encoded while the device is at the next batch.
         with ThreadPoolExecutor(1) as beside, torch.inference_mode(), autocast(device, precision):
             for batch in batches:
-                detections = detector.detect(to_device(batch, device))
+                detections = without_non_finite(detector.detect(to_device(batch, device)))
                 detections = map_tensors(detections, lambda slots: slots[:, :limit].cpu())
                 if pending:
                     pending[-1].result()  # So that batches do not pile up, and an error shows at once.
@@ -152,13 +153,23 @@ def _in_files(batch: Batch, detections: Detections) -> tuple[np.ndarray, Masks |
     return _file_table(batch, detections), None if detections.masks is None else file_masks(batch, detections)
 
 
+def without_non_finite(detections: Detections) -> Detections:
+    """Mark detections invalid whose score or box is not finite; Boxwright's own detectors keep none."""
+    finite = detections.boxes.isfinite().all(-1) & detections.scores.isfinite()
+    return replace(detections, valid=detections.valid & finite)
+
+
 def file_boxes(batch: Batch, detections: Detections) -> Tensor:
-    """[B, D, 4] float64 on the CPU: the detections' boxes as xyxy in pixels of the files, clipped to the files."""
+    """[B, D, 4] float64 on the CPU: the detections' boxes as xyxy in pixels of the files, clipped to the files.
+
+    A box with x2 < x1 or y2 < y1 becomes one without area.
+    """
     to_file = affine.invert(batch.transforms.cpu().double())
     boxes = affine.transform_boxes(detections.boxes.cpu().double(), to_file)
     height, width = batch.original_sizes.cpu().double().unbind(dim=1)
     limits = torch.stack([width, height, width, height], dim=1)[:, None]
-    return torch.minimum(boxes.clamp(min=0), limits)
+    boxes = torch.minimum(boxes.clamp(min=0), limits)
+    return torch.cat([boxes[..., :2], torch.maximum(boxes[..., :2], boxes[..., 2:])], dim=-1)
 
 
 def file_masks(batch: Batch, detections: Detections) -> Masks:

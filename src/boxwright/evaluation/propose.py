@@ -19,7 +19,7 @@ from torch import nn
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.evaluate import Precision, autocast, file_boxes
+from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, without_non_finite
 from boxwright.evaluation.proposals import RecallCounter
 from boxwright.structures import Batch, to_device
 
@@ -144,7 +144,7 @@ def propose(
     counter = RecallCounter(dataset)
     with torch.inference_mode(), autocast(device, precision):
         for batch in batches:
-            detections = detector.detect(to_device(batch, device))
+            detections = without_non_finite(detector.detect(to_device(batch, device)))
             boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
             for image_id, own, certainty, valid in zip(
                 batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True

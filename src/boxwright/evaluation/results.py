@@ -189,9 +189,9 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     try:
         rows = msgspec.json.decode(content, type=list[_Row])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        if number := _NOT_FINITE.search(content):
+        if word := _NOT_FINITE.search(content):
             raise ValueError(
-                f"{path} holds {number[0].decode()} at byte {number.start()}: scores and boxes are finite numbers. "
+                f"{path} holds {word[0].decode()} at byte {word.start()}: scores and boxes are finite numbers. "
                 "Leave such detections out, and look for the cause in the program that wrote the file"
             ) from error
         raise ValueError(f"{path} is not a COCO results file of boxes or masks: {error}") from error

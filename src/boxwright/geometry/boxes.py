@@ -128,9 +128,10 @@ def clip(boxes: Tensor, image_sizes: Tensor, plus_one: float = 0.0) -> Tensor:
         plus_one: 1 for the 2018 geometry, whose last pixel is at width - 1.
 
     Returns:
-        Boxes of the same shape with 0 <= x <= width - plus_one, and y likewise.
+        Boxes of the same shape with 0 <= x <= width - plus_one, and y likewise. Infinite coordinates become NaN, so
+        that clipping does not make a box out of one that is not finite.
     """
     limits = image_sizes.flip(-1).to(boxes.dtype) - plus_one
     limits = torch.cat([limits, limits], dim=-1)
     limits = limits.reshape(limits.shape[:-1] + (1,) * (boxes.ndim - limits.ndim) + (4,))
-    return torch.minimum(boxes.clamp(min=0), limits)
+    return torch.where(boxes.isinf(), torch.nan, torch.minimum(boxes.clamp(min=0), limits))

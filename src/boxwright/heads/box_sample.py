@@ -39,7 +39,7 @@ class Candidates(NamedTuple):
     boxes: Tensor
     """[B, N, 4] float32, xyxy in pixels of the canvas; proposals, then objects; 0 in invalid slots."""
     valid: Tensor
-    """[B, N] bool, the slots that hold a box; crowd regions are none."""
+    """[B, N] bool, the slots that hold a finite box; crowd regions do not count."""
     sources: Tensor
     """[B, N] int64, as in `SampledBoxes`."""
     matches: Matches
@@ -56,7 +56,7 @@ def candidates(proposals: Proposals, targets: Targets, *, positive_iou: float, p
         plus_one: what widths and heights add.
     """
     boxes = torch.cat([proposals.boxes, targets.boxes], 1)
-    valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1)
+    valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1) & boxes.isfinite().all(-1)
     boxes = torch.where(valid[..., None], boxes, 0.0)
     object_sources = FIRST_OBJECT_SOURCE + torch.arange(targets.labels.shape[1], device=boxes.device)
     sources = torch.cat([proposals.sources, object_sources.expand_as(targets.labels)], 1)

@@ -197,8 +197,11 @@ class RetinaHead(nn.Module):
         logits, indices, labels, start = [], [], [], 0
         for level, length in zip(output.logits, output.level_lengths, strict=True):
             # The best scores lie at the anchors of the best maxima, and those are far fewer to sort.
-            anchors = level.amax(2).topk(min(config.pre_nms_per_level, length)).indices
-            rows = take_slots(level, anchors).flatten(1)
+            best_class = level.amax(2)
+            best_class = torch.where(best_class.isfinite(), best_class, -torch.inf)
+            anchors = best_class.topk(min(config.pre_nms_per_level, length)).indices
+            finite = take_slots(best_class, anchors).isfinite()[..., None]
+            rows = torch.where(finite, take_slots(level, anchors), -torch.inf).flatten(1)
             best, places = rows.topk(min(config.pre_nms_per_level, rows.shape[1]))
             logits.append(at_least_float32(best))
             indices.append(anchors.gather(1, places // self.num_classes) + start)

@@ -256,9 +256,10 @@ class RPNHead(nn.Module):
         """
         config, plus_one = self.config, self.conventions.plus_one
         per_level = config.pre_nms_per_level if training else config.test_pre_nms_per_level
+        objectness = torch.where(output.objectness.isfinite(), output.objectness, -torch.inf)
         indices, levels, start = [], [], 0
         for level, length in enumerate(output.level_lengths):
-            best = output.objectness[:, start : start + length].topk(min(per_level, length)).indices
+            best = objectness[:, start : start + length].topk(min(per_level, length)).indices
             indices.append(best + start)
             levels.append(torch.full_like(best, level))
             start += length
@@ -268,14 +269,15 @@ class RPNHead(nn.Module):
         )
         multiple = 1 if training else self.conventions.proposal_clip_multiple
         boxes = box_geometry.clip(boxes, (image_sizes + multiple - 1) // multiple * multiple, plus_one=plus_one)
-        scores = take_slots(output.objectness, candidates).sigmoid()
+        logits = take_slots(objectness, candidates)
+        scores = logits.sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2] + plus_one
         num_proposals = config.num_proposals if training else config.test_num_proposals
         kept, valid = nms(
             boxes,
             scores,
             torch.cat(levels, 1),
-            (sides >= config.min_size).all(-1),
+            logits.isfinite() & (sides >= config.min_size).all(-1),
             iou_threshold=config.nms_iou,
             max_keep=min(num_proposals, candidates.shape[1]),
             plus_one=plus_one,

@@ -35,7 +35,7 @@ def nms(
 
     Args:
         boxes: [B, N, 4] xyxy; invalid slots may hold anything, NaN included.
-        scores: [B, N] of any range.
+        scores: [B, N] of any range. A candidate whose score or box is not finite takes no part.
         groups: [B, N] int64, any numbers.
         valid: [B, N] bool, the slots that take part.
         iou_threshold: boxes of IoU strictly above this suppress each other.
@@ -46,10 +46,15 @@ def nms(
         indices: [B, K] int64, the kept candidates by falling score, then zeros.
         kept: [B, K] bool, the slots of `indices` that are in use.
     """
-    indices, kept = grouped_nms(
-        boxes.detach(), scores.detach(), groups, valid, float(iou_threshold), max_keep, float(plus_one)
-    )
+    boxes, scores = boxes.detach(), scores.detach()
+    valid = valid & finite_candidates(boxes, scores)
+    indices, kept = grouped_nms(boxes, scores, groups, valid, float(iou_threshold), max_keep, float(plus_one))
     return indices, kept
+
+
+def finite_candidates(boxes: Tensor, scores: Tensor) -> Tensor:
+    """[B, N] bool, whether the box [B, N, 4] and the score [B, N] are finite."""
+    return boxes.isfinite().all(-1) & scores.isfinite()
 
 
 @torch.library.custom_op("boxwright::nms", mutates_args=(), device_types="cpu")

@@ -47,7 +47,8 @@ def multilevel_roi_align(
     Args:
         features: L of [B, C, H_l, W_l], finest first, all of one dtype; half precision is summed in float32.
         boxes: [B, P, 4] xyxy in pixels of the canvas.
-        valid: [B, P] bool; the boxes of other slots may hold anything, NaN included, and nothing flows back from them.
+        valid: [B, P] bool; other slots may hold anything, NaN included, and no gradient flows back from them. Boxes
+            that are not finite count as invalid.
         strides: pixels a cell of each level, powers of two, each twice the one before.
         output_size: S.
         sampling_ratio: samples along each side of a grid cell; 0 for as many as feature cells, rounded up.
@@ -64,6 +65,7 @@ def multilevel_roi_align(
     """
     assert len(features) == len(strides)
     finest, coarsest = round(math.log2(strides[0])), round(math.log2(strides[-1]))
+    valid = valid & boxes.isfinite().all(-1)
     boxes = torch.where(valid[..., None], boxes.detach(), 0.0)
     level = canonical_level + (area(boxes, plus_one).clamp(min=0).sqrt() / canonical_size).log2() + level_epsilon
     level = torch.where(valid, level.floor().clamp(finest, coarsest).to(torch.int64) - finest, len(features))

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from boxwright.ops.nms import finite_candidates
+
 Decay = Literal["linear", "gaussian"]
 
 
@@ -42,7 +44,7 @@ def soft_nms(
 
     Args:
         boxes: [B, N, 4] xyxy; invalid slots may hold anything, NaN included.
-        scores: [B, N] at least 0.
+        scores: [B, N] at least 0. A candidate whose score or box is not finite takes no part.
         groups: [B, N] int64, any numbers.
         valid: [B, N] bool, the slots that take part.
         decay: how scores fall.
@@ -58,11 +60,12 @@ def soft_nms(
         kept: [B, K] bool, the slots that are in use.
     """
     assert min_score >= 0
+    boxes, scores = boxes.detach(), scores.detach()
     indices, lowered, kept = grouped_soft_nms(
-        boxes.detach(),
-        scores.detach(),
+        boxes,
+        scores,
         groups,
-        valid,
+        valid & finite_candidates(boxes, scores),
         decay == "gaussian",
         float(iou_threshold),
         float(sigma),
