@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
-from boxwright.detectors.detector import Detector
+from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
 from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
@@ -31,7 +31,7 @@ COORDINATE_DECIMALS = 3
 
 
 def evaluate(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     batches: Iterable[Batch],
     *,
@@ -60,12 +60,12 @@ def evaluate(
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
     if new_labels is not None:
         results = results.relabel(new_labels)
-    max_detections = max_detections or coco_limits(detector.max_detections)
+    max_detections = max_detections or coco_limits(as_detector(detector).max_detections)
     return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
 
 
 def evaluate_proposals(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     batches: Iterable[Batch],
     *,
@@ -86,7 +86,7 @@ def evaluate_proposals(
 
 
 def detect_dataset(
-    detector: Detector,
+    detector: nn.Module,
     batches: Iterable[Batch],
     *,
     device: torch.device | str,
@@ -100,11 +100,11 @@ def detect_dataset(
     the best `limit` are kept, all where it is None.
     """
     device = torch.device(device)
-    module = cast(nn.Module, detector)
-    was_training = module.training
+    detector = as_detector(detector)
+    was_training = detector.training
     evaluated = [np.zeros(0, dtype=np.int64)]
     pending: list[Future[tuple[np.ndarray, Masks | None]]] = []
-    module.eval()
+    detector.eval()
     try:
         # Masks are pasted and encoded while the device is at the next batch.
         with ThreadPoolExecutor(1) as beside, torch.inference_mode(), autocast(device, precision):
@@ -119,7 +119,7 @@ def detect_dataset(
                     progress(len(batch.image_ids))
         found = [future.result() for future in pending]
     finally:
-        module.train(was_training)
+        detector.train(was_training)
     masks = [part for _, part in found if part is not None]
     table = _gather_rows(np.concatenate([np.zeros((0, 7)), *(rows for rows, _ in found)]), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
