@@ -49,6 +49,9 @@ class WholePicture(nn.Module):
     num_classes = 2
     max_detections = 3
 
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
     def detect(self, batch: Batch) -> Detections:
         self.canvas = tuple(batch.images.shape[-2:])
         height, width = batch.image_sizes[0].tolist()

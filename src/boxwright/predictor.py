@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import msgspec
 import numpy as np
@@ -20,9 +20,8 @@ from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
-from boxwright.detectors.detector import Detector, require_proposals
+from boxwright.detectors.detector import Detector, as_detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions
-from boxwright.detectors.proposal_network import ProposalNetwork
 from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks, without_non_finite
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
@@ -73,14 +72,14 @@ class Predictor:
         """Put a detector to work.
 
         Args:
-            detector: A `Detector`, with its weights.
+            detector: With its weights; see `as_detector`.
             experiment: Gives the size that pictures are brought to, and the precision.
             categories: The classes by label.
             device: Where to run.
             metadata: What else the weights file says (versions, step).
         """
         self.device = torch.device(device)
-        self.detector = detector.to(self.device).eval()
+        self.detector = as_detector(detector).to(self.device).eval()
         if self.device.type == "cpu":
             pack_convolutions(self.detector)
         self.experiment = experiment
@@ -149,7 +148,7 @@ class Predictor:
         slots = None if given is None else max(len(given.boxes), 1)
         batch = collate([PlacedSample(sample, place(original, size), 0, given)], 1, canvas, None, slots)
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
-            detections = without_non_finite(cast(Detector, self.detector).detect(to_device(batch, self.device)))
+            detections = without_non_finite(self.detector.detect(to_device(batch, self.device)))
         scores = detections.scores[0].float().cpu()
         valid = detections.valid[0].cpu()
         kept = valid & (scores >= score)
@@ -234,9 +233,9 @@ def load(
     except RuntimeError as error:
         raise ValueError(f"{file}: the weights do not fit the model that it names: {error}") from error
     if any(tensor.is_meta for tensor in (*detector.parameters(), *detector.buffers())):  # a part of the user's own
-        detector = build(experiment.model, num_classes=len(categories))
+        detector = as_detector(build(experiment.model, num_classes=len(categories)))
         detector.load_state_dict(tensors)
-    if isinstance(detector, ProposalNetwork):  # it takes all classes for one
+    if detector.class_agnostic:
         categories = [Category(id=1, name="object")]
     if precision is not None:
         experiment = replace(experiment, precision=precision)
@@ -275,11 +274,10 @@ class _NoLargerThan(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _unfilled(experiment: Experiment, num_classes: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def _unfilled(experiment: Experiment, num_classes: int, tensors: Mapping[str, torch.Tensor]) -> Detector:
     """The detector, its parameters without memory, so that a file that names a huge model takes none either."""
     with _NoLargerThan(tensors):
-        detector: nn.Module = build(experiment.model, num_classes=num_classes)
-    return detector
+        return as_detector(build(experiment.model, num_classes=num_classes))
 
 
 def _require_shapes(detector: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

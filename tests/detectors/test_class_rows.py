@@ -1,33 +1,22 @@
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
-from torch import nn
 
 from boxwright.detectors.class_rows import ClassRows, class_rows, with_shared_rows
 from factory import DETECTORS, small_detector
 
 
-def _tensors(kind: str, num_classes: int) -> dict[str, torch.Tensor]:
-    return cast(nn.Module, small_detector(kind, num_classes)).state_dict()
-
-
 @pytest.mark.parametrize("kind", DETECTORS)
-def test_the_table_names_just_what_grows_with_the_classes(kind: str) -> None:
-    few, many = _tensors(kind, 3), _tensors(kind, 5)
+def test_heads_declare_exactly_the_parameters_that_grow_with_the_classes(kind: str) -> None:
+    detector = small_detector(kind, 3)
+    few, many = detector.state_dict(), small_detector(kind, 5).state_dict()
     growing = {name for name in few if few[name].shape != many[name].shape}
-    layouts = {name: class_rows(name) for name in few}
-    by_class = {
-        name
-        for name, layout in layouts.items()
-        if layout is not None and layout.num_anchors(len(few[name]), 3) is not None
-    }
+    layouts = class_rows(detector)
+    by_class = {name for name, layout in layouts.items() if layout.num_anchors(len(few[name]), 3) is not None}
     assert by_class == growing
     for name in growing:
         layout = layouts[name]
-        assert layout is not None
         assert layout.num_anchors(len(few[name]), 3) == layout.num_anchors(len(many[name]), 5)
 
 

@@ -157,13 +157,13 @@ def test_a_module_of_yours_must_be_trusted() -> None:
         ("boxwright.training.run_folder.shutil.rmtree", {}, "neither a part"),
         ("boxwright.__main__.app", {}, "neither a part"),
         ("boxwright.training.run_folder.shutil", {}, "neither a part"),
-        ("boxwright.training.experiment.get_close_matches", {}, "neither a part"),
+        ("boxwright.training.experiment.field", {}, "neither a part"),
         ("boxwright.training.run_folder.write_page", {"path": "x", "page": {}}, "neither a part"),
         ("boxwright.detectors.rcnn.mask_rcnn_of_tomorrow", {}, "another version"),
         ("boxwright.detectors.rcnn.faster_rcnn", {"backbones": 1}, "did you mean 'backbone'"),
         ("boxwright.heads.rpn_head.RPNConfig", {"nms_iuo": 1}, "did you mean 'nms_iou'"),
         ("boxwright.training.experiment.Experiment", {}, "model"),
-        ("boxwright.data.buckets.Resize", {}, "holds no experiment"),
+        ("boxwright.data.buckets.Resize", {}, "expected the JSON of an experiment"),
     ],
 )
 def test_pages_cannot_call_what_is_no_part(name: str, arguments: dict, message: str) -> None:
@@ -177,7 +177,7 @@ def test_pages_that_are_no_experiment(page: object) -> None:
         from_json(page)
 
 
-@pytest.mark.parametrize("value", [nn.ReLU(), {"a": 1}, nn.ReLU])
+@pytest.mark.parametrize("value", [nn.ReLU(), {"a": 1}, dict, print, partial(nn.ReLU())])
 def test_what_json_cannot_hold_is_named(value: object) -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         to_json(partial(pair, left=value))

@@ -17,6 +17,7 @@ from boxwright.benchmark.torchvision_models import family_of
 from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_peer
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
+from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.evaluate import Precision
 from boxwright.structures import Batch
 from boxwright.training.experiment import build, nearest
@@ -71,11 +72,10 @@ class Bench:
         self._stack = ExitStack()
         self.dataset: Dataset = self._stack.enter_context(open_pictures(self.plan))
         with torch.device("meta"):
-            shape = build(self.experiment.model, num_classes=len(self.dataset.categories))
-        self.masks = bool(getattr(shape, "needs_masks", False))
-        needed = bool(getattr(shape, "needs_proposals", False))
+            shape = as_detector(build(self.experiment.model, num_classes=len(self.dataset.categories)))
+        self.masks = shape.needs_masks
         self.proposals: ProposalFile | None = self._stack.enter_context(
-            given_proposals(self.dataset, self.experiment, needed)
+            given_proposals(self.dataset, self.experiment, shape.needs_proposals)
         )
         return self
 

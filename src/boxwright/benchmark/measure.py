@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from boxwright.benchmark.system import BoxwrightSystem, System
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.detectors.detector import Detector
 from boxwright.evaluation.evaluate import Precision, detect_dataset
 from boxwright.structures import Batch, to_device
 
@@ -101,7 +100,7 @@ def infer_with_loader(
             yield from loader
 
     found = islice(batches(), 1 + warmup + iterations)
-    detect_dataset(cast(Detector, system.detector), found, device=device, precision=precision, progress=clock.mark)
+    detect_dataset(system.detector, found, device=device, precision=precision, progress=clock.mark)
     seconds = clock.seconds
     return Times(seconds[1 + warmup :], seconds[0], [])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from boxwright.benchmark.plan import Plan
 from boxwright.benchmark.random_weights import SEED, settle
 from boxwright.data.dataset import Category
-from boxwright.detectors.detector import Detector
+from boxwright.detectors.detector import Detector, as_detector
 from boxwright.detectors.inference import pack_convolutions
 from boxwright.evaluation.evaluate import detect_dataset
 from boxwright.structures import Batch, pin_memory, to_device
@@ -44,7 +44,7 @@ class System(Protocol):
         ...
 
 
-def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Category], batch: Batch) -> nn.Module:
+def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Category], batch: Batch) -> Detector:
     """The detector on the CPU, with the weights of the plan's file or random ones.
 
     Args:
@@ -54,12 +54,12 @@ def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Cate
         batch: what random weights are settled on.
     """
     torch.manual_seed(SEED)
-    detector = build(experiment.model, num_classes=len(categories))
+    detector = as_detector(build(experiment.model, num_classes=len(categories)))
     if plan.weights:
         load_init(detector, Path(plan.weights), categories)
     else:
         settle(detector, batch)
-    return cast(nn.Module, detector)
+    return detector
 
 
 class BoxwrightSystem:
@@ -101,7 +101,7 @@ class BoxwrightSystem:
 
     def infer(self, given: Batch) -> None:
         """`detect_dataset` of one batch: boxes clipped to the file, masks pasted and run-length encoded."""
-        detect_dataset(cast(Detector, self.detector), [given], device=self._device, precision=self._precision)
+        detect_dataset(self.detector, [given], device=self._device, precision=self._precision)
 
     def close(self) -> None:
         """Nothing is held elsewhere."""

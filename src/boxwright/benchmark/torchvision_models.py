@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from boxwright.backbones.backbone import Backbone
 from boxwright.backbones.norm import make_norm
 from boxwright.backbones.resnet import BLOCKS_PER_STAGE
+from boxwright.detectors.detector import Detector
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.rules import Rule, rename
-from boxwright.training.experiment import arguments_of, call_name
+from boxwright.training.parts import arguments_of, call_name, replaced_parts
 
 _FAMILIES = {
     "boxwright.detectors.proposal_network.proposal_network": "rpn",
@@ -38,7 +40,7 @@ _FAMILIES = {
 }
 
 
-def torchvision_model(model: Callable[..., nn.Module], ours: nn.Module) -> nn.Module:
+def torchvision_model(model: Callable[..., nn.Module], ours: Detector) -> nn.Module:
     """Torchvision's detector with the architecture of a recipe's model and its weights.
 
     It keeps torchvision's own conventions (anchors, matching, sampling, RoIAlign, losses) and its own frozen
@@ -54,8 +56,8 @@ def torchvision_model(model: Callable[..., nn.Module], ours: nn.Module) -> nn.Mo
     family = family_of(model)
     given = arguments_of(model)
     backbone = _backbone(given["backbone"])
-    strides: list[int] = list(getattr(ours.backbone, "strides"))  # noqa: B009
-    num_classes = int(getattr(ours, "num_classes"))  # noqa: B009
+    strides = list(cast(Backbone, ours.backbone).strides)
+    num_classes = ours.num_classes
     if family == "retinanet":
         peer: nn.Module = _retinanet(backbone, strides, num_classes, given["retina"])
     else:
@@ -89,6 +91,9 @@ def family_of(model: Callable[..., nn.Module]) -> str:
             f"peers are compared with {', '.join(_FAMILIES.values())} alone, not with "
             f"{call_name(model).rpartition('.')[2]}"
         )
+    replaced = replaced_parts(model)
+    if replaced:
+        raise ValueError(f"peers have no {', '.join(replaced.values())}: compare a model with Boxwright's own heads")
     return family
 
 

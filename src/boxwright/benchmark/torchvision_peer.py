@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
 
 from boxwright.benchmark.torchvision_models import torchvision_model
+from boxwright.detectors.detector import Detector
 from boxwright.evaluation.evaluate import Precision, autocast
 from boxwright.structures import Batch, Detections, to_device
 from boxwright.training.experiment import SGD, AdamW
 
 
-def torchvision_peer(model: Callable[..., nn.Module], ours: nn.Module) -> TorchvisionDetector:
+def torchvision_peer(model: Callable[..., nn.Module], ours: Detector) -> TorchvisionDetector:
     """Torchvision's detector beside ours; see `torchvision_model`.
 
     Args:
@@ -32,11 +33,10 @@ def torchvision_peer(model: Callable[..., nn.Module], ours: nn.Module) -> Torchv
     Raises:
         ValueError: torchvision has no such model.
     """
-    num_classes, limit = (int(getattr(ours, name)) for name in ("num_classes", "max_detections"))
-    return TorchvisionDetector(torchvision_model(model, ours), num_classes, limit)
+    return TorchvisionDetector(torchvision_model(model, ours), ours.num_classes, ours.max_detections)
 
 
-class TorchvisionDetector(nn.Module):
+class TorchvisionDetector(Detector):
     """A torchvision detector behind Boxwright's protocol, so that both train and test by the same code."""
 
     def __init__(self, model: nn.Module, num_classes: int, max_detections: int) -> None:

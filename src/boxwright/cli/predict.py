@@ -55,7 +55,7 @@ def predict(
     num_unreadable = 0
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
-        if getattr(predictor.detector, "needs_proposals", False):
+        if predictor.detector.needs_proposals:
             raise ValueError(
                 f"{model} has no network for proposals, so that it needs boxes to look at: give them in Python "
                 "(model.predict(picture, proposals=boxes)), or measure it with boxwright test --proposals FILE"

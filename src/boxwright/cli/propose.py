@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,6 @@ from boxwright.cli.options import PrecisionOption
 
 if TYPE_CHECKING:
     from boxwright.data.formats import Split
-    from boxwright.detectors.detector import Detector
 
 
 def propose(
@@ -44,7 +43,6 @@ def propose(
     from boxwright.cli.console import ImageProgress, print_numbers
     from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.loader import EvaluationLoader
-    from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.propose import ProposalWriter
     from boxwright.evaluation.propose import propose as propose_on
     from boxwright.predictor import load, weights_file
@@ -54,7 +52,7 @@ def propose(
     splits = _splits(data, split or [], annotations, images)
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
-        if not isinstance(predictor.detector, ProposalNetwork):
+        if not predictor.detector.class_agnostic:
             raise ValueError(f"{model} is no RPN: train one, such as rpn_r50_fpn_1x, and name its run")
         datasets = {name: IndexedDataset(*chosen_split) for name, chosen_split in splits.items()}
         with ProposalWriter(out) as writer:
@@ -69,7 +67,7 @@ def propose(
                 )
                 with ImageProgress(f"{name}: proposing", len(dataset), world_size(), shown=rank() == 0) as progress:
                     found, recall = propose_on(
-                        cast("Detector", predictor.detector),
+                        predictor.detector,
                         dataset,
                         loader,
                         device=chosen,

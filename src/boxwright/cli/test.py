@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from boxwright.data.dataset import Category
-    from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
 
 
@@ -73,7 +72,6 @@ def measure(
     from boxwright.data.loader import EvaluationLoader
     from boxwright.data.proposals_foreign import open_proposals
     from boxwright.detectors.detector import require_proposals
-    from boxwright.detectors.proposal_network import ProposalNetwork
     from boxwright.evaluation.evaluate import evaluate_proposals
     from boxwright.evaluation.results import match_categories, write_results
     from boxwright.evaluation.views import View, evaluate_views, view_suppression, views_of
@@ -106,8 +104,8 @@ def measure(
         dataset = IndexedDataset(*chosen_split)
         limit = predictor.experiment.given_proposals
         given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
-        detector = cast("Detector", predictor.detector)
-        is_proposals = isinstance(predictor.detector, ProposalNetwork)
+        detector = predictor.detector
+        is_proposals = detector.class_agnostic
         unfit = "--tta" if tta else f"--metric {metric}" if metric != "coco" else None
         if is_proposals and unfit is not None:
             raise ValueError(f"{unfit}: {model} only proposes boxes, which are measured by their recall: leave it out")

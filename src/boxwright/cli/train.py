@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from boxwright.data.formats import Split
     from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.proposals import ProposalFile
-    from boxwright.detectors.detector import Detector
     from boxwright.evaluation.coco import CocoMetrics
     from boxwright.evaluation.results import Results
     from boxwright.training.experiment import Experiment
@@ -199,18 +198,17 @@ class Validation:
 
     def __call__(self, detector: nn.Module) -> dict[str, float]:
         """AP of boxes and, where the detector has them, of masks; or recall where the detector only proposes."""
-        from boxwright.detectors.proposal_network import ProposalNetwork
+        from boxwright.detectors.detector import as_detector
         from boxwright.evaluation.evaluate import evaluate, evaluate_proposals
 
         device, precision = next(detector.parameters()).device, self._experiment.precision
-        model = cast("Detector", detector)
-        if isinstance(detector, ProposalNetwork):
-            results, recall = evaluate_proposals(model, self._val, self._loader, device=device, precision=precision)
+        if as_detector(detector).class_agnostic:
+            results, recall = evaluate_proposals(detector, self._val, self._loader, device=device, precision=precision)
             self.latest = results, recall
             return recall
         categories = self._dataset.categories
         results, metrics = evaluate(
-            model, self._val, self._loader, device=device, precision=precision, categories=categories
+            detector, self._val, self._loader, device=device, precision=precision, categories=categories
         )
         self.latest = results, metrics
         return metrics.numbers

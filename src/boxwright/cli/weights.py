@@ -28,6 +28,9 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A number that the file does not hold; may be repeated."),
 ]
+Trust = Annotated[
+    list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+]
 
 
 @app.command()
@@ -57,6 +60,7 @@ def export(
     model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a name of the zoo.")],
     out: Annotated[Path, typer.Option(help="Where the state dict goes, a .pth file.")],
     to: Annotated[str, typer.Option(help="Whose model it is to be: torchvision.")] = "torchvision",
+    trust: Trust = None,
 ) -> None:
     """Write weights as torchvision's detectors load them, and print the Python that builds the detector.
 
@@ -69,7 +73,7 @@ def export(
         raise ValueError(f"models cannot be exported to {to!r}: give --to torchvision")
     if out.suffix not in (".pth", ".pt"):
         raise ValueError(f"{out}: torchvision's weights are torch's own files: give a name that ends in .pth")
-    predictor = load(model)
+    predictor = load(model, trusted_modules=trust or ())
     try:
         exported = export_model(predictor.detector, predictor.experiment, predictor.categories)
     except ValueError as error:
@@ -84,6 +88,7 @@ def inspect(
     categories: Categories = None,
     norm_eps: NormEps = None,
     changes: Changes = None,
+    trust: Trust = None,
 ) -> None:
     """Print what a weights file is, what would be assumed of it, and what is in it."""
     from boxwright.importers.describe import model_line, numbers_of, summary_of
@@ -94,7 +99,7 @@ def inspect(
         tensors, page = load_weights(file)
         typer.echo(f"{file}: Boxwright's own")
         if "experiment" in page:
-            predictor = load(file)
+            predictor = load(file, trusted_modules=trust or ())
             typer.echo(model_line(predictor.experiment, len(predictor.categories)))
             typer.echo("\n".join(f"  {line}" for line in numbers_of(predictor.experiment)))
         for name in ("source", "versions", "step"):

@@ -7,7 +7,7 @@ Source: Cai & Vasconcelos, Cascade R-CNN: Delving into High Quality Object Detec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
-from boxwright.detectors.detector import PixelNormalizer
+from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.box_sample import FIRST_OBJECT_SOURCE, SampledBoxes
@@ -52,7 +52,7 @@ class CascadeConfig:
             raise ValueError(f"{self}: give as many positive_ious as stds and loss_weights, one a stage but the first")
 
 
-class CascadeRCNN(nn.Module):
+class CascadeRCNN(Detector):
     """A backbone, a region proposal network and a box head a stage, maybe mask heads too."""
 
     def __init__(
@@ -90,8 +90,8 @@ class CascadeRCNN(nn.Module):
         self.needs_masks = len(self.mask_heads) > 0
 
     @property
-    def suppression(self) -> Suppression:
-        """How its scored boxes become detections."""
+    def suppression(self) -> Suppression:  # type: ignore[override]  # follows a box head that was replaced
+        """NMS of the last stage's box head."""
         return self._stages[-1].suppression
 
     @property
@@ -180,6 +180,8 @@ def cascade_rcnn(
     rpn: RPNConfig = RPNConfig(),
     box: BoxConfig = BoxConfig(class_agnostic=True),
     cascade: CascadeConfig = CascadeConfig(),
+    rpn_head: Callable[..., RPNHead] = RPNHead,
+    box_head: Callable[..., BoxHead] = BoxHead,
 ) -> CascadeRCNN:
     """Build a Cascade R-CNN on a feature pyramid.
 
@@ -188,14 +190,26 @@ def cascade_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        rpn: the numbers of the proposals.
-        box: the numbers of the first stage, and of the others but for what `cascade` says.
+        rpn: hyperparameters of the region proposal network.
+        box: hyperparameters of the first stage, and of the later stages except for those in `cascade`.
         cascade: what is different in the stages behind the first.
+        rpn_head: called with (channels, strides, rpn, conventions).
+        box_head: called for each stage with (channels, strides, num_classes, hyperparameters, conventions).
 
     Raises:
         ValueError: `box` has a box for each class, and so none to hand on to a next stage.
     """
-    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, None)
+    channels, strides = backbone.channels[0], backbone.strides
+    return CascadeRCNN(
+        backbone=backbone,
+        rpn=rpn_head(channels, strides, rpn, conventions),
+        box_heads=[
+            box_head(channels, strides, num_classes, config, conventions) for config in _stage_configs(box, cascade)
+        ],
+        loss_weights=(1.0, *cascade.loss_weights),
+        mean_of=cascade.mean_of,
+        pixel_stats=pixel_stats,
+    )
 
 
 def cascade_mask_rcnn(
@@ -208,6 +222,9 @@ def cascade_mask_rcnn(
     box: BoxConfig = BoxConfig(class_agnostic=True),
     cascade: CascadeConfig = CascadeConfig(),
     mask: MaskConfig = MaskConfig(),
+    rpn_head: Callable[..., RPNHead] = RPNHead,
+    box_head: Callable[..., BoxHead] = BoxHead,
+    mask_head: Callable[..., MaskHead] = MaskHead,
 ) -> CascadeRCNN:
     """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage or in the first.
 
@@ -219,35 +236,25 @@ def cascade_mask_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        rpn: the numbers of the proposals.
-        box: the numbers of the first stage, and of the others but for what `cascade` says.
+        rpn: hyperparameters of the region proposal network.
+        box: hyperparameters of the first stage, and of the later stages except for those in `cascade`.
         cascade: what is different in the stages behind the first.
-        mask: the numbers of a mask head.
+        mask: hyperparameters of each mask head.
+        rpn_head: called with (channels, strides, rpn, conventions).
+        box_head: called for each stage with (channels, strides, num_classes, hyperparameters, conventions).
+        mask_head: called for each mask head with (channels, strides, num_classes, mask, conventions).
 
     Raises:
         ValueError: as `cascade_rcnn`.
     """
-    return _cascade(backbone, num_classes, pixel_stats, conventions, rpn, box, cascade, mask)
-
-
-def _cascade(
-    backbone: Backbone,
-    num_classes: int,
-    pixel_stats: PixelStats,
-    conventions: Conventions,
-    rpn: RPNConfig,
-    box: BoxConfig,
-    cascade: CascadeConfig,
-    mask: MaskConfig | None,
-) -> CascadeRCNN:
     channels, strides = backbone.channels[0], backbone.strides
     stages = _stage_configs(box, cascade)
-    masks = [] if mask is None else [mask] * (len(stages) if cascade.mask_in_all_stages else 1)
+    num_mask_heads = len(stages) if cascade.mask_in_all_stages else 1
     return CascadeRCNN(
         backbone=backbone,
-        rpn=RPNHead(channels, strides, rpn, conventions),
-        box_heads=[BoxHead(channels, strides, num_classes, config, conventions) for config in stages],
-        mask_heads=[MaskHead(channels, strides, num_classes, config, conventions) for config in masks],
+        rpn=rpn_head(channels, strides, rpn, conventions),
+        box_heads=[box_head(channels, strides, num_classes, config, conventions) for config in stages],
+        mask_heads=[mask_head(channels, strides, num_classes, mask, conventions) for _ in range(num_mask_heads)],
         loss_weights=(1.0, *cascade.loss_weights),
         mean_of=cascade.mean_of,
         pixel_stats=pixel_stats,

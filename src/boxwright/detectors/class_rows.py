@@ -1,50 +1,27 @@
-"""Which parameters have rows of classes, and how those of one set of classes come into another.
+"""Which parameters have rows of classes, and how to copy the rows of shared classes from other weights.
 
-A anchors a position (1 but in RetinaNet), C classes of the model, D classes of the weights, V values a class.
+A anchors per position (1 except in RetinaNet), C classes of the model, D classes of the weights, V values per class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from torch import Tensor
+from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class ClassRows:
-    """How the first dimension of a parameter is laid out: [A, C + background, V]."""
-
-    background: int = 0
-    """Rows of background, after those of the classes: 1 or none."""
-    values: int = 1
-    """V, the rows of one class, which stand together."""
-
-    def num_anchors(self, num_rows: int, num_classes: int) -> int | None:
-        """A of a parameter with so many rows; None where they are not by class, as those of class-agnostic boxes."""
-        anchors, rest = divmod(num_rows, (num_classes + self.background) * self.values)
-        return None if rest else anchors
+from boxwright.heads.declarations import ClassRows, HasClassLayers
 
 
-CLASS_ROWS = {
-    "box_head.class_logits": ClassRows(background=1),
-    "box_head.box_deltas": ClassRows(values=4),
-    "mask_head.mask_logits": ClassRows(),
-    # Of a cascade, a head a stage
-    "box_heads.*.class_logits": ClassRows(background=1),
-    "box_heads.*.box_deltas": ClassRows(values=4),
-    "mask_heads.*.mask_logits": ClassRows(),
-    # Of RetinaNet, A anchors a position
-    "head.class_logits": ClassRows(),
-}
-"""The layers with rows of classes, by the ends of their names; weight and bias are laid out alike."""
-
-
-def class_rows(name: str) -> ClassRows | None:
-    """The layout of a parameter, by its name in the detector's `state_dict`; None where it has no rows of classes."""
-    layer = "." + name.rpartition(".")[0]
-    return next((rows for end, rows in CLASS_ROWS.items() if fnmatchcase(layer, f"*.{end}")), None)
+def class_rows(detector: nn.Module) -> dict[str, ClassRows]:
+    """Layouts of the parameters with rows of classes, by name in the `state_dict`, as the detector's parts declare."""
+    layouts = {}
+    for path, module in detector.named_modules():
+        if isinstance(module, HasClassLayers):
+            for attribute, layout in module.class_layers.items():
+                layer = f"{path}.{attribute}" if path else attribute
+                parameters = detector.get_submodule(layer).named_parameters(recurse=False)
+                layouts.update({f"{layer}.{name}": layout for name, _ in parameters})
+    return layouts
 
 
 def with_shared_rows(

@@ -1,49 +1,85 @@
-"""What the rest of Boxwright asks of a detector, and the one thing that all of them do first."""
+"""The base class of detectors, and the normalisation of pixels that comes first in each."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import PixelStats
+from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections
 
 
-@runtime_checkable
-class Detector(Protocol):
-    """An `nn.Module` that learns from a batch and detects in a batch; no mode changes what a call returns.
+class Detector(nn.Module):
+    """A module with `losses(batch)` and `detect(batch)`; no mode changes what either returns.
 
-    One with an attribute `needs_masks` that is true finds masks in the targets of its batches.
+    Subclass it, or write any `nn.Module` with `num_classes`, `max_detections`, `losses` and `detect`: `as_detector`
+    gives the latter the defaults of the other attributes.
     """
 
     num_classes: int
+    """Classes of the data set; labels are 0 to `num_classes` - 1."""
     max_detections: int
-    """The most detections that it gives for an image."""
+    """Upper bound of the number of detections per image."""
+    needs_masks: bool = False
+    """Whether `losses` reads masks from the batch's targets."""
+    needs_proposals: bool = False
+    """Whether batches must hold proposals, because the detector has no network that makes them."""
+    class_agnostic: bool = False
+    """Whether detections are objects of any class (label 0), as proposals are. They are measured by their recall."""
+    suppression: Suppression | None = None
+    """NMS that selects detections; with it the detections of several views of an image are merged. None if unknown."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar float32 losses by name; their sum is what training minimises. Raises if the batch has no targets."""
-        ...
+        """Scalar float32 losses by name; training minimises their sum. Raises if the batch has no targets."""
+        raise NotImplementedError
 
     def detect(self, batch: Batch) -> Detections:
         """Detections in pixels of the batch's canvas, best first."""
-        ...
+        raise NotImplementedError
 
 
-def require_proposals(detector: nn.Module, given: bool) -> None:
+def as_detector(module: nn.Module) -> Detector:
+    """Check that a module is a detector, and give it the default of each optional attribute that it lacks.
+
+    Args:
+        module: a `Detector`, or another `nn.Module` with its required attributes; changed in place.
+
+    Raises:
+        ValueError: it is no `nn.Module`, or lacks a required attribute.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"expected a detector (an nn.Module), got a value of type {kind}")
+    for name in ("losses", "detect"):
+        method = getattr(module, name, None)
+        if not callable(method) or getattr(method, "__func__", None) is getattr(Detector, name):
+            raise ValueError(f"{kind} is no detector: it has no method {name}(batch). See boxwright.Detector")
+    for name in ("num_classes", "max_detections"):
+        value = getattr(module, name, None)
+        if not isinstance(value, int) or value < 1:
+            state = f"{name} is {value!r}" if hasattr(module, name) else f"it has no {name}"
+            raise ValueError(f"{kind} is no detector: {state}. Set self.{name} in __init__ to an integer of at least 1")
+    for name in ("needs_masks", "needs_proposals", "class_agnostic", "suppression"):
+        if not hasattr(module, name):
+            setattr(module, name, getattr(Detector, name))
+    return cast(Detector, module)
+
+
+def require_proposals(detector: Detector, given: bool) -> None:
     """Check that proposals are given to a detector that needs them, and to no other.
 
     Raises:
         ValueError: they are missing, or have no use.
     """
-    needed = bool(getattr(detector, "needs_proposals", False))
-    if needed and not given:
+    if detector.needs_proposals and not given:
         raise ValueError(
             "the model has no network for proposals, so they must be given: write them with boxwright propose and name "
             "the file with --proposals (in Python: proposals=)"
         )
-    if given and not needed:
+    if given and not detector.needs_proposals:
         raise ValueError("proposals are given, but the model makes its own: leave them out, or take a Fast R-CNN")
 
 

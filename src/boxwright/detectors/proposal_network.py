@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
-from boxwright.detectors.detector import PixelNormalizer
+from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.rpn_head import RPNConfig, RPNHead
 from boxwright.structures import Batch, Detections
 
 
-class ProposalNetwork(nn.Module):
+class ProposalNetwork(Detector):
     """A backbone and a region proposal network."""
+
+    class_agnostic = True
 
     def __init__(self, *, backbone: Backbone, rpn: RPNHead, pixel_stats: PixelStats) -> None:
         super().__init__()
@@ -50,6 +54,7 @@ def proposal_network(
     pixel_stats: PixelStats = PYTORCH,
     conventions: Conventions = MODERN,
     rpn: RPNConfig = RPNConfig(),
+    rpn_head: Callable[..., RPNHead] = RPNHead,
 ) -> ProposalNetwork:
     """Build an RPN.
 
@@ -58,7 +63,8 @@ def proposal_network(
         num_classes: of the data set; a proposal network takes all of them for one.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        rpn: the numbers.
+        rpn: hyperparameters of the head.
+        rpn_head: called with (channels, strides, rpn, conventions).
     """
-    head = RPNHead(backbone.channels[0], backbone.strides, rpn, conventions)
+    head = rpn_head(backbone.channels[0], backbone.strides, rpn, conventions)
     return ProposalNetwork(backbone=backbone, rpn=head, pixel_stats=pixel_stats)

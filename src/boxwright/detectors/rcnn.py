@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
-from boxwright.detectors.detector import PixelNormalizer
+from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.mask_head import MaskConfig, MaskHead
@@ -16,7 +16,7 @@ from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
-class RCNN(nn.Module):
+class RCNN(Detector):
     """A backbone, a region proposal network (or proposals that come with the batch), a box head, maybe a mask head."""
 
     def __init__(
@@ -37,15 +37,11 @@ class RCNN(nn.Module):
         self.box_head = box_head
         self.mask_head = mask_head
         self.needs_masks = mask_head is not None
+        self.needs_proposals = rpn is None
 
     @property
-    def needs_proposals(self) -> bool:
-        """Whether proposals must come with the batch."""
-        return self.rpn is None
-
-    @property
-    def suppression(self) -> Suppression:
-        """How its scored boxes become detections."""
+    def suppression(self) -> Suppression:  # type: ignore[override]  # follows a box head that was replaced
+        """NMS of the box head."""
         return self.box_head.suppression
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -86,6 +82,7 @@ def fast_rcnn(
     pixel_stats: PixelStats = PYTORCH,
     conventions: Conventions = MODERN,
     box: BoxConfig = BoxConfig(),
+    box_head: Callable[..., BoxHead] = BoxHead,
 ) -> RCNN:
     """Build a Fast R-CNN (Girshick, 2015) on a feature pyramid; its proposals come with the batch.
 
@@ -94,10 +91,12 @@ def fast_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        box: the numbers of the box head.
+        box: hyperparameters of the box head.
+        box_head: called with (channels, strides, num_classes, box, conventions).
     """
-    box_head = BoxHead(backbone.channels[0], backbone.strides, num_classes, box, conventions)
-    return RCNN(backbone=backbone, rpn=None, box_head=box_head, pixel_stats=pixel_stats)
+    channels, strides = backbone.channels[0], backbone.strides
+    head = box_head(channels, strides, num_classes, box, conventions)
+    return RCNN(backbone=backbone, rpn=None, box_head=head, pixel_stats=pixel_stats)
 
 
 def faster_rcnn(
@@ -108,6 +107,8 @@ def faster_rcnn(
     conventions: Conventions = MODERN,
     rpn: RPNConfig = RPNConfig(),
     box: BoxConfig = BoxConfig(),
+    rpn_head: Callable[..., RPNHead] = RPNHead,
+    box_head: Callable[..., BoxHead] = BoxHead,
 ) -> RCNN:
     """Build a Faster R-CNN (Ren et al., 2015) on a feature pyramid.
 
@@ -116,14 +117,16 @@ def faster_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        rpn: the numbers of the first stage.
-        box: the numbers of the second stage.
+        rpn: hyperparameters of the region proposal network.
+        box: hyperparameters of the box head.
+        rpn_head: called with (channels, strides, rpn, conventions).
+        box_head: called with (channels, strides, num_classes, box, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(
         backbone=backbone,
-        rpn=RPNHead(channels, strides, rpn, conventions),
-        box_head=BoxHead(channels, strides, num_classes, box, conventions),
+        rpn=rpn_head(channels, strides, rpn, conventions),
+        box_head=box_head(channels, strides, num_classes, box, conventions),
         pixel_stats=pixel_stats,
     )
 
@@ -137,6 +140,9 @@ def mask_rcnn(
     rpn: RPNConfig = RPNConfig(),
     box: BoxConfig = BoxConfig(),
     mask: MaskConfig = MaskConfig(),
+    rpn_head: Callable[..., RPNHead] = RPNHead,
+    box_head: Callable[..., BoxHead] = BoxHead,
+    mask_head: Callable[..., MaskHead] = MaskHead,
 ) -> RCNN:
     """Build a Mask R-CNN (He et al., 2017) on a feature pyramid.
 
@@ -145,16 +151,19 @@ def mask_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        rpn: the numbers of the first stage.
-        box: the numbers of the second stage.
-        mask: the numbers of the mask head.
+        rpn: hyperparameters of the region proposal network.
+        box: hyperparameters of the box head.
+        mask: hyperparameters of the mask head.
+        rpn_head: called with (channels, strides, rpn, conventions).
+        box_head: called with (channels, strides, num_classes, box, conventions).
+        mask_head: called with (channels, strides, num_classes, mask, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(
         backbone=backbone,
-        rpn=RPNHead(channels, strides, rpn, conventions),
-        box_head=BoxHead(channels, strides, num_classes, box, conventions),
-        mask_head=MaskHead(channels, strides, num_classes, mask, conventions),
+        rpn=rpn_head(channels, strides, rpn, conventions),
+        box_head=box_head(channels, strides, num_classes, box, conventions),
+        mask_head=mask_head(channels, strides, num_classes, mask, conventions),
         pixel_stats=pixel_stats,
     )
 
@@ -167,6 +176,8 @@ def fast_mask_rcnn(
     conventions: Conventions = MODERN,
     box: BoxConfig = BoxConfig(),
     mask: MaskConfig = MaskConfig(),
+    box_head: Callable[..., BoxHead] = BoxHead,
+    mask_head: Callable[..., MaskHead] = MaskHead,
 ) -> RCNN:
     """Build a Mask R-CNN whose proposals come with the batch, as Fast R-CNN's do.
 
@@ -175,14 +186,16 @@ def fast_mask_rcnn(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        box: the numbers of the box head.
-        mask: the numbers of the mask head.
+        box: hyperparameters of the box head.
+        mask: hyperparameters of the mask head.
+        box_head: called with (channels, strides, num_classes, box, conventions).
+        mask_head: called with (channels, strides, num_classes, mask, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(
         backbone=backbone,
         rpn=None,
-        box_head=BoxHead(channels, strides, num_classes, box, conventions),
-        mask_head=MaskHead(channels, strides, num_classes, mask, conventions),
+        box_head=box_head(channels, strides, num_classes, box, conventions),
+        mask_head=mask_head(channels, strides, num_classes, mask, conventions),
         pixel_stats=pixel_stats,
     )

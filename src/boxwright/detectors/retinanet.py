@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
-from boxwright.detectors.detector import PixelNormalizer
+from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.retina_head import RetinaConfig, RetinaHead
 from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(Detector):
     """A backbone and a head at every level."""
 
     def __init__(self, *, backbone: Backbone, head: RetinaHead, pixel_stats: PixelStats) -> None:
@@ -24,8 +26,8 @@ class RetinaNet(nn.Module):
         self.head = head
 
     @property
-    def suppression(self) -> Suppression:
-        """How its scored boxes become detections."""
+    def suppression(self) -> Suppression:  # type: ignore[override]  # follows a head that was replaced
+        """NMS of the head."""
         return self.head.suppression
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -47,6 +49,7 @@ def retinanet(
     pixel_stats: PixelStats = PYTORCH,
     conventions: Conventions = MODERN,
     retina: RetinaConfig = RetinaConfig(),
+    retina_head: Callable[..., RetinaHead] = RetinaHead,
 ) -> RetinaNet:
     """Build a RetinaNet (Lin et al., 2017) on a feature pyramid.
 
@@ -55,7 +58,8 @@ def retinanet(
         num_classes: object classes, background not counted.
         pixel_stats: what the backbone expects of pixels.
         conventions: the geometry that the weights were or will be trained with.
-        retina: the numbers.
+        retina: hyperparameters of the head.
+        retina_head: called with (channels, strides, num_classes, retina, conventions).
     """
-    head = RetinaHead(backbone.channels[0], backbone.strides, num_classes, retina, conventions)
+    head = retina_head(backbone.channels[0], backbone.strides, num_classes, retina, conventions)
     return RetinaNet(backbone=backbone, head=head, pixel_stats=pixel_stats)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
-from boxwright.detectors.detector import Detector
+from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
 from boxwright.evaluation.paste import paste_masks
 from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
@@ -32,7 +32,7 @@ COORDINATE_DECIMALS = 3
 
 
 def evaluate(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     batches: Iterable[Batch],
     *,
@@ -61,12 +61,12 @@ def evaluate(
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
     if new_labels is not None:
         results = results.relabel(new_labels)
-    max_detections = max_detections or coco_limits(detector.max_detections)
+    max_detections = max_detections or coco_limits(as_detector(detector).max_detections)
     return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
 
 
 def evaluate_proposals(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     batches: Iterable[Batch],
     *,
@@ -87,7 +87,7 @@ def evaluate_proposals(
 
 
 def detect_dataset(
-    detector: Detector,
+    detector: nn.Module,
     batches: Iterable[Batch],
     *,
     device: torch.device | str,
@@ -101,11 +101,11 @@ def detect_dataset(
     the best `limit` are kept, all where it is None.
     """
     device = torch.device(device)
-    module = cast(nn.Module, detector)
-    was_training = module.training
+    detector = as_detector(detector)
+    was_training = detector.training
     evaluated = [np.zeros(0, dtype=np.int64)]
     pending: list[Future[tuple[np.ndarray, Masks | None]]] = []
-    module.eval()
+    detector.eval()
     try:
         # Masks are pasted and encoded while the device is at the next batch.
         with ThreadPoolExecutor(1) as beside, torch.inference_mode(), autocast(device, precision):
@@ -120,7 +120,7 @@ def detect_dataset(
                     progress(len(batch.image_ids))
         found = [future.result() for future in pending]
     finally:
-        module.train(was_training)
+        detector.train(was_training)
     masks = [part for _, part in found if part is not None]
     table = _gather_rows(np.concatenate([np.zeros((0, 7)), *(rows for rows, _ in found)]), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
-from boxwright.detectors.detector import Detector
+from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, without_non_finite
 from boxwright.evaluation.proposals import RecallCounter
 from boxwright.structures import Batch, to_device
@@ -114,7 +114,7 @@ class ProposalWriter:
 
 
 def propose(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     batches: Iterable[Batch],
     *,
@@ -137,9 +137,9 @@ def propose(
     Returns:
         The proposals by image id, in pixels of the files and clipped to them, and the recall by name.
     """
-    device, module = torch.device(device), cast(nn.Module, detector)
-    was_training = module.training
-    module.eval()
+    device, detector = torch.device(device), as_detector(detector)
+    was_training = detector.training
+    detector.eval()
     found: dict[int, GivenProposals] = {}
     counter = RecallCounter(dataset)
     with torch.inference_mode(), autocast(device, precision):
@@ -155,7 +155,7 @@ def propose(
                 counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
             if progress is not None:
                 progress(len(batch.image_ids))
-    module.train(was_training)
+    detector.train(was_training)
     if dist.is_initialized():
         counts = torch.from_numpy(counter.counts)
         dist.all_reduce(counts)  # in place, on the host

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category, Dataset
-from boxwright.detectors.detector import Detector
+from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits
 from boxwright.evaluation.evaluate import Precision, detect_dataset, shared_metrics
 from boxwright.evaluation.results import Results, join, match_categories
@@ -51,7 +52,7 @@ def views_of(resize: Resize, shorts: Sequence[int] = (), *, flip: bool = True) -
 
 
 def evaluate_views(
-    detector: Detector,
+    detector: nn.Module,
     dataset: Dataset,
     views: Sequence[Iterable[Batch]],
     *,
@@ -83,18 +84,18 @@ def evaluate_views(
     results = found[0] if suppression is None else merge_views(found, suppression)
     if new_labels is not None:
         results = results.relabel(new_labels)
-    max_detections = max_detections or coco_limits(detector.max_detections)
+    max_detections = max_detections or coco_limits(as_detector(detector).max_detections)
     return results, shared_metrics(dataset, results, device=device, max_detections=max_detections)
 
 
-def view_suppression(detector: Detector) -> Suppression:
+def view_suppression(detector: nn.Module) -> Suppression:
     """How a detector's detections compete.
 
     Raises:
         ValueError: It does not say so.
     """
-    suppression = getattr(detector, "suppression", None)
-    if not isinstance(suppression, Suppression):
+    suppression = as_detector(detector).suppression
+    if suppression is None:
         raise ValueError(
             f"a {type(detector).__name__} does not say how its detections compete, so that those of several views "
             "cannot be merged: test it without test-time augmentation"

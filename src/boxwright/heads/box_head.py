@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
@@ -22,6 +23,7 @@ from boxwright.backbones.convolve import convolve
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
+from boxwright.heads.declarations import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.grid_linear import GridLinear
 from boxwright.heads.slots import used_slots
@@ -96,6 +98,9 @@ class BoxHead(nn.Module):
 
     Convolutions may come first, as in the heads of Wu & He, Group Normalization (2018): four of them, and one layer.
     """
+
+    class_layers = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
+    output_stds = MappingProxyType({"class_logits": 1.0, "box_deltas": 0.5})
 
     def __init__(
         self,

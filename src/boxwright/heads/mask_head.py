@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from boxwright.backbones.convolve import convolve
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import SampledBoxes
+from boxwright.heads.declarations import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.slots import used_slots
 from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
@@ -45,6 +47,8 @@ class MaskConfig:
 
 class MaskHead(nn.Module):
     """Convolutions on RoIAlign's grid, a deconvolution that doubles it, and a logit for each class and cell."""
+
+    class_layers = MappingProxyType({"mask_logits": ClassRows()})
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
@@ -87,6 +88,8 @@ class RPNOutput(NamedTuple):
 
 class RPNHead(nn.Module):
     """3x3 convolutions, as a rule one, and two 1x1 ones, shared by all levels; their losses and their proposals."""
+
+    output_stds = MappingProxyType({"objectness": 1.0, "deltas": 0.1})
 
     def __init__(
         self,

@@ -18,7 +18,8 @@ from boxwright.data.dataset import Category
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.importers.rules import rename_back
 from boxwright.importers.torchvision import SETTINGS, rules
-from boxwright.training.experiment import Experiment, arguments_of, call_name
+from boxwright.training.experiment import Experiment
+from boxwright.training.parts import arguments_of, call_name, replaced_parts
 from boxwright.weights.ours import whole_file
 
 _CLASSES = {
@@ -100,6 +101,12 @@ def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Cat
         made = call_name(experiment.model).rpartition(".")[2]
         raise ValueError(
             f"torchvision has no model like {made}: Faster R-CNN, Mask R-CNN and RetinaNet can be exported"
+        )
+    replaced = replaced_parts(experiment.model)
+    if replaced:
+        raise ValueError(
+            f"torchvision's model cannot be given what this one has: {', '.join(replaced.values())} in place of "
+            "Boxwright's own heads"
         )
     model = {name: arguments_of(value) for name, value in arguments_of(experiment.model).items()}
     faults = _faults(call_name(arguments_of(experiment.model)["backbone"]), model, kind)

@@ -1,19 +1,13 @@
 """An experiment: a model and how to train it, as one frozen value, and its JSON form.
 
-A part of a model is given as the call that makes it, `partial(function, argument=...)`, and made by `build` when it is
-wanted; calls nest. `settings.py` shows and changes experiments.
+The model is given as a part (`parts.py`), which `build` calls. `settings.py` shows and changes experiments.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import partial
-from types import FunctionType
 from typing import Any, Literal
 
 from torch import nn
@@ -21,6 +15,15 @@ from torch import nn
 from boxwright.data.augment import Photometric
 from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize, ScaleMode, plan_scales
+from boxwright.training import parts
+
+# Those who work with experiments import these from here too.
+from boxwright.training.parts import arguments_of as arguments_of
+from boxwright.training.parts import build as build
+from boxwright.training.parts import call_name as call_name
+from boxwright.training.parts import nearest as nearest
+from boxwright.training.parts import not_pretrained as not_pretrained
+from boxwright.training.parts import to_json as to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class Experiment:
     """A model and how to train it; the defaults are the 2018 toolbox's 1x on COCO."""
 
     model: Callable[..., nn.Module]
-    """Makes the detector, given `num_classes`: a function, or `partial` of one."""
+    """Builds the detector, given `num_classes`: a function, an `nn.Module` class, or `functools.partial` of either."""
     resize: Resize = field(default_factory=Resize)
     """The size that pictures are brought to, in training and in testing."""
     scales: tuple[tuple[int, int], ...] | None = None
@@ -152,187 +155,47 @@ class Experiment:
         return Augmentation(**{name: getattr(self, name) for name in names})
 
 
-def build(call: Callable[..., Any], **arguments: Any) -> Any:
-    """Make a part, and first the parts that it is made of.
-
-    Args:
-        call: a function or `partial`; arguments of it that are functions or `partial`s themselves are built first.
-        arguments: further arguments, such as `num_classes`; the call may have them only at their defaults, which
-            `to_json` writes down.
+def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Experiment:
+    """Undo `to_json` for an experiment; see `parts.from_json`.
 
     Raises:
-        ValueError: the function does not take these arguments, or wants more.
+        ValueError: `data` is no experiment, or names what does not exist or is not trusted.
     """
-    function, given = _split(call)
-    signature = inspect.signature(function)
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    given = {name: value for name, value in given.items() if name not in arguments or value != defaults.get(name)}
-    parts = {name: build(value) if is_call(value) else value for name, value in given.items()}
-    try:
-        signature.bind(**parts, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{call_name(call)}: {error}") from None
-    return function(**parts, **arguments)
-
-
-def is_call(value: Any) -> bool:
-    """Whether an argument stands for what it makes."""
-    return isinstance(value, (partial, FunctionType))
-
-
-def is_settings(value: Any) -> bool:
-    """Whether it is a value of a dataclass."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def call_name(value: Any) -> str:
-    """The full name of the function that a call calls, or of a value's class."""
-    function = _split(value)[0] if is_call(value) else type(value)
-    return f"{function.__module__}.{function.__qualname__}"
-
-
-def arguments_of(value: Any) -> dict[str, Any]:
-    """What a call would pass on, or the fields of a dataclass's value, by name; defaults included.
-
-    Arguments that have no default and are not given are left out.
-    """
-    if not is_call(value):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    function, given = _split(value)
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    named = {p.name: {**defaults, **given}[p.name] for p in parameters if p.name in defaults or p.name in given}
-    return {**named, **given}
-
-
-def _split(call: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function of a call, and the arguments that are given with it."""
-    if not isinstance(call, partial):
-        return call, {}
-    if call.args:
-        raise ValueError(f"{call.func.__qualname__}: give the arguments of a partial by name")
-    return call.func, dict(call.keywords)
-
-
-def to_json(value: Any) -> Any:
-    """A value that `json` can write: all of an experiment, defaults included, so that later defaults change nothing.
-
-    A call or a dataclass's value becomes `{"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {...}}`.
-
-    Raises:
-        ValueError: something in it is neither that nor a number, string, bool, None or tuple of such.
-    """
-    if is_call(value) or is_settings(value):
-        name = call_name(value)
-        if "<" in name or name.startswith("__main__."):
-            raise ValueError(f"{name} cannot be imported by its name: define it at the top of an importable module")
-        return {"call": name, "arguments": {k: to_json(v) for k, v in arguments_of(value).items()}}
-    if isinstance(value, (tuple, list)):
-        return [to_json(element) for element in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(
-        f"an experiment cannot hold {value!r}: give parts as functools.partial(function, argument=...), and otherwise "
-        "numbers, strings, None, tuples and dataclasses"
-    )
-
-
-def not_pretrained(call: Any) -> Any:
-    """A call, and those in it, with each `pretrained` of Boxwright's off: for a model whose weights come from a file.
-
-    They would be fetched, and then overwritten.
-    """
-    if not is_call(call):
-        return call
-    function, given = _split(call)
-    changes = {name: not_pretrained(value) for name, value in given.items() if is_call(value)}
-    if _inside(function.__module__, ("boxwright",)) and given.get("pretrained"):
-        changes["pretrained"] = False
-    return partial(call, **changes) if changes else call
-
-
-MODEL_MODULES = ("boxwright.backbones", "boxwright.heads", "boxwright.detectors")
-"""Whose functions a page may have called: they make modules and do nothing else."""
-SETTINGS_MODULES = (
-    "boxwright.training.experiment",
-    "boxwright.data.augment",
-    "boxwright.data.buckets",
-    "boxwright.geometry.conventions",
-)
-"""Whose dataclasses a page may hold besides. No other module is imported for a page: importing one may run it."""
-
-
-def from_json(page: Any, trusted_modules: Collection[str] = ()) -> Experiment:
-    """Undo `to_json`. Lists come back as tuples.
-
-    Args:
-        page: as `json` reads it.
-        trusted_modules: modules, or packages with all in them, whose functions may be called besides Boxwright's own.
-            Name those that you would run.
-
-    Raises:
-        ValueError: the page is no experiment, or names what does not exist or is not trusted.
-    """
-    experiment = _decode(page, tuple(trusted_modules))
+    experiment = parts.from_json(data, trusted_modules)
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"this page holds no experiment but {experiment!r}")
+        raise ValueError(f"expected the JSON of an experiment, got that of {experiment!r}")
     return experiment
 
 
-def _decode(page: Any, trusted: tuple[str, ...]) -> Any:
-    if isinstance(page, list):
-        return tuple(_decode(element, trusted) for element in page)
-    if not isinstance(page, dict):
-        return page
-    name, given = page.get("call"), page.get("arguments")
-    if set(page) != {"call", "arguments"} or not isinstance(name, str) or not isinstance(given, dict):
-        raise ValueError(f"this is no call with arguments: {page!r}")
-    target = _find(name, trusted)
-    known = inspect.signature(target).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        for argument in given:
-            if argument not in known:
-                raise ValueError(f"{name} has no {argument!r}{nearest(argument, known)}")
-    arguments = {argument: _decode(value, trusted) for argument, value in given.items()}
-    if not isinstance(target, type):
-        return partial(target, **arguments)
+def require_rebuildable(experiment: Experiment) -> None:
+    """Check that the model can be rebuilt from the JSON that weights files hold, with the experiment's modules trusted.
+
+    Raises:
+        ValueError: it cannot; the message says which part is at fault and how to fix it.
+    """
+    data = to_json(experiment)
     try:
-        return target(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _find(name: str, trusted: tuple[str, ...]) -> Any:
-    """What a name stands for, if a page may use it."""
-    module_name, _, attribute = name.rpartition(".")
-    if not _inside(module_name, ("boxwright", *trusted)):
+        again = from_json(json.loads(json.dumps(data)), parts.modules_of(experiment))
+    except ValueError as error:
+        raise ValueError(f"the model could not be rebuilt from its weights file: {error}") from None
+    if json.dumps(to_json(again)) != json.dumps(data):
         raise ValueError(
-            f"{name} is not Boxwright's: name its module as trusted if you know its code and would run it here"
+            "the model could not be rebuilt from its weights file: read back from JSON, the experiment is "
+            f"{json.dumps(to_json(again))} instead of {json.dumps(data)}"
         )
-    if not _inside(module_name, (*MODEL_MODULES, *SETTINGS_MODULES, *trusted)):
-        raise ValueError(f"{name} is neither a part of a model nor settings")
+
+
+def with_new_defaults(data: Any, experiment: Experiment) -> Any:
+    """The JSON of an older version's experiment with the defaults of parameters that were added since.
+
+    Args:
+        data: the JSON.
+        experiment: the present experiment, whose modules are trusted.
+
+    Returns:
+        The JSON as this version writes it; `data` itself if this version cannot read it.
+    """
     try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError):
-        raise ValueError(f"there is no {name}: was the experiment written by another version?") from None
-    settings = isinstance(target, type) and dataclasses.is_dataclass(target)
-    # Modules also hold what they import, and Boxwright has functions that write files.
-    own = getattr(target, "__module__", None) == module_name
-    if not (
-        own and (settings or (isinstance(target, FunctionType) and _inside(module_name, (*MODEL_MODULES, *trusted))))
-    ):
-        raise ValueError(f"{name} is neither a part of a model nor settings")
-    return target
-
-
-def _inside(module: str, packages: Collection[str]) -> bool:
-    return any(module == package or module.startswith(package + ".") for package in packages)
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """The end of an error about a wrong name: the several names that hold it, or the nearest one, or else all."""
-    holding = [right for right in names if name in right]
-    close = get_close_matches(name, list(names), n=1)
-    if len(holding) < 2 and close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(holding or names) or 'none'}"
+        return to_json(from_json(data, parts.modules_of(experiment)))
+    except ValueError:
+        return data

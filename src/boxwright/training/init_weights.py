@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from boxwright.data.categories import shared_by_name
 from boxwright.data.dataset import Category
 from boxwright.detectors.class_rows import class_rows, with_shared_rows
+from boxwright.heads.declarations import ClassRows
 from boxwright.training.metrics import say
 from boxwright.weights.ours import load_weights
 
@@ -19,7 +20,7 @@ from boxwright.weights.ours import load_weights
 def load_init(detector: nn.Module, path: Path, categories: Sequence[Category], *, match_classes: bool = False) -> None:
     """Start from the tensors of a weights file that fit by name and shape.
 
-    Rows of classes (see `CLASS_ROWS`) go by their place, or with `match_classes` by the classes' names: those of shared
+    Rows of classes (see `class_rows`) go by their place, or with `match_classes` by the classes' names: those of shared
     classes and of background are taken, whatever their places and number, and the others start anew.
 
     Args:
@@ -33,20 +34,20 @@ def load_init(detector: nn.Module, path: Path, categories: Sequence[Category], *
             classes, none of them is the model's, or the model has no rows of classes.
     """
     tensors, page = load_weights(path)
-    own = detector.state_dict()
+    own, layouts = detector.state_dict(), class_rows(detector)
     taken = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
     if match_classes:
         theirs = _categories(path, page)
         shared = _shared(path, categories, theirs)
-        by_name = _class_tensors(path, own, tensors, shared, len(theirs))
-        taken = {name: tensor for name, tensor in taken.items() if class_rows(name) is None} | by_name
+        by_name = _class_tensors(path, own, tensors, layouts, shared=shared, num_given=len(theirs))
+        taken = {name: tensor for name, tensor in taken.items() if name not in layouts} | by_name
     if not taken:
         raise ValueError(f"{path} holds no tensor that fits the model: it belongs to another kind of model")
     detector.load_state_dict(taken, strict=False)
     say(f"{path}: {len(taken)} of the model's {len(own)} tensors taken")
     if match_classes:
         _say_classes(path, categories, shared)
-    elif any(class_rows(name) for name in taken):
+    elif layouts.keys() & taken.keys():
         _warn_of_other_names(path, page, categories)
     _say_fresh(path, own, tensors, taken)
 
@@ -84,6 +85,8 @@ def _class_tensors(
     path: Path,
     own: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, ClassRows],
+    *,
     shared: Sequence[int | None],
     num_given: int,
 ) -> dict[str, Tensor]:
@@ -93,11 +96,10 @@ def _class_tensors(
         ValueError: there is none, or the weights have not so many rows as classes.
     """
     mixed = {}
-    for name, tensor in own.items():
-        layout = class_rows(name)
-        if layout is None or name not in tensors:
+    for name, layout in layouts.items():
+        if name not in tensors:
             continue
-        given = tensors[name]
+        tensor, given = own[name], tensors[name]
         if layout.num_anchors(len(tensor), len(shared)) is None:  # class-agnostic boxes
             new = given if given.shape == tensor.shape else None
         else:

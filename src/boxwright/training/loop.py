@@ -19,7 +19,7 @@ from boxwright.backbones.norm import has_untrained_statistics
 from boxwright.data.dataset import Dataset, DatasetInfo
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
-from boxwright.detectors.detector import require_proposals
+from boxwright.detectors.detector import as_detector, require_proposals
 from boxwright.structures import Batch, to_device
 from boxwright.training import checkpoint
 from boxwright.training.distributed import (
@@ -31,7 +31,7 @@ from boxwright.training.distributed import (
     world_size,
 )
 from boxwright.training.ema import EMA
-from boxwright.training.experiment import Experiment, build, to_json
+from boxwright.training.experiment import Experiment, build, require_rebuildable, to_json, with_new_defaults
 from boxwright.training.init_weights import load_init
 from boxwright.training.interrupt import TrainingInterrupted, stop_request
 from boxwright.training.metrics import Clock, Log, Window, memory, progress_line, say
@@ -93,15 +93,17 @@ class Training:
             command: the command line, for the record.
 
         Raises:
-            ValueError: the folder holds another run, the run to resume had another experiment or is damaged, not all
-                processes see its checkpoints, proposals are missing or have no use, or `init` does not fit.
+            ValueError: the model could not be rebuilt from weights files or is no detector, the folder holds another
+                run, the run to resume had another experiment or is damaged, not all processes see its checkpoints,
+                proposals are missing or have no use, or `init` does not fit.
         """
         self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
+        require_rebuildable(experiment)
         torch.manual_seed(experiment.seed)
-        detector = build(experiment.model, num_classes=len(dataset.categories))
+        detector = as_detector(build(experiment.model, num_classes=len(dataset.categories)))
         # Weights in the order of memory that the maps have (see `PixelNormalizer`), and so their gradients and momenta.
-        self.detector = detector.to(device=self.device, memory_format=torch.channels_last).train()
+        self.detector = detector.to(self.device).to(memory_format=torch.channels_last).train()
         require_proposals(self.detector, proposals is not None)
         newest = checkpoint.newest(self.folder.checkpoints) if resume else None
         self._require_agreement(newest)
@@ -109,19 +111,18 @@ class Training:
             self.folder.require_no_run()
         if init is not None and newest is None:
             load_init(self.detector, init, dataset.categories, match_classes=init_classes)
-        needs_masks = getattr(self.detector, "needs_masks", False)
         self.loader = TrainingLoader(
             dataset,
             augmentation=experiment.augmentation,
             batch_size=experiment.images_per_device,
             proposals=proposals,
-            masks=needs_masks,
+            masks=detector.needs_masks,
             seed=experiment.seed,
             num_workers=num_workers,
             rank=rank(),
             world_size=world_size(),
         )
-        self.num_without_mask = (DatasetInfo(dataset).num_without_mask or 0) if needs_masks else 0
+        self.num_without_mask = (DatasetInfo(dataset).num_without_mask or 0) if detector.needs_masks else 0
         self.steps_per_epoch = max(1, self.loader.steps_per_epoch // experiment.accumulate)
         self.total_steps = experiment.epochs * self.steps_per_epoch
         self.images_per_step = experiment.images_per_device * world_size() * experiment.accumulate
@@ -335,6 +336,7 @@ class Training:
             torch.manual_seed(self.experiment.seed + rank())
             return
         page = checkpoint.read_page(newest)
+        page["experiment"] = with_new_defaults(page["experiment"], self.experiment)
         require_same(_what_must_stay(page), _what_must_stay(self.page), self.folder.path)
         torch.manual_seed(self.experiment.seed + rank())
         kept = checkpoint.load(newest, self.state)

@@ -12,7 +12,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from boxwright.training.experiment import Experiment, arguments_of, call_name, is_call, is_settings, nearest
+from boxwright.training.experiment import Experiment
+from boxwright.training.parts import arguments_of, call_name, factories_in, is_part, is_settings, nearest
 
 _INNER = re.compile(r"\([^()]*\)")
 
@@ -45,9 +46,9 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
     return changed
 
 
-def _changed(value: Any, tree: Tree, path: str) -> Any:
-    """A call or dataclass's value with the changes of a tree."""
-    arguments, names, hints = arguments_of(value), _names(value), _types(value)
+def _changed(value: Any, tree: Tree, path: str, *, factory: bool = False) -> Any:
+    """A part or a dataclass instance with the changes of a tree."""
+    arguments, names, hints = arguments_of(value, factory=factory), _names(value, factory=factory), _types(value)
     changes = {}
     for name, branch in tree.items():
         full = f"{path}{name}"
@@ -59,34 +60,42 @@ def _changed(value: Any, tree: Tree, path: str) -> Any:
             change = _parse(branch[""], wanted, full)
         inner = {key: node for key, node in branch.items() if key}
         if inner:
-            if not (is_call(change) or is_settings(change)):
+            if not (is_part(change) or is_settings(change)):
                 raise ValueError(f"{full} is {_text(change)}, which has no {next(iter(inner))!r} in it")
-            change = _changed(change, inner, f"{full}.")
+            change = _changed(change, inner, f"{full}.", factory=name in factories_in(value))
         changes[name] = change
-    if is_call(value):
+    if is_part(value):
         return partial(value, **changes)
     return dataclasses.replace(value, **changes)
 
 
-def _names(value: Any) -> list[str]:
-    """The arguments that a call takes, or a dataclass's fields."""
-    if not is_call(value):
+def _names(value: Any, *, factory: bool = False) -> list[str]:
+    """Names of the parameters of a part that can be set, or of the fields of a dataclass.
+
+    Of a factory these are the keyword-only parameters and those that it binds: its caller passes the others.
+    """
+    if not is_part(value):
         return [field.name for field in dataclasses.fields(value)]
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p.name for p in inspect.signature(_function(value)).parameters.values() if p.kind in kinds]
-    return list(dict.fromkeys([*taken, *arguments_of(value)]))
+    kinds: set[Any] = {inspect.Parameter.KEYWORD_ONLY}
+    if not factory:
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(_function(value)).parameters.values() if p.kind in kinds]
+    return list(dict.fromkeys([*names, *arguments_of(value, factory=factory)]))
 
 
 def _types(value: Any) -> dict[str, Any]:
-    """The types that are declared for them."""
+    """Declared types of the arguments or fields, by name."""
+    target = _function(value) if is_part(value) else type(value)
+    if is_part(value) and isinstance(target, type):
+        target = getattr(target, "__init__")  # noqa: B009, mypy takes it for that of an instance
     try:
-        return get_type_hints(_function(value) if is_call(value) else type(value))
+        return get_type_hints(target)
     except NameError:  # a user's module that imports types for the type checker alone
         return {}
 
 
-def _function(call: Any) -> Any:
-    return call.func if isinstance(call, partial) else call
+def _function(part: Any) -> Any:
+    return part.func if isinstance(part, partial) else part
 
 
 def _parse(text: str, wanted: Any, path: str) -> Any:
@@ -180,23 +189,23 @@ def describe(experiment: Experiment) -> str:
     return "\n".join(_lines(experiment, ""))
 
 
-def _lines(value: Any, indent: str) -> list[str]:
-    arguments = arguments_of(value)
+def _lines(value: Any, indent: str, *, factory: bool = False) -> list[str]:
+    arguments, factories = arguments_of(value, factory=factory), factories_in(value)
     lines = []
-    for name in _names(value):
+    for name in _names(value, factory=factory):
         if name not in arguments:
             lines.append(f"{indent}{name} = (given when it is built)")
             continue
         argument = arguments[name]
         lines.append(f"{indent}{name} = {_text(argument)}")
-        if is_call(argument) or is_settings(argument):
-            lines += _lines(argument, indent + "  ")
+        if is_part(argument) or is_settings(argument):
+            lines += _lines(argument, indent + "  ", factory=name in factories)
     return lines
 
 
 def _text(value: Any) -> str:
-    """A value as `with_settings` would read it; only the name of a call or of a dataclass."""
-    if is_call(value) or is_settings(value):
+    """A value as `with_settings` reads it; of a part or a dataclass instance the name alone."""
+    if is_part(value) or is_settings(value):
         return call_name(value).rpartition(".")[2]
     if value is None or isinstance(value, bool):
         return str(value).lower()
