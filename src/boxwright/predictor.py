@@ -23,7 +23,8 @@ from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions
 from boxwright.detectors.proposal_network import ProposalNetwork
-from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
+from boxwright.evaluation.evaluate import file_boxes, file_masks
+from boxwright.precision import Precision, autocast
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file

@@ -17,7 +17,7 @@ from boxwright.benchmark.torchvision_models import family_of
 from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_peer
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
-from boxwright.evaluation.evaluate import Precision
+from boxwright.precision import Precision
 from boxwright.structures import Batch
 from boxwright.training.experiment import build, nearest
 

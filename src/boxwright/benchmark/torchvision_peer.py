@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
 
 from boxwright.benchmark.torchvision_models import torchvision_model
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, Detections, to_device
 from boxwright.training.experiment import SGD, AdamW
 
