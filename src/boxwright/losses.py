@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-_sharing = ContextVar("sharing", default=False)
+_share_denominators = False
+"""Set by `shared_denominators` alone. Not a ContextVar, which PyTorch 2.9 cannot trace."""
 
 
 @contextmanager
@@ -28,11 +28,12 @@ def shared_denominators() -> Iterator[None]:
     images of all ranks. Every rank must enter the block and call `weighted_mean` equally often in it, because each
     call is a collective. Without an initialised process group the block changes nothing.
     """
-    token = _sharing.set(True)
+    global _share_denominators
+    before, _share_denominators = _share_denominators, True
     try:
         yield
     finally:
-        _sharing.reset(token)
+        _share_denominators = before
 
 
 def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -
     weight = weight.to(loss.dtype)
     total = (weight if over is None else over.to(loss.dtype)).detach().sum()
     ranks = 1
-    if _sharing.get() and dist.is_available() and dist.is_initialized():
+    if _share_denominators and dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         ranks = dist.get_world_size()
     return (loss * weight).sum() / (total.clamp(min=1) / ranks)
