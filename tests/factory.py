@@ -59,7 +59,7 @@ def small_backbone(*, recompute: bool = False) -> FPN:
 
 
 def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) -> Detector:
-    """A detector of few parameters, one of DETECTORS, the same at every call."""
+    """A detector with few parameters, one of DETECTORS or "ohem_cascade_rcnn", with the same weights at every call."""
     torch.manual_seed(0)
     backbone = small_backbone(recompute=recompute)
     build = {
@@ -77,6 +77,7 @@ def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) 
         ),
         "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
         "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX),
+        "ohem_cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=replace(CASCADE_BOX, hard_examples=True)),
         "cascade_mask_rcnn": partial(cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, mask=SMALL_MASK),
         "cascade_one_mask_rcnn": partial(
             cascade_mask_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX, cascade=ONE_MASK_HEAD, mask=SMALL_MASK

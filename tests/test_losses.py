@@ -12,7 +12,14 @@ import torchvision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from boxwright.losses import binary_cross_entropy, cross_entropy, sigmoid_focal_loss, smooth_l1, weighted_mean
+from boxwright.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    shared_denominators,
+    sigmoid_focal_loss,
+    smooth_l1,
+    weighted_mean,
+)
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -168,21 +175,27 @@ def gradient_of(rows: slice, mean: Callable[[Tensor, Tensor], Tensor]) -> Tensor
     return scale.grad
 
 
-def rank_main(rank: int, port: int) -> None:
+def average_over_ranks(rank: int, port: int) -> None:
+    """The denominator is local outside of `shared_denominators` and shared within, in eager and in compiled code."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    expected = (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum()
+    rows = slice(rank, rank + 1)
+    local = (LOSS[rows].sum(-1) * WEIGHT[rows]).sum() / WEIGHT[rows].sum()
+    shared = (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum()
     for mean in (weighted_mean, torch.compile(weighted_mean, fullgraph=True, backend="aot_eager")):
-        gradient = gradient_of(slice(rank, rank + 1), mean)
+        torch.testing.assert_close(gradient_of(rows, mean), local)
+        with shared_denominators():
+            gradient = gradient_of(rows, mean)
         dist.all_reduce(gradient)
-        torch.testing.assert_close(gradient / 2, expected)
+        torch.testing.assert_close(gradient / 2, shared)
+        torch.testing.assert_close(gradient_of(rows, mean), local)
     dist.destroy_process_group()
 
 
-def test_two_ranks_average_to_what_one_process_computes() -> None:
+def test_shared_denominators_average_to_what_one_process_computes() -> None:
     whole = gradient_of(slice(None), weighted_mean)
     torch.testing.assert_close(whole, (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, args=(port,), nprocs=2)
+    multiprocessing.spawn(average_over_ranks, args=(port,), nprocs=2)

@@ -15,7 +15,7 @@ from benchmarks.gpu.scale import Scale
 from boxwright.benchmark.bench import Bench
 from boxwright.benchmark.measure import synchronize
 from boxwright.benchmark.system import build_detector
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, pin_memory, to_device
 from boxwright.training.ema import EMA
 from boxwright.training.experiment import SGD, AdamW

@@ -16,7 +16,7 @@ from boxwright.benchmark.report import Report, Timing, compare
 from boxwright.benchmark.run import measure
 from boxwright.benchmark.system import BoxwrightSystem
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, to_device
 
 MODES = {

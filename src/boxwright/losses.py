@@ -7,6 +7,8 @@ if only the finished loss were masked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,19 +16,36 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+_share_denominators = False
+"""Set by `shared_denominators` alone. Not a ContextVar, which PyTorch 2.9 cannot trace."""
+
+
+@contextmanager
+def shared_denominators() -> Iterator[None]:
+    """Within the block, `weighted_mean` divides by the mean over all ranks of its denominator.
+
+    Averaging gradients over ranks, as DDP does, then gives the gradient that a single process would compute on the
+    images of all ranks. Every rank must enter the block and call `weighted_mean` equally often in it, because each
+    call is a collective. Without an initialised process group the block changes nothing.
+    """
+    global _share_denominators
+    before, _share_denominators = _share_denominators, True
+    try:
+        yield
+    finally:
+        _share_denominators = before
+
 
 def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -> Tensor:
-    """The sum of weighted losses over the sum of weights, a denominator below 1 counting as 1.
+    """Sum of the weighted losses over the sum of the weights; a denominator below 1 counts as 1.
 
-    Where torch.distributed is initialised, the denominator is the mean of all ranks' weight sums, so that averaging
-    gradients over ranks (as DDP does) gives what one process would compute on all their images. Every rank must call
-    this equally often.
+    The denominator is local to the process, unless the caller is within `shared_denominators`.
 
     Args:
         loss: [...] finite losses.
         weight: [...] bool or float, not negative, of the same shape.
-        over: [...] bool or float, not negative, of any shape; its sum is the denominator in place of the weights'. A
-            loss of many easy negatives is a mean over the positives.
+        over: [...] bool or float, not negative, of any shape. Its sum replaces the sum of the weights: a loss that
+            counts many easy negatives is divided by the number of positives.
 
     Returns:
         Scalar in the dtype of `loss`; 0 where all weights are 0.
@@ -34,7 +53,7 @@ def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -
     weight = weight.to(loss.dtype)
     total = (weight if over is None else over.to(loss.dtype)).detach().sum()
     ranks = 1
-    if dist.is_available() and dist.is_initialized():
+    if _share_denominators and dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         ranks = dist.get_world_size()
     return (loss * weight).sum() / (total.clamp(min=1) / ranks)

@@ -22,7 +22,8 @@ from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions
-from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks, without_non_finite
+from boxwright.evaluation.evaluate import file_boxes, file_masks, without_non_finite
+from boxwright.precision import Precision, autocast
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file

@@ -16,8 +16,8 @@ from boxwright.heads import box_head, mask_head
 from boxwright.heads.box_head import BoxHead
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.structures import Batch, MaskGrids, map_tensors
-from boxwright.training.step import keep_compiled
-from factory import DETECTORS, random_batch, small_detector
+from boxwright.training.compiled import compiler_settings
+from factory import DETECTORS, NUM_PROPOSALS, random_batch, small_detector
 
 NUM_SLOTS = 8
 OBJECT_COUNTS = (0, 1, NUM_SLOTS)
@@ -60,21 +60,21 @@ def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> N
 
 @pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in DETECTORS), ("mask_rcnn", True)])
 def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> None:
-    """AOTAutograd takes losses and gradients whole, once, also where blocks are computed again in the backward pass.
+    """AOTAutograd traces losses and gradients once, as one graph, also if blocks are recomputed in the backward pass.
 
-    And the next process may take what this one compiled from the cache, see `Cached`.
+    The next process can read the compiled graph from the cache, see `Cached`.
     """
-    keep_compiled()
     detector = small_detector(kind, recompute=recompute)
     counter = Cached("aot_eager")
     compiled = torch.compile(detector.losses, fullgraph=True, backend=counter)
     for count in OBJECT_COUNTS:
         batch = random_batch(num_slots=NUM_SLOTS, num_objects=count)
-        given, given_gradients = with_gradients(detector, compiled, batch)
-        wanted, gradients = with_gradients(detector, detector.losses, batch)
-        torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6, msg=f"{count} objects")
+        with compiler_settings():
+            losses, compiled_gradients = with_gradients(detector, compiled, batch)
+        expected, gradients = with_gradients(detector, detector.losses, batch)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6, msg=f"{count} objects")
         for name, gradient in gradients.items():
-            torch.testing.assert_close(given_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}, {count}")
+            torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}, {count}")
     assert counter.frame_count == 1
 
 
@@ -103,6 +103,22 @@ def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None, f"{name} got no gradient"
         assert parameter.grad.isfinite().all(), f"{name} got a gradient that is not finite"
+
+
+@pytest.mark.parametrize("kind", [*DETECTORS, "ohem_cascade_rcnn"])
+def test_every_parameter_gets_a_gradient_under_autocast(kind: str) -> None:
+    """Autocast caches bfloat16 copies of weights; a copy made without a graph would cut off the weight's gradient."""
+    detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
+    # Proposals of all sizes, so that every level of the pyramid is pooled from.
+    corners, ends = batch.proposals.boxes.split(2, dim=-1)
+    scales = torch.tensor([1.0, 6.0, 16.0]).repeat(NUM_PROPOSALS)[:NUM_PROPOSALS, None]
+    boxes = torch.cat([corners, corners + scales * (ends - corners)], dim=-1)
+    batch = replace(batch, proposals=replace(batch.proposals, boxes=boxes))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.losses(batch)
+    sum(losses.values()).backward()
+    without = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, f"no gradient: {', '.join(without)}"
 
 
 @pytest.mark.parametrize("count", [0, NUM_SLOTS])

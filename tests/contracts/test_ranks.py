@@ -1,7 +1,9 @@
-"""Two ranks learn what one process would, also where one of them has no object to learn from."""
+"""Training on two ranks equals training in one process, also if the images of one rank have no object."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
+from boxwright.losses import shared_denominators
 from boxwright.structures import Batch, map_tensors
 from factory import DETECTORS, random_batch, small_detector
 from training.runs import start_python
 
-RANK = "from contracts.test_ranks import be_rank; from pathlib import Path; be_rank({rank}, Path({folder!r}))"
+RANK = "from contracts.test_ranks import {function}; from pathlib import Path; {function}({rank}, Path({folder!r}))"
 
 
 def full_and_empty() -> Batch:
@@ -25,19 +28,41 @@ def full_and_empty() -> Batch:
     return replace(batch, targets=replace(batch.targets, valid=valid))
 
 
+def start_ranks(function: Callable[[int, Path], None], folder: Path) -> list[subprocess.Popen[str]]:
+    return [start_python(RANK.format(function=function.__name__, rank=rank, folder=str(folder))) for rank in (0, 1)]
+
+
+def join_ranks(processes: list[subprocess.Popen[str]], timeout: float) -> None:
+    """Wait until the processes have ended without an error."""
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            with process:  # Closes its pipes.
+                process.kill()
+
+
+def init_group(rank: int, folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+
 def gradients(kind: str, batch: Batch) -> dict[str, Tensor]:
-    detector = small_detector(kind).double()  # so that rounding, which depends on the batch, decides nothing
+    detector = small_detector(kind).double()  # Rounding depends on the batch; float64 keeps it from changing a match.
     sum(detector.losses(batch).values()).backward()
     return {f"{kind}/{name}": p.grad for name, p in detector.named_parameters()}
 
 
-def be_rank(rank: int, folder: Path) -> None:
-    """What each of the two processes does: its own picture's gradients of every detector, averaged over both."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    own = map_tensors(full_and_empty(), lambda t: t[rank : rank + 1])
+def average_gradients(rank: int, folder: Path) -> None:
+    """Compute the gradients of every detector on one image per process, and average them over both processes."""
+    init_group(rank, folder)
+    image = map_tensors(full_and_empty(), lambda t: t[rank : rank + 1])
     averaged = {}
     for kind in DETECTORS:
-        for name, gradient in gradients(kind, own).items():
+        with shared_denominators():
+            local = gradients(kind, image)
+        for name, gradient in local.items():
             distributed.all_reduce(gradient)
             averaged[name] = gradient / 2
     save_file(averaged, folder / f"rank_{rank}.safetensors")
@@ -45,14 +70,30 @@ def be_rank(rank: int, folder: Path) -> None:
 
 
 def test_a_rank_without_objects_takes_part_in_the_mean(tmp_path: Path) -> None:
-    processes = [start_python(RANK.format(rank=rank, folder=str(tmp_path))) for rank in (0, 1)]
-    wanted = {name: gradient for kind in DETECTORS for name, gradient in gradients(kind, full_and_empty()).items()}
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    processes = start_ranks(average_gradients, tmp_path)
+    expected = {name: gradient for kind in DETECTORS for name, gradient in gradients(kind, full_and_empty()).items()}
+    join_ranks(processes, timeout=300)
     for rank in (0, 1):
-        given = load_file(tmp_path / f"rank_{rank}.safetensors")
-        assert given.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            error = (given[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        averaged = load_file(tmp_path / f"rank_{rank}.safetensors")
+        assert averaged.keys() == expected.keys()
+        for name, gradient in expected.items():
+            error = (averaged[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
             assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+def losses_on_one_rank(rank: int, folder: Path) -> None:
+    """Rank 0 computes losses; rank 1 waits for it at a barrier, as it would while rank 0 validates alone."""
+    init_group(rank, folder)
+    if rank == 0:
+        losses = {kind: sum(small_detector(kind).losses(full_and_empty()).values()) for kind in DETECTORS}
+        save_file(losses, folder / "losses.safetensors")
+    distributed.monitored_barrier()
+    distributed.destroy_process_group()
+
+
+def test_one_rank_alone_can_compute_losses(tmp_path: Path) -> None:
+    processes = start_ranks(losses_on_one_rank, tmp_path)
+    expected = {kind: sum(small_detector(kind).losses(full_and_empty()).values()) for kind in DETECTORS}
+    join_ranks(processes, timeout=120)
+    for kind, loss in load_file(tmp_path / "losses.safetensors").items():
+        torch.testing.assert_close(loss, expected[kind].detach())

@@ -9,7 +9,7 @@ from boxwright.backbones.fused import can_fuse
 from boxwright.backbones.packed import PackedConv2d
 from boxwright.backbones.resnet import ResNet
 from boxwright.detectors.inference import pack_convolutions
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from factory import DETECTORS, random_batch, small_detector
 
 PRECISIONS = [

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from boxwright.data.augmentation import Augmentation
@@ -167,3 +169,31 @@ def test_bfloat16_keeps_float32_weights_and_losses() -> None:
     scalars = step(batches(1), 0.1)
     assert all(parameter.dtype == torch.float32 for parameter in detector.parameters())
     assert all(scalar.dtype == torch.float32 and scalar.isfinite() for scalar in scalars.values())
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile with the `aot_eager` backend, which traces graphs and compiles no kernels."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_as_many_graphs_as_canvases() -> None:
+    """PyTorch's own limit is 8 graphs; the next one raises FailOnRecompileLimitHit."""
+    num_canvases = torch._dynamo.config.recompile_limit + 2
+    _, step, _ = make(compile=True, num_canvases=num_canvases)
+    batch = batches(1)[0]
+    for number in range(num_canvases):
+        scalars = step([replace(batch, images=F.pad(batch.images, (0, 32 * number)))], 0.1)
+        assert scalars["finite"] == 1
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_compiled_step_changes_no_compiler_setting() -> None:
+    configs = torch._dynamo.config, torch._functorch.config
+    with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=False):
+        before = [config.save_config() for config in configs]
+        _, step, _ = make(compile=True, num_canvases=20)
+        step(batches(1), 0.1)
+        assert [config.save_config() for config in configs] == before

@@ -18,7 +18,7 @@ from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.detectors.detector import as_detector
-from boxwright.evaluation.evaluate import Precision
+from boxwright.precision import Precision
 from boxwright.structures import Batch
 from boxwright.training.experiment import build, nearest
 

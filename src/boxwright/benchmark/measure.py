@@ -11,7 +11,8 @@ import torch
 
 from boxwright.benchmark.system import BoxwrightSystem, System
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.evaluation.evaluate import Precision, detect_dataset
+from boxwright.evaluation.evaluate import detect_dataset
+from boxwright.precision import Precision
 from boxwright.structures import Batch, to_device
 
 Task = Literal["train", "infer"]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from boxwright.benchmark.measure import Task, synchronize
 from boxwright.benchmark.system import BoxwrightSystem
-from boxwright.evaluation.evaluate import Precision
+from boxwright.precision import Precision
 from boxwright.structures import Batch
 
 _SHAPES = (

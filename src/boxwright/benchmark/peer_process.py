@@ -20,7 +20,7 @@ from torch import nn
 import boxwright
 from boxwright.benchmark.torchvision_models import family_of
 from boxwright.benchmark.torchvision_peer import object_bitmaps
-from boxwright.evaluation.evaluate import Precision
+from boxwright.precision import Precision
 from boxwright.structures import Batch
 from boxwright.training.experiment import arguments_of
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from boxwright.data.buckets import Resize
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.recipes import find_recipe
 from boxwright.training.experiment import Experiment, nearest
 from boxwright.training.settings import with_settings

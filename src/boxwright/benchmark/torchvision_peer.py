@@ -18,7 +18,7 @@ from torchvision.models.detection import MaskRCNN, RetinaNet
 
 from boxwright.benchmark.torchvision_models import torchvision_model
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, Detections, to_device
 from boxwright.training.experiment import SGD, AdamW
 

@@ -19,8 +19,9 @@ from torch import nn
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import as_detector
-from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, without_non_finite
+from boxwright.evaluation.evaluate import file_boxes, without_non_finite
 from boxwright.evaluation.proposals import RecallCounter
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, to_device
 
 

@@ -21,9 +21,10 @@ from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category, Dataset
 from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits
-from boxwright.evaluation.evaluate import Precision, detect_dataset, shared_metrics
+from boxwright.evaluation.evaluate import detect_dataset, shared_metrics
 from boxwright.evaluation.results import Results, join, match_categories
 from boxwright.heads.suppression import Suppression
+from boxwright.precision import Precision
 from boxwright.structures import Batch
 
 _IMAGES_AT_ONCE = 64

@@ -30,6 +30,7 @@ from boxwright.heads.slots import used_slots
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import at_least_float32, cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
+from boxwright.precision import without_gradients
 from boxwright.structures import Detections, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 2
@@ -221,10 +222,10 @@ class BoxHead(nn.Module):
             )
         return taken(found, sampled)
 
-    @torch.no_grad()
     def _class_losses(self, features: Sequence[Tensor], found: Candidates, targets: Targets) -> Tensor:
-        """[B, P + G] the classification loss of every candidate as the head is now."""
-        logits, _ = self(features, found.boxes, found.valid)
+        """[B, P + G] current classification loss of every candidate, without gradients."""
+        with without_gradients():
+            logits, _ = self(features, found.boxes, found.valid)
         objects = take_slots(targets.labels, found.matches.matched)
         labels = torch.where(found.matches.labels == POSITIVE, objects, self.num_classes)
         return cross_entropy(logits, labels, found.valid)

@@ -26,6 +26,7 @@ from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.losses import at_least_float32, binary_cross_entropy, smooth_l1, weighted_mean
 from boxwright.ops.nms import nms
 from boxwright.ops.patches import convolve_patches, gather_patches
+from boxwright.precision import without_gradients
 from boxwright.structures import Batch, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 1
@@ -238,12 +239,12 @@ class RPNHead(nn.Module):
         x1, y1, x2, y2 = anchors.unbind(-1)
         return (x1 >= -border) & (y1 >= -border) & (x2 <= width + border) & (y2 <= height + border)
 
-    @torch.no_grad()
     def propose(
         self, features: Sequence[Tensor], canvas: tuple[int, int], image_sizes: Tensor, *, training: bool
     ) -> Proposals:
-        """`proposals` of what `forward` says; no gradient comes from either, see `losses`."""
-        return self.proposals(self(features, canvas), image_sizes, training=training)
+        """Apply the head and make `proposals` of its output, without gradients: the head is trained by `losses`."""
+        with without_gradients():
+            return self.proposals(self(features, canvas), image_sizes, training=training)
 
     @torch.no_grad()
     def proposals(self, output: RPNOutput, image_sizes: Tensor, *, training: bool) -> Proposals:

@@ -15,7 +15,9 @@ from boxwright.ops.soft_nms import soft_nms
 from boxwright.structures import Detections, take_slots
 
 
-@dataclass(frozen=True, kw_only=True)
+# Without `eq`, the hash is that of the object: PyTorch 2.9 to 2.11 hash an instance that is built in a compiled graph
+# before its fields are set.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Suppression:
     """How scored boxes become detections."""
 
