@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
 from boxwright.evaluation.results import Results, match_categories
 from boxwright.geometry import affine
 from boxwright.ops.paste import paste_masks
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, Detections, map_tensors, to_device
 
-Precision = Literal["float32", "bfloat16", "auto"]
 COORDINATE_DECIMALS = 3
 """Coordinates are kept to a thousandth of a pixel, about what float32 resolves, which keeps results files short."""
 
@@ -135,15 +135,6 @@ def detect_dataset(
         evaluated=np.sort(image_ids.astype(np.int64)),
         masks=None if gathered is None else gathered.select(order),
     )
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context that a detector's arithmetic runs in. "auto": bfloat16 on GPUs that have it, else float32."""
-    if precision == "auto":
-        # Not where it is emulated, as before Ampere: that is slower than float32.
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if native else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from boxwright.detectors.detector import Detector
-from boxwright.evaluation.evaluate import Precision, autocast
+from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch
 
 
