@@ -1,49 +1,43 @@
-"""Operators beside another form of the same: what they compute, then what they cost; and the device's matrix rate."""
+"""Operators beside another form of the same operator: equality first, then time. Also the rate of a matrix product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from benchmarks.gpu.results import Result
+import boxwright.assign.match as matching
 from benchmarks.gpu.scale import Scale
+from benchmarks.gpu.timing import peak_memory, seconds_of
 from benchmarks.ops import CANVAS, STRIDES, clustered_boxes, nms_case, random_boxes
-from boxwright.assign.match import match
-from boxwright.benchmark.measure import alternate
 from boxwright.ops.nms import nms
 from boxwright.ops.roi_align import pool_every_level
 from boxwright.ops.roi_align_cpu import pool_own_level
 from boxwright.structures import Targets
 
-_CALLS = 10
-_ROUNDS = 7
 
-
-def matrix_rate(scale: Scale) -> Result:
-    """Operations a second of the product of two large square matrices, the best of several: bfloat16 on a GPU."""
+def matrix_rate(scale: Scale) -> Iterator[dict[str, Any]]:
+    """Rate of the product of two large square matrices: bfloat16 on a GPU."""
     dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
     left, right = (torch.randn(scale.matrix, scale.matrix, device=scale.device, dtype=dtype) for _ in range(2))
-    rate = 2 * scale.matrix**3 / min(_times(scale, partial(torch.mm, left, right))[0])
-    name = str(dtype).removeprefix("torch.")
-    return Result(rates={name: rate}, detail=f"{rate / 1e12:.3g} TFLOP/s in {name}")
+    seconds = min(seconds_of(scale, partial(torch.mm, left, right))[0])
+    yield {"matrix_tflops": {str(dtype).removeprefix("torch."): 2 * scale.matrix**3 / seconds / 1e12}}
 
 
-def roi_align(scale: Scale) -> Result:
-    """The form that pools each box from its own level, on a GPU Triton's, beside the plain one over all levels.
+def roi_align(scale: Scale) -> Iterator[dict[str, Any]]:
+    """`pool_own_level` (Triton on a GPU) beside `pool_every_level`: values, gradients and time.
 
     Raises:
-        AssertionError: they do not agree.
+        AssertionError: They differ.
     """
     rows = []
-    few = scale.device == "cpu"
-    for num_boxes, size in ((8, 3),) if few else ((512, 7), (128, 14)):
-        channels, canvas = (4, (128, 160)) if few else (256, CANVAS)
+    for num_boxes, size in ((8, 3),) if scale.device == "cpu" else ((512, 7), (128, 14)):
+        channels, canvas = (4, (128, 160)) if scale.device == "cpu" else (256, CANVAS)
         features = [
             torch.randn(2, channels, canvas[0] // s, canvas[1] // s, device=scale.device, dtype=torch.bfloat16)
             .to(memory_format=torch.channels_last)
@@ -53,46 +47,39 @@ def roi_align(scale: Scale) -> Result:
         boxes = random_boxes(2, num_boxes, scale.device)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
         level = ((area.sqrt() / 224).log2().floor().long() + 2).clamp(0, 3)
-        level[:, -1] = len(STRIDES)  # one that is not pooled
+        level[:, -1] = len(STRIDES)  # an invalid slot
         arguments = (features, boxes, level, STRIDES, size, 2, True, False)
-        own, every = pool_own_level(*arguments), pool_every_level(*arguments)
-        # Sums in float32 of another order, rounded to bfloat16 once; the plain gradient is rounded once too.
-        torch.testing.assert_close(own, every, rtol=2**-7, atol=1e-3)
-        weight = torch.randn_like(own)
-        gradients = [torch.autograd.grad(pooled, features, weight) for pooled in (own, every)]
+        pooled, plain = pool_own_level(*arguments), pool_every_level(*arguments)
+        # Sums in float32 in another order, rounded to bfloat16 once; the plain gradient is rounded once too.
+        torch.testing.assert_close(pooled, plain, rtol=2**-7, atol=1e-3)
+        weight = torch.randn_like(pooled)
+        gradients = [torch.autograd.grad(output, features, weight) for output in (pooled, plain)]
         torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-6, atol=1e-2)
-        name = f"RoIAlign {size} x {size}, 2 x {num_boxes} boxes, bfloat16"
 
-        def forward(form: Callable[..., Tensor], given: tuple[Any, ...] = arguments) -> Tensor:
+        def forward(form: Callable[..., Tensor], arguments: Any = arguments) -> Tensor:
             with torch.no_grad():
-                return form(*given)
+                return form(*arguments)
 
-        def both(
-            form: Callable[..., Tensor],
-            given: tuple[Any, ...] = arguments,
-            maps: list[Tensor] = features,
-            weight: Tensor = weight,
-        ) -> object:
-            return torch.autograd.grad(form(*given), maps, weight)
+        def both(form: Callable[..., Tensor], arguments: Any = arguments, weight: Tensor = weight) -> object:
+            return torch.autograd.grad(form(*arguments), arguments[0], weight)
 
-        for suffix, work in ((", forward", forward), (", forward + backward", both)):
-            ours, other = (partial(work, form) for form in (pool_own_level, pool_every_level))
-            rows.append(_row(scale, name + suffix, ours, other, "plain, every level"))
-    return Result(kernels=rows, detail="values and gradients agree")
+        for name, work in (("forward", forward), ("forward + backward", both)):
+            calls = {"own level": partial(work, pool_own_level), "every level": partial(work, pool_every_level)}
+            rows.append(_row(scale, f"RoIAlign {size} x {size}, 2 x {num_boxes} boxes, bfloat16, {name}", calls))
+    yield {"operators": rows}
 
 
-def suppression(scale: Scale) -> Result:
-    """NMS beside the CPU's answer and torchvision's time, and Soft-NMS beside torchvision's hard NMS.
+def suppression(scale: Scale) -> Iterator[dict[str, Any]]:
+    """NMS keeps the boxes that it keeps on the CPU. Time of NMS and Soft-NMS beside torchvision's NMS.
 
     Raises:
-        AssertionError: a box survives here and not on the CPU.
+        AssertionError: Another box survives.
     """
     boxes = clustered_boxes(2, 2000, "cpu")
-    scores, groups = torch.rand(2, 2000), torch.randint(5, (2, 2000))
-    given = (boxes, scores, groups, torch.rand(2, 2000) < 0.9)
-    wanted = nms(*given, iou_threshold=0.7, max_keep=1000)
-    found = nms(*(tensor.to(scale.device) for tensor in given), iou_threshold=0.7, max_keep=1000)
-    for one, other in zip(found, wanted, strict=True):
+    arguments = (boxes, torch.rand(2, 2000), torch.randint(5, (2, 2000)), torch.rand(2, 2000) < 0.9)
+    expected = nms(*arguments, iou_threshold=0.7, max_keep=1000)
+    kept = nms(*(tensor.to(scale.device) for tensor in arguments), iou_threshold=0.7, max_keep=1000)
+    for one, other in zip(kept, expected, strict=True):
         assert torch.equal(one.cpu(), other), "NMS keeps other boxes than on the CPU"
     many = 20 if scale.device == "cpu" else 2000
     rpn, head = (clustered_boxes(2, count, scale.device) for count in (5 * many, 40 * many))
@@ -101,71 +88,47 @@ def suppression(scale: Scale) -> Result:
         f"NMS, 2 x {many // 2} boxes x 80 classes, 5% valid": nms_case(head, 80, 0.05, 100, 0.5),
         f"Soft-NMS, 2 x {many // 2} boxes x 80 classes, 5% valid": nms_case(head, 80, 0.05, 100, 0.5, soft=True),
     }
-    rows = [_row(scale, name, *sides, "torchvision's NMS") for name, sides in cases.items()]
-    return Result(kernels=rows, detail="NMS keeps the boxes that it keeps on the CPU")
+    rows = [_row(scale, name, {"boxwright": ours, "torchvision": other}) for name, (ours, other) in cases.items()]
+    yield {"operators": rows}
 
 
-def matcher(scale: Scale) -> Result:
-    """Anchors of a picture to objects, beside torchvision's IoU and matcher, which go through the images one by one."""
-    num_anchors, num_objects = (500, 8) if scale.device == "cpu" else (268569, 32)
-    anchors = random_boxes(1, num_anchors, scale.device)[0]
-    boxes = random_boxes(2, num_objects, scale.device)
-    real = torch.ones(2, num_objects, dtype=torch.bool, device=scale.device)
-    targets = Targets(boxes=boxes, labels=real.long(), valid=real, crowd=~real)
-    theirs = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+def matcher(scale: Scale) -> Iterator[dict[str, Any]]:
+    """The matcher with tiles of several sizes, untiled and compiled, and torchvision's, each with its peak memory.
 
-    def ours() -> object:
-        return match(anchors, targets, positive_iou=0.7, negative_iou=0.3, low_quality=0.0)
-
-    def other() -> object:
-        return [theirs(box_iou(objects, anchors)) for objects in boxes]
-
-    return Result(
-        kernels=[_row(scale, f"matcher, {num_anchors} anchors, 2 x {num_objects}", ours, other, "torchvision")]
-    )
-
-
-class Call:
-    """A call as a thing to time in turns with another."""
-
-    name = "call"
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        """Keep the call."""
-        self._call = call
-
-    def prepare(self, batch: object) -> None:
-        """It has what it works on."""
-
-    def infer(self, given: object) -> None:
-        """Call it."""
-        self._call()
-
-    def train_step(self, given: object) -> None:
-        """It does not train."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing is held elsewhere."""
+    Whether the compiled form materialises the IoU matrix shows in its memory; whether it labels candidates as the tiles
+    do shows in `equal`: the compiler may contract a product and a sum into one rounding.
+    """
+    sizes = ((2, 32), (scale.train_batches[-1], scale.slots)) if scale.device == "cuda" else ((2, 8),)
+    for batch_size, num_objects in sizes:
+        anchors = random_boxes(1, scale.anchors, scale.device)[0]
+        boxes = random_boxes(batch_size, num_objects, scale.device)
+        valid = torch.ones(batch_size, num_objects, dtype=torch.bool, device=scale.device)
+        targets = Targets(boxes=boxes, labels=valid.long(), valid=valid, crowd=~valid)
+        areas, object_areas = (matching.area(some) for some in (anchors[None], boxes))
+        arguments = (anchors[None], areas, boxes, object_areas, torch.zeros_like(object_areas), 0.0, 0.7, 0.0)
+        whole = scale.anchors * batch_size * num_objects
+        torch._dynamo.reset()
+        backend = "inductor" if scale.device == "cuda" else "eager"
+        compiled = torch.compile(partial(matching.compare, tile=whole), fullgraph=True, dynamic=False, backend=backend)
+        theirs = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+        calls: dict[str, Callable[[], Any]] = {
+            f"tiles of 2^{power}": partial(matching.compare, *arguments, 2**power) for power in (20, 22, 24, 26)
+        }
+        calls["match"] = partial(matching.match, anchors, targets, positive_iou=0.7, negative_iou=0.3, low_quality=0.0)
+        calls["compiled, one tile"] = partial(compiled, *arguments)
+        calls["torchvision"] = lambda boxes=boxes, theirs=theirs, anchors=anchors: [
+            theirs(box_iou(objects, anchors)) for objects in boxes
+        ]
+        row = _row(scale, f"matcher, {scale.anchors:,} anchors, {batch_size} x {num_objects} objects", calls)
+        row["peak_bytes"] = {}
+        for name, call in calls.items():
+            with peak_memory(scale) as peak:
+                call()
+            row["peak_bytes"][name] = peak.get("allocated")
+        pairs = zip(compiled(*arguments), matching.compare(*arguments, matching.TILE), strict=True)
+        row["equal"] = [torch.equal(one, other) for one, other in pairs]
+        yield {"operators": [row]}
 
 
-def _times(scale: Scale, *calls: Callable[[], object]) -> list[list[float]]:
-    """Seconds of calls that take turns, several calls in a row on a GPU."""
-    on_gpu = scale.device == "cuda"
-    turns = alternate(
-        [Call(call) for call in calls],
-        cast(Any, [None]),
-        "infer",
-        iterations=_ROUNDS if on_gpu else 1,
-        warmup=1 if on_gpu else 0,
-        steps_per_time=_CALLS if on_gpu else 1,
-        device=torch.device(scale.device),
-    )
-    return [times.seconds for times in turns]
-
-
-def _row(
-    scale: Scale, name: str, ours: Callable[[], object], other: Callable[[], object], against: str
-) -> dict[str, Any]:
-    own, theirs = _times(scale, ours, other)
-    return {"name": name, "ours": own, "other": theirs, "against": against}
+def _row(scale: Scale, name: str, calls: dict[str, Callable[[], object]]) -> dict[str, Any]:
+    return {"name": name, "seconds": dict(zip(calls, seconds_of(scale, *calls.values()), strict=True))}

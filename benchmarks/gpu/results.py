@@ -1,137 +1,49 @@
-"""What the items of a run found, and the files that hold it."""
+"""The files of a run: `run.json`, one JSON file per item, and `summary.md`."""
 
 from __future__ import annotations
 
-import statistics
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from benchmarks.gpu.summary import markdown
+from benchmarks.gpu.worker import Outcome
 
-from boxwright.benchmark.report import Report, Timing, write_report
-from boxwright.benchmark.table import markdown, spread, table
-
-_MIB = 2**20
+FORMAT = "boxwright-gpu-1"
 
 
-class Result(msgspec.Struct, kw_only=True):
-    """What one item found; most fields are empty."""
-
-    detail: str = ""
-    """Of a check: what it saw."""
-    report: Report | None = None
-    """Of `boxwright.benchmark`."""
-    rates: dict[str, float] = {}
-    """Operations a second that products of large matrices reach, by precision."""
-    memory: list[dict[str, Any]] = []
-    """Peaks of training, a row a mode."""
-    detect: list[dict[str, Any]] = []
-    """Times of `detect` alone, a row a mode."""
-    kernels: list[dict[str, Any]] = []
-    """Times of operators: `name`, `ours` and `other`, and what the other one is, `against`."""
-
-
-class Outcome(msgspec.Struct, kw_only=True):
-    """How an item went."""
-
-    item: str
-    """Its name."""
-    seconds: float
-    """That it took."""
-    result: Result | None = None
-    """What it found; None if it failed or was left out."""
-    error: str = ""
-    """Why it found nothing."""
-
-
-def write(folder: Path, outcomes: list[Outcome], command: str, facts: dict[str, dict[str, str]]) -> str:
-    """Write all that is known so far.
+def write(folder: Path, outcomes: Sequence[Outcome], command: str, facts: dict[str, str]) -> None:
+    """Write what is known so far; the files of earlier items stay as they are.
 
     Args:
-        folder: gets `gpu.json` (each item), `benchmark.json` (of the form that `boxwright zoo page` reads) and
-            `gpu.md`.
-        outcomes: so far.
-        command: that the user gave.
-        facts: `machine` and `versions`.
-
-    Returns:
-        What stands in `gpu.md`.
+        folder: Made if necessary.
+        outcomes: In order; only the last one's file is written.
+        command: The user's.
+        facts: Machine and versions.
     """
-    report = Report(command=command, machine=facts["machine"], versions=facts["versions"])
-    for found in (outcome.result.report for outcome in outcomes if outcome.result and outcome.result.report):
-        for name in ("timings", "ratios", "memory", "operations"):
-            getattr(report, name).extend(getattr(found, name))
-    write_report(folder / "benchmark.json", report)
-    page = {"command": command, **facts, "items": outcomes}
-    (folder / "gpu.json").write_bytes(msgspec.json.format(msgspec.json.encode(page), indent=1) + b"\n")
-    text = "\n\n".join([*_tables(outcomes, report), markdown(report)])
-    (folder / "gpu.md").write_text(text, encoding="utf-8")
-    return text
+    folder.mkdir(parents=True, exist_ok=True)
+    last = asdict(outcomes[-1])
+    _write_json(folder / f"{len(outcomes):02d}_{_slug(outcomes[-1].item)}.json", last)
+    rows = [{key: value for key, value in asdict(outcome).items() if key != "result"} for outcome in outcomes]
+    _write_json(folder / "run.json", {"format": FORMAT, "command": command, "facts": facts, "items": rows})
+    (folder / "summary.md").write_text(markdown(outcomes, command, facts), encoding="utf-8")
 
 
-def _tables(outcomes: list[Outcome], report: Report) -> list[str]:
-    """Items, shares of the device's rate, memory, detection and operators; those that have rows."""
-    rows = [[o.item, "failed" if o.error else "ok", f"{o.seconds:.0f}", _told(o)] for o in outcomes]
-    sections = [table(("item", "", "s", "what it saw"), rows)]
-    results = [outcome.result for outcome in outcomes if outcome.result]
-    rates = {precision: rate for result in results for precision, rate in result.rates.items()}
-    if shares := _shares(report, rates):
-        sections.append(table(("recipe", "task", "mode", "GFLOP", "s", "TFLOP/s", "of the matrix rate"), shares))
-    if memory := [row for result in results for row in result.memory]:
-        head = ("recipe, training", "mode", "precision", "images", "allocated, MiB", "reserved, MiB")
-        keys = ("recipe", "mode", "precision", "images")
-        cells = [
-            [*(str(row[key]) for key in keys), f"{row['allocated'] / _MIB:.0f}", f"{row['reserved'] / _MIB:.0f}"]
-            for row in memory
-        ]
-        sections.append(table(head, cells))
-    if detect := [row for result in results for row in result.detect]:
-        cells = [
-            [
-                *(str(row[key]) for key in ("recipe", "mode", "precision", "images")),
-                spread(row["seconds"], 4),
-                f"{row['images'] / statistics.median(row['seconds']):.1f}",
-                f"{row['first_seconds']:.1f}",
-            ]
-            for row in detect
-        ]
-        sections.append(
-            table(("recipe, detect alone", "mode", "precision", "images", "s", "images/s", "first, s"), cells)
-        )
-    if kernels := [row for result in results for row in result.kernels]:
-        cells = []
-        for row in kernels:
-            ours, other = ([1000 * seconds for seconds in row[side]] for side in ("ours", "other"))
-            ratio = statistics.median(other) / statistics.median(ours)
-            wins = "ours" if ratio > 1 else row["against"]
-            cells.append([row["name"], spread(ours), row["against"], spread(other), f"{ratio:.2f}", wins])
-        sections.append(table(("operator", "ours, ms", "other", "other, ms", "other / ours", "faster"), cells))
-    return sections
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
 
 
-def _told(outcome: Outcome) -> str:
-    """A line; of an error its last."""
-    if outcome.error:
-        return outcome.error.strip().splitlines()[-1].replace("|", "/")
-    return outcome.result.detail if outcome.result else ""
+def _rounded(value: Any) -> Any:
+    """The same with numbers of six digits, which keeps the files small."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _shares(report: Report, rates: dict[str, float]) -> list[list[str]]:
-    """The rate of each of our own times whose operations are counted, as a share of that of large matrices."""
-    counts = {(o.case.recipe, o.case.task): (o.operations, o.case.batch) for o in report.operations}
-
-    def row(timing: Timing) -> list[str]:
-        case = timing.case
-        operations, images = counts[case.recipe, case.task]
-        rate = operations * case.batch / images / timing.median
-        mode = " ".join([f"{case.batch} images, {case.precision}", *case.settings])
-        cells = [f"`{case.recipe}`", case.task, mode, f"{operations * case.batch / images / 1e9:.0f}"]
-        return [*cells, f"{timing.median:.4f}", f"{rate / 1e12:.1f}", f"{rate / rates[case.precision]:.1%}"]
-
-    return [
-        row(timing)
-        for timing in report.timings
-        if timing.case.system == "boxwright"
-        and (timing.case.recipe, timing.case.task) in counts
-        and timing.case.precision in rates
-    ]
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,181 +1,154 @@
-"""Time and memory of whole detectors, by `boxwright.benchmark`, in turns with torchvision where it has the model."""
+"""Time, memory, parts and one profiled call of whole detectors, and of torchvision's."""
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack, closing
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torchvision.models import detection
 
-from benchmarks.gpu.results import Result
+import boxwright.ops.roi_align as roi_align
+from benchmarks.gpu.cases import NUM_CLASSES, Detecting, Training, make_batch, precision_of
+from benchmarks.gpu.profile import profile_of
 from benchmarks.gpu.scale import Scale
-from boxwright.benchmark.bench import OURS, Bench
-from boxwright.benchmark.measure import Times, alternate, synchronize
-from boxwright.benchmark.report import Report, Timing, compare
-from boxwright.benchmark.run import measure
-from boxwright.benchmark.system import BoxwrightSystem
-from boxwright.detectors.detector import Detector
-from boxwright.precision import Precision, autocast
-from boxwright.structures import Batch, to_device
+from benchmarks.gpu.timing import parts_of, peak_memory, seconds_of
+from boxwright.precision import autocast
+from boxwright.structures import to_device
 
-MODES = {
-    "eager": (),
-    "compiled": ("compile=true",),
-    "graphs": ("compile=true", "cuda_graphs=true"),
+Fragments = Iterator[dict[str, Any]]
+"""What an item yields: parts of its result, each written as soon as it is there."""
+
+_PEERS = {
+    "mask_rcnn": detection.maskrcnn_resnet50_fpn,
+    "faster_rcnn": detection.fasterrcnn_resnet50_fpn,
+    "retinanet": detection.retinanet_resnet50_fpn,
 }
-"""How training runs, as settings of a recipe."""
-_STEPS = 3
-_ROUNDS = 5
 
 
-def train(scale: Scale, family: str, mode: str, precision: Precision | None = None) -> Result:
-    """Training steps of the recipe's batch, and what memory they take before there is a peer."""
-    changes: dict[str, Any] = {} if precision is None else {"precision": precision}
-    plan = scale.plan(family, settings=MODES[mode], peer=True, **changes)
-    names = [OURS, *([plan.peer] if plan.peer else [])]
-    with ExitStack() as stack:
-        bench = stack.enter_context(Bench(plan))
-        batches = bench.batches(training=True)
-        ours = stack.enter_context(closing(bench.system(OURS, training=True)))
-        # The first step of all, which also compiles, and the memory, are of ours alone.
-        _reset_peak(bench.device)
-        given, start = ours.prepare(batches[0]), time.perf_counter()
-        ours.train_step(given)
-        synchronize(bench.device)
-        first = time.perf_counter() - start
-        for _ in range(_STEPS):
-            ours.train_step(given)
-        synchronize(bench.device)
-        peak = _peak(bench.device)
-        peers = [stack.enter_context(closing(bench.system(name, training=True))) for name in names[1:]]
-        times = alternate(
-            [ours, *peers],
-            batches,
-            "train",
-            iterations=scale.iterations,
-            warmup=scale.warmup,
-            steps_per_time=plan.steps_per_time,
-            device=bench.device,
-        )
-        times[0] = times[0]._replace(first=first)
-        timings = [_timing(bench, name, one) for name, one in zip(names, times, strict=True)]
-    report = _report(timings=timings, ratios=compare(timings))
-    case = timings[0].case
-    memory = [{"recipe": case.recipe, "mode": mode, "precision": case.precision, "images": case.batch, **peak}]
-    return Result(report=report, memory=memory if peak else [])
+def train(scale: Scale, family: str, batch_size: int, *, triton: bool = False) -> Fragments:
+    """Training steps with all object slots of the scale; `triton` pools with the Triton RoIAlign."""
+    with _triton_roi_align(triton), peak_memory(scale) as peak:
+        training = Training(scale, family, batch_size)
+        yield _row(scale, family, "train", batch_size, triton_roi_align=triton)
+        yield {"seconds": seconds_of(scale, training.step)[0]}
+        yield {"parts_s": parts_of(scale, training.detector, training.step, training.optimizer)}
+        yield {"profile": profile_of(scale, training.step)}
+    yield {"peak_bytes": peak}
 
 
-def infer(scale: Scale, family: str, batch: int) -> Result:
-    """What `boxwright test` does with pictures in memory, to boxes and encoded masks on the host.
-
-    One image is beside torchvision's; larger batches tell what ours gains by them.
-    """
-    return Result(report=_measure(scale, family, ["infer"], batch=batch, peer=batch == 1))
-
-
-def operations(scale: Scale, family: str) -> Result:
-    """Floating-point operations of a training step and of an inference."""
-    return Result(report=_measure(scale, family, ["flops"]))
+def train_with_graphs(scale: Scale, family: str, batch_size: int) -> Fragments:
+    """Training steps that are compiled and replayed as CUDA graphs."""
+    with peak_memory(scale) as peak:
+        training = Training(scale, family, batch_size, compile=scale.device == "cuda", graphs=scale.device == "cuda")
+        yield _row(scale, family, "train, CUDA graphs", batch_size)
+        yield {"seconds": seconds_of(scale, training.step)[0]}
+        yield {"profile": profile_of(scale, training.step)}
+    yield {"peak_bytes": peak}
 
 
-def memory(scale: Scale, family: str) -> Result:
-    """Peaks of training and of inference, each in a fresh process."""
-    return Result(report=_measure(scale, family, ["memory"], peer=True))
+def detect(scale: Scale, family: str, batch_size: int) -> Fragments:
+    """Detections of a batch that is on the device and stay there."""
+    with peak_memory(scale) as peak:
+        detecting = Detecting(scale, family, batch_size)
+        yield _row(scale, family, "detect", batch_size)
+        yield {"seconds": seconds_of(scale, detecting.step)[0]}
+        yield {"parts_s": parts_of(scale, detecting.detector, detecting.step)}
+        yield {"profile": profile_of(scale, detecting.step)}
+    yield {"peak_bytes": peak}
 
 
-def detect(scale: Scale, family: str, batch: int) -> Result:
-    """Only `detect`, whose boxes and masks stay on the device: eager, compiled, and replayed as CUDA graphs."""
-    rows = []
-    plan = scale.plan(family, batch=batch)
-    with Bench(plan) as bench:
-        batches = bench.batches(training=False)[:1]
-        system = bench.system(OURS, training=False)
-        assert isinstance(system, BoxwrightSystem)
-        for mode in MODES:
-            _reset_peak(bench.device)
-            torch._dynamo.reset()
-            detection = Detection(system.detector, bench, mode, scale)
-            times = alternate(
-                [detection],
-                batches,
-                "infer",
-                iterations=scale.iterations,
-                warmup=scale.warmup,
-                steps_per_time=_ROUNDS if scale.device == "cuda" else 1,
-                device=bench.device,
-            )[0]
-            case = bench.case(OURS, training=False)
-            rows.append(
-                {
-                    "recipe": case.recipe,
-                    "mode": mode,
-                    "precision": case.precision,
-                    "images": batch,
-                    "seconds": times.seconds,
-                    "first_seconds": times.first,
-                    **_peak(bench.device),
-                }
-            )
-    return Result(detect=rows)
+def torchvision_train(scale: Scale, family: str, batch_size: int) -> Fragments:
+    """Train torchvision's R-50-FPN detector on the same images and objects, under the same autocast, with SGD."""
+    device = torch.device(scale.device)
+    model: nn.Module = _PEERS[family](weights=None, weights_backbone=None, num_classes=NUM_CLASSES + 1)
+    height, width = scale.canvas
+    model.transform.min_size, model.transform.max_size = (height,), width
+    model = model.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    batch = to_device(make_batch(scale, family, batch_size), device)
+    assert batch.targets is not None
+    images = list(batch.images.float() / 255)
+    targets = []
+    for image in range(batch_size):
+        real = batch.targets.valid[image].nonzero().squeeze(1)
+        boxes = batch.targets.boxes[image, real]
+        target = {"boxes": boxes, "labels": batch.targets.labels[image, real] + 1}
+        if family == "mask_rcnn":
+            target["masks"] = _box_masks(boxes, scale.canvas)
+        targets.append(target)
+
+    def step() -> None:
+        with autocast(device, precision_of(scale)):
+            losses = model(images, targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with peak_memory(scale) as peak:
+        yield _row(scale, family, "train, torchvision", batch_size)
+        yield {"seconds": seconds_of(scale, step)[0]}
+        yield {"profile": profile_of(scale, step)}
+    yield {"peak_bytes": peak}
 
 
-class Detection:
-    """`detect` as a thing to time."""
-
-    name = OURS
-
-    def __init__(self, detector: torch.nn.Module, bench: Bench, mode: str, scale: Scale) -> None:
-        """Compile it or not."""
-        self._device, self._precision = bench.device, bench.experiment.precision
-        self._detect: Any = cast(Detector, detector.eval()).detect
-        if mode != "eager":
-            how: dict[str, Any] = {"mode": "reduce-overhead" if mode == "graphs" else None}
-            if scale.backend != "inductor":
-                how = {"backend": scale.backend}
-            self._detect = torch.compile(self._detect, fullgraph=True, dynamic=False, **how)
-
-    def prepare(self, batch: Batch) -> Batch:
-        """On the device: neither decoding nor copying is timed."""
-        return to_device(batch, self._device)
-
-    def infer(self, given: Batch) -> None:
-        """One batch."""
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad(), autocast(self._device, self._precision):
-            self._detect(given)
-
-    def train_step(self, given: Batch) -> None:
-        """It does not train."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing is held elsewhere."""
+def _box_masks(boxes: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """[N, H, W] uint8 masks that fill their boxes."""
+    y = torch.arange(canvas[0], device=boxes.device)[None, :, None]
+    x = torch.arange(canvas[1], device=boxes.device)[None, None, :]
+    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
+    return ((x >= x1) & (x < x2) & (y >= y1) & (y < y2)).to(torch.uint8)
 
 
-def _measure(scale: Scale, family: str, phases: list[str], *, peer: bool = False, **changes: Any) -> Report:
-    return measure([scale.plan(family, peer=peer, **changes)], phases, command="", say=lambda _: None)
-
-
-def _report(**found: Any) -> Report:
-    return Report(command="", machine={}, versions={}, **found)
-
-
-def _timing(bench: Bench, name: str, times: Times) -> Timing:
-    return Timing(case=bench.case(name, training=True), seconds=times.seconds, first_seconds=times.first)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> dict[str, int]:
-    """Bytes at most; nothing on the CPU, where a process's peak is not one step's."""
-    if device.type != "cuda":
-        return {}
+def _row(scale: Scale, family: str, task: str, batch_size: int, **settings: Any) -> dict[str, Any]:
     return {
-        "allocated": torch.cuda.max_memory_allocated(device),
-        "reserved": torch.cuda.max_memory_reserved(device),
+        "case": {
+            "recipe": scale.recipe.format(family),
+            "task": task,
+            "batch": batch_size,
+            "canvas": list(scale.canvas),
+            "slots": scale.slots,
+            "precision": precision_of(scale),
+            **settings,
+        }
     }
+
+
+@contextmanager
+def _triton_roi_align(on: bool) -> Iterator[None]:
+    before = roi_align.TRITON
+    roi_align.TRITON = on
+    try:
+        yield
+    finally:
+        roi_align.TRITON = before
+
+
+def compile_training(scale: Scale, family: str, batch_size: int) -> Fragments:
+    """Compile the losses as one graph: seconds of Dynamo, AOTAutograd and Inductor apart, then seconds per step."""
+    from benchmarks.gpu.compiling import compile_losses  # slow to import
+
+    training = Training(scale, family, batch_size)
+
+    def work(losses: Callable[..., dict[str, torch.Tensor]]) -> torch.Tensor:
+        with autocast(torch.device(scale.device), precision_of(scale)):
+            total = torch.stack(list(losses(training.batch).values())).sum()
+        total.backward()
+        training.detector.zero_grad(set_to_none=True)
+        return total.detach()
+
+    eager: Any = training.detector.losses
+    yield _row(scale, family, "losses and gradients, compiled", batch_size)
+    expected = float(work(eager))
+    yield {"eager_seconds": seconds_of(scale, lambda: work(eager))[0]}
+    with peak_memory(scale) as peak:
+        compiled = eager
+        for fragment, function in compile_losses(scale, eager, work):
+            yield fragment
+            compiled = function
+        yield {"loss": [expected, float(work(compiled))]}
+        yield {"seconds": seconds_of(scale, lambda: work(compiled))[0]}
+        yield {"profile": profile_of(scale, lambda: work(compiled))}
+    yield {"peak_bytes": peak}

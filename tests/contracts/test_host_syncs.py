@@ -2,7 +2,7 @@
 
 There need be no GPU: tensors without data say that they lie on one, and so go a GPU's way through every operator. What
 would have to look at data fails of itself; what would be copied between host and GPU is seen as it is dispatched. The
-backward pass needs a GPU, and `benchmarks/gpu.py` looks at that one.
+backward pass needs a GPU, and `python -m benchmarks.gpu` checks it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from torch import Tensor, nn
 
 from boxwright.data.categories import shared_by_name
@@ -54,6 +53,8 @@ def load_init(detector: nn.Module, path: Path, categories: Sequence[Category], *
 
 def _categories(path: Path, page: Mapping[str, Any]) -> list[Category]:
     """The classes that the weights were trained on, by label."""
+    import msgspec  # Here, so that training from a backbone's weights does not need it.
+
     try:
         return msgspec.convert(page.get("categories") or [], list[Category])
     except msgspec.ValidationError as error:

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from boxwright.training.distributed import rank
-
-_console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def say(line: str) -> None:
     """Print a line, once for all ranks."""
     if rank() == 0:
-        _console.print(line)
+        from rich.console import Console  # Here, so that steps without a log do not need it.
+
+        Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(line)
 
 
 class Window:

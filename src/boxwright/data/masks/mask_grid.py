@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import cv2
-import hotcoco.mask
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,6 +70,8 @@ def _polygon_grid(
     scaled = [
         ((polygon - low) * (fine / (high - low))).clip(-_FARTHEST * fine, _FARTHEST * fine) for polygon in polygons
     ]
+    import hotcoco.mask  # Here, so that training without masks does not need it.
+
     runs = hotcoco.mask.frPyObjects([polygon.ravel().tolist() for polygon in scaled], fine, fine)
     # Decoded column by column: its transpose is the array that lies in memory, and need not be copied.
     columns = hotcoco.mask.decode(hotcoco.mask.merge(runs)).T
