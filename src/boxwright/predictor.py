@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from boxwright.data.augment import place
 from boxwright.data.buckets import Resize, round_up
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
+from boxwright.data.placement import place
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from boxwright.data.augment import place, place_image
 from boxwright.data.collate import PlacedSample, collate, slots_for
+from boxwright.data.placement import place, place_image
 from pictures import Pictures
 
 

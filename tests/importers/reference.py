@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from boxwright.data.augment import place
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Sample
 from boxwright.data.decode import decode_image
+from boxwright.data.placement import place
 from boxwright.data.proposals import GivenProposals
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from benchmarks.mask_targets import TARGET_SIZE, Candidate, cases, measure
 
-from boxwright.data.augment import Placement, place
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Sample
 from boxwright.data.masks.mask_grid import FINER, GRID_SIZE
+from boxwright.data.placement import Placement, place
 from boxwright.geometry.affine import transform_boxes
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import MaskGrids

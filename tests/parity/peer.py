@@ -19,10 +19,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from boxwright.assign.match import IGNORED, NEGATIVE, POSITIVE
 from boxwright.assign.sample import sample
 from boxwright.backbones.backbone import PYTORCH
-from boxwright.data.augment import place
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
+from boxwright.data.placement import place
 from boxwright.heads.rpn_head import SAMPLING_SALT, RPNConfig
 from boxwright.importers.rules import rename
 from boxwright.importers.torchvision import rules

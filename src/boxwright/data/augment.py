@@ -1,7 +1,4 @@
-"""Random changes to a picture: every geometric one is part of one affine, applied once; colour is apart.
-
-Boxes and matrices are in continuous pixel coordinates, in which pixel (row 0, column 0) spans 0..1.
-"""
+"""Random augmentation: `Augment` draws the `Placement` of an image on its canvas, `Photometric` changes its colours."""
 
 from __future__ import annotations
 
@@ -15,11 +12,7 @@ import numpy as np
 import torch
 
 from boxwright.data.buckets import Resize
-from boxwright.data.masks.mask_grid import Grid
-from boxwright.geometry.affine import transform_boxes
-
-MIN_VISIBLE = 0.1
-"""An object of which a crop leaves less than this share of its box is no object of the sample any more."""
+from boxwright.data.placement import Placement, place
 
 
 @dataclass(frozen=True)
@@ -47,30 +40,6 @@ class Photometric:
         image = cv2.LUT(image, np.clip(table + 0.5, 0, 255).astype(np.uint8))
         grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         return cv2.addWeighted(image, saturation, grey, 1 - saturation, 0)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a picture comes to lie on its canvas."""
-
-    resized: tuple[int, int]
-    """(height, width) of the whole picture after scaling."""
-    flipped: bool
-    """Whether left and right are swapped."""
-    window: tuple[int, int, int, int]
-    """(top, left, height, width) of what is kept of the scaled and flipped picture."""
-    matrix: np.ndarray
-    """float32 [2, 3], from continuous pixel coordinates of the file to those of the canvas."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of what is visible on the canvas."""
-        return self.window[2:]
-
-    @property
-    def cropped(self) -> bool:
-        """Whether anything of the scaled picture is cut off."""
-        return self.size != self.resized
 
 
 @dataclass(frozen=True)
@@ -114,81 +83,6 @@ class Augment:
         width = max(int(min(base[1], resized[1]) * (share + (1 - share) * at_width) + 0.5), 1)
         top, left = int((resized[0] - height + 1) * at_top), int((resized[1] - width + 1) * at_left)
         return place(original, resized, flipped=bool(at_flip < self.flip), window=(top, left, height, width))
-
-
-def place(
-    original: tuple[int, int],
-    resized: tuple[int, int],
-    *,
-    flipped: bool = False,
-    window: tuple[int, int, int, int] | None = None,
-) -> Placement:
-    """Scale a picture, maybe swap left and right, and keep a window of it (all, where None is given)."""
-    top, left, height, width = window or (0, 0, *resized)
-    scale_y, scale_x = resized[0] / original[0], resized[1] / original[1]
-    row_x = [-scale_x, 0.0, resized[1] - left] if flipped else [scale_x, 0.0, -left]
-    matrix = np.array([row_x, [0.0, scale_y, -top]], dtype=np.float32)
-    return Placement(resized=resized, flipped=flipped, window=(top, left, height, width), matrix=matrix)
-
-
-def place_image(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> None:
-    """Write the visible pixels into the upper left of a canvas: bilinear, not antialiased, as in the 2018 toolbox.
-
-    Args:
-        image: uint8 [H, W, 3].
-        placement: drawn for this picture's size.
-        canvas: uint8 [height, width, 3], at least of the placement's size; what lies beyond that is left as it is.
-    """
-    (height, width), resized = placement.size, placement.resized[::-1]
-    visible = canvas[:height, :width]
-    if not placement.cropped:
-        # OpenCV writes straight into the canvas. A resize takes a fifth of the time of a warp, and turning the result
-        # around in place keeps a flipped picture the exact mirror image of the plain one.
-        cv2.resize(image, resized, dst=visible, interpolation=cv2.INTER_LINEAR)
-        if placement.flipped:
-            cv2.flip(visible, 1, dst=visible)
-        return
-    # Scaling the whole picture for a window of it beats a warp into the window at all but extreme jitter.
-    whole = cv2.resize(image, resized, interpolation=cv2.INTER_LINEAR)
-    top, left = placement.window[:2]
-    if placement.flipped:
-        left = resized[0] - left - width
-        cv2.flip(whole[top : top + height, left : left + width], 1, dst=visible)
-    else:
-        visible[:] = whole[top : top + height, left : left + width]
-
-
-def place_boxes(
-    boxes: np.ndarray, placement: Placement, min_visible: float = MIN_VISIBLE
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes on the canvas, clipped to what is visible.
-
-    Args:
-        boxes: float32 [n, 4] xyxy in pixels of the file.
-        placement: where the picture lies.
-        min_visible: the share of its area that a crop must leave of a box.
-
-    Returns:
-        float32 [n, 4] xyxy in pixels of the canvas, and bool [n]: False where the box has no area left or a crop
-        leaves too little of it.
-    """
-    height, width = placement.size
-    full = transform_boxes(torch.tensor(boxes)[None], torch.tensor(placement.matrix)[None])[0].numpy()
-    visible = full.clip(0, np.array([width, height, width, height], np.float32))
-    area = _areas(visible)
-    least = min_visible * _areas(full) if placement.cropped else 0.0
-    return visible, (area > 0) & (area >= least)
-
-
-def place_mask(grid: Grid, placement: Placement) -> Grid:
-    """A mask's grid on the canvas; its frame is not clipped."""
-    bitmap, frame = grid
-    placed = transform_boxes(torch.tensor(frame)[None, None], torch.tensor(placement.matrix)[None])[0, 0].numpy()
-    return bitmap[:, ::-1] if placement.flipped else bitmap, placed
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 @contextmanager

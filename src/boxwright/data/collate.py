@@ -6,7 +6,7 @@ B images, G object slots, P proposals, M cells a side of a mask's grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from boxwright.data.augment import Placement, place_boxes, place_image, place_mask
 from boxwright.data.buckets import Canvas
-from boxwright.data.dataset import Sample
+from boxwright.data.dataset import Mask, Sample
 from boxwright.data.masks.mask_grid import GRID_SIZE, Grid, mask_grid
+from boxwright.data.placement import Placement, place_boxes, place_image, place_mask
 from boxwright.data.proposals import GivenProposals
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 
@@ -100,7 +100,7 @@ def collate(
         sizes[b], originals[b] = placement.size, sample.image.shape[:2]
         transforms[b], image_ids[b], seeds[b] = placement.matrix, sample.image_id, item.seed
         if slots is not None:
-            placed_boxes, kept = place_boxes(sample.boxes, placement)
+            placed_boxes, kept = _placed_boxes(sample, placement)
             count = int(kept.sum())
             if count > slots:
                 raise ValueError(
@@ -167,15 +167,30 @@ def _write_proposals(proposals: Proposals, image: int, given: GivenProposals, pl
     proposals.valid[image, :count] = kept
 
 
+def _placed_boxes(sample: Sample, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """See `place_boxes`."""
+    if placement.keeps_boxes or sample.masks is None:
+        return place_boxes(sample.boxes, placement)
+    _require_a_mask_per_box(sample, sample.masks)
+    try:
+        return place_boxes(sample.boxes, placement, masks=sample.masks)
+    except ValueError as error:
+        raise ValueError(f"{sample.file_name}: a mask does not fit: {error}") from error
+
+
+def _require_a_mask_per_box(sample: Sample, masks: Sequence[Mask]) -> None:
+    if len(masks) != len(sample.boxes):
+        raise ValueError(
+            f"{sample.file_name}: {len(masks)} masks of {len(sample.boxes)} boxes: what drops a box must drop its "
+            "mask, too; give None for an object without one"
+        )
+
+
 def _grid_of(sample: Sample, index: int) -> Grid | None:
     """The grid of a sample's object, None where there is no mask to learn."""
     if sample.masks is None or sample.crowd[index]:
         return None
-    if len(sample.masks) != len(sample.boxes):
-        raise ValueError(
-            f"{sample.file_name}: {len(sample.masks)} masks of {len(sample.boxes)} boxes: what drops a box must drop "
-            "its mask, too; give None for an object without one"
-        )
+    _require_a_mask_per_box(sample, sample.masks)
     try:
         height, width = sample.image.shape[:2]
         return mask_grid(sample.masks[index], (height, width))

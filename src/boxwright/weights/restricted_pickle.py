@@ -1,18 +1,17 @@
-"""Reads pickles that hold nothing but numpy arrays, numbers, text and plain containers; whatever else is refused.
+"""Reads pickles of numpy arrays, numbers, text and plain containers, and refuses all others.
 
-A pickle is a program for a small stack machine, and Python's own machine calls whatever function the program names.
-This one knows the few instructions that data needs, of protocols 0 to 5, and the few names that numpy writes, each of
-which stands for a function here. Nothing is imported or looked up, so that no file can do more than be refused.
+A pickle is a program for a small stack machine. Python's own machine calls any function that the program names. This
+machine knows only the few instructions that data needs, of protocols 0 to 5, and only the few names that numpy writes
+(`pickle_names`). Nothing is imported or looked up, so the worst that a file can do is to be refused.
 
-Text of Python 2, which tells no bytes from letters, comes as `str` of the letters 0..255 (`encoding="latin1"`).
+Python 2 text, which does not distinguish bytes from letters, is read as `str` of the letters 0..255
+(`encoding="latin1"`).
 """
 
 from __future__ import annotations
 
 import codecs
-import math
 import mmap
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,34 +19,29 @@ from typing import Any
 
 import numpy as np
 
+from boxwright.weights.pickle_names import Dtype, Name, Names, RefusedPickleError
+
 MAX_BYTES = 8 * 2**30
-"""Of a file, and of all arrays in it together."""
+"""Limit on the size of a file, and on all arrays in it together."""
 MAX_INSTRUCTIONS = 20_000_000
-"""Of a file; a list of COCO's 118,000 training images takes two million. Each may make an object of some 60 bytes."""
+"""Limit on instructions per file. A list of COCO's 118,000 training images takes two million; one instruction may make
+an object of about 60 bytes."""
 MAX_DIGITS = 1000
-"""Of one whole number, in bytes or decimal digits."""
-
-_PLAIN_TYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c(?:8|16))")
-_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
-_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
-
-
-class RefusedPickleError(ValueError):
-    """A pickle that is damaged, too large, or holds more than plain data."""
+"""Limit on one whole number, in bytes or decimal digits."""
 
 
 def read_pickle(path: Path) -> Any:
     """Read a pickle file of plain data.
 
     Args:
-        path: Of the file.
+        path: The pickle file.
 
     Returns:
         Arrays of numbers and bools, their scalars, int, float, complex, bool, None, str, bytes, list, tuple and dict.
 
     Raises:
-        RefusedPickleError: It is none; nothing of it took effect.
-        OSError: It cannot be read.
+        RefusedPickleError: The file is damaged, too large, or holds more than plain data. Nothing in it was executed.
+        OSError: The file cannot be read.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -61,36 +55,11 @@ def read_pickle(path: Path) -> Any:
         raise RefusedPickleError(f"{path} is refused: {error}") from None
     except EOFError:
         raise RefusedPickleError(f"{path} is cut short: copy or fetch it again") from None
-    # Whatever a damaged or crafted program makes of the stack, its numbers and its text.
+    # Errors that a damaged or crafted program causes with its stack, its numbers and its text.
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
         raise RefusedPickleError(f"{path} is no sound pickle: {error!r}") from None
 
 
-class _Name:
-    """What a program may name: a call of ours, or the class that numpy's calls mention."""
-
-    def __init__(self, call: Callable[..., Any] | None = None) -> None:
-        self.call = call
-
-
-class _Dtype:
-    """An array's type while the program still makes it."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        if not isinstance(code, str) or not _PLAIN_TYPE.fullmatch(code):
-            raise RefusedPickleError(f"it holds an array of type {code!r}, not of numbers")
-        self.value = np.dtype(code)
-
-    def set_state(self, state: Any) -> None:
-        """Take the byte order, which is all that a plain type's state says."""
-        _, order, *rest = state
-        order = order.decode() if isinstance(order, bytes) else order
-        if order not in ("<", ">", "=", "|") or rest[:3] != [None, None, None] or len(rest) > 7:
-            raise RefusedPickleError(f"it holds an array with a type of parts, {state!r}")
-        self.value = np.dtype(order + self.value.str[1:])
-
-
-_ARRAY_CLASS = _Name()
 _MARK = object()
 
 
@@ -102,18 +71,7 @@ class _Machine:
         self.position = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.room = MAX_BYTES
-        self.names: dict[tuple[str, str], _Name] = {
-            ("numpy", "ndarray"): _ARRAY_CLASS,
-            ("numpy", "dtype"): _Name(_Dtype),
-            ("_codecs", "encode"): _Name(self._encoded),
-            ("__builtin__", "bytes"): _Name(_no_bytes),
-        }
-        for module in _MULTIARRAY:
-            self.names[module, "_reconstruct"] = _Name(_blank_array)
-            self.names[module, "scalar"] = _Name(self._scalar)
-        for module in _NUMERIC:
-            self.names[module, "_frombuffer"] = _Name(self._array)
+        self.names = Names(MAX_BYTES)
 
     def run(self) -> Any:
         """What the program leaves on its stack."""
@@ -130,38 +88,6 @@ class _Machine:
             instruction(self)
         raise RefusedPickleError(f"it has over {MAX_INSTRUCTIONS:,} instructions")
 
-    # What arrays are made of.
-
-    def _array(self, content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-        """An array of its own memory, from bytes that fit its shape exactly."""
-        if not isinstance(dtype, _Dtype) or order not in ("C", "F"):
-            raise RefusedPickleError("it holds an array without a type")
-        if isinstance(content, str):  # of Python 2
-            content = content.encode("latin1")
-        sides = shape if isinstance(shape, tuple) else (shape,)
-        if len(sides) > 32 or not all(type(side) is int and side >= 0 for side in sides):
-            raise RefusedPickleError(f"it holds an array of shape {shape!r}")
-        size = math.prod(sides) * dtype.value.itemsize
-        if not isinstance(content, bytes) or len(content) != size:
-            raise RefusedPickleError(f"it holds an array of shape {sides} with another number of bytes than {size}")
-        self._reserve(size)
-        return np.frombuffer(content, dtype.value).reshape(sides, order=order).copy(order=order)
-
-    def _scalar(self, dtype: Any, content: Any) -> Any:
-        return self._array(content, dtype, (), "C")[()]
-
-    def _encoded(self, text: Any, encoding: Any) -> bytes:
-        """How protocols 0 to 2 write bytes."""
-        if not isinstance(text, str) or encoding != "latin1":
-            raise RefusedPickleError(f"it encodes {type(text).__name__} as {encoding!r}")
-        self._reserve(len(text))
-        return text.encode("latin1")
-
-    def _reserve(self, size: int) -> None:
-        self.room -= size
-        if self.room < 0:
-            raise RefusedPickleError(f"its arrays hold over {MAX_BYTES:,} bytes")
-
     def _require_plain(self, value: Any) -> None:
         """Check that no half-made thing is left in the result; containers are visited once each."""
         seen: set[int] = set()
@@ -173,7 +99,7 @@ class _Machine:
                     seen.add(id(thing))
                     waiting.extend(thing.values() if isinstance(thing, dict) else thing)
                     waiting.extend(thing.keys() if isinstance(thing, dict) else ())
-            elif thing is _MARK or isinstance(thing, (_Name, _Dtype)):
+            elif thing is _MARK or isinstance(thing, (Name, Dtype)):
                 raise RefusedPickleError("it holds a type or a function, where only data may be")
 
     # Reading.
@@ -253,22 +179,13 @@ class _Machine:
             raise RefusedPickleError("it holds text without quotes")
         return codecs.escape_decode(line[1:-1])[0].decode("latin1")
 
-    def _name(self, module: Any, name: Any) -> _Name:
-        known = self.names.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-        if known is None:
-            raise RefusedPickleError(
-                f"it names {module}.{name}, which is no data and may be a program: only numpy arrays, numbers, text "
-                "and plain containers are read"
-            )
-        return known
-
-    def _global(self) -> _Name:
+    def _global(self) -> Name:
         module, name = self._line().decode(), self._line().decode()
-        return self._name(module, name)
+        return self.names.look_up(module, name)
 
     def _call(self) -> Any:
         function, arguments = self._last(2)
-        if not isinstance(function, _Name) or function.call is None or not isinstance(arguments, tuple):
+        if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
             raise RefusedPickleError("it calls what is no function")
         return function.call(*arguments)
 
@@ -276,11 +193,11 @@ class _Machine:
         """Give what is on the stack its state: only arrays and their types take one."""
         (state,) = self._last(1)
         target = self.stack[-1]
-        if isinstance(target, _Dtype):
+        if isinstance(target, Dtype):
             target.set_state(state)
         elif isinstance(target, np.ndarray):
             _, shape, dtype, by_columns, content = state
-            array = self._array(content, dtype, shape, "F" if by_columns else "C")
+            array = self.names.array(content, dtype, shape, "F" if by_columns else "C")
             # In place, because the program may have remembered it: all of the state was checked above.
             checked: Any = (1, array.shape, array.dtype, bool(by_columns), array.tobytes(order="A"))
             target.__setstate__(checked)
@@ -292,18 +209,6 @@ class _Machine:
 
     def _recall(self, number: int) -> Any:
         return self.memo[number]
-
-
-def _blank_array(kind: Any, *_: Any) -> np.ndarray:
-    """An array without elements, which gets its state later."""
-    if kind is not _ARRAY_CLASS:
-        raise RefusedPickleError("it makes an array of another class than numpy's")
-    return np.zeros(0, np.int8)
-
-
-def _no_bytes() -> bytes:
-    """How protocols 0 to 2 write empty bytes; with an argument it would make some of any length."""
-    return b""
 
 
 def _pushes(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -379,7 +284,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"j": _pushes(lambda m: m._recall(m._number("<I"))),
     # Names, which are looked up in the machine's own table, and calls of what stands there
     b"c": _pushes(lambda m: m._global()),
-    b"\x93": _pushes(lambda m: m._name(*m._last(2))),
+    b"\x93": _pushes(lambda m: m.names.look_up(*m._last(2))),
     b"R": _pushes(lambda m: m._call()),
     b"b": lambda m: m._build(),
 }

@@ -1,8 +1,9 @@
-"""Masks of objects as grids of one size, so that what a batch holds does not depend on the size of pictures.
+"""Object masks as grids of one size, so that the shapes in a batch do not depend on the sizes of images.
 
-M cells a side of a grid. A cell holds the share of it that the object covers, and a frame says where the grid lies: a
-flip mirrors the grid, and everything else that happens to a picture moves the frame alone. Which M and which contents
-come nearest to COCO's own rasteriser at the resolution that is learnt is measured in docs/benchmarks/mask_targets.md.
+M cells per side of a grid. A cell holds the share of its area that the object covers, and a frame says where the grid
+lies. Scaling and translating an image move the frame, a horizontal flip mirrors the grid, and any other affine map
+resamples the grid on a new frame. `docs/benchmarks/mask_targets.md` measures which M and which contents are closest to
+COCO's own rasteriser at the resolution of mask targets.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.data.dataset import Mask
-from boxwright.data.masks.rle import decompress
+from boxwright.data.masks.extent import extreme_points
+from boxwright.data.masks.rle import crop_columns
 
 GRID_SIZE = 128
 FINER = 4
@@ -48,12 +50,40 @@ def mask_grid(mask: Mask, image_size: tuple[int, int], *, size: int = GRID_SIZE,
     if mask is None:
         return None
     if isinstance(mask, bytes):
-        return _pixel_grid(*_crop_runs(mask, image_size), size)
+        return _pixel_grid(*crop_columns(mask, image_size), size)
     if isinstance(mask, np.ndarray):
         if mask.shape != image_size:
             raise ValueError(f"its shape is {mask.shape}, that of the picture {image_size}: make both the same")
         return _pixel_grid(mask.astype(np.uint8), 0, 0, size)
     return _polygon_grid(mask, image_size, size, finer)
+
+
+def warp_grid(grid: Grid, matrix: NDArray[np.floating], *, finer: int = FINER) -> Grid:
+    """A grid under any affine map, resampled on the smallest frame around the mapped object.
+
+    Args:
+        grid: Of an object that covers something.
+        matrix: [2, 3], from continuous pixel coordinates of the file to those of the canvas.
+        finer: The new grid is sampled this many times finer, then averaged over its cells.
+
+    Returns:
+        The grid; its frame is in pixels of the canvas and not clipped.
+    """
+    bitmap, frame = grid
+    size = len(bitmap)
+    low, high = frame[:2].astype(np.float64), frame[2:].astype(np.float64)
+    linear, offset = matrix[:, :2].astype(np.float64), matrix[:, 2].astype(np.float64)
+    # From cells of the grid to pixels of the canvas.
+    cell_linear, cell_offset = linear * ((high - low) / size), linear @ low + offset
+    points = extreme_points(bitmap > 0, (size, size)) @ cell_linear.T + cell_offset
+    new_low, new_high = points.min(0), points.max(0)
+    fine = size * finer
+    scale = fine / (new_high - new_low)
+    to_fine, start = cell_linear * scale[:, None], (cell_offset - new_low) * scale
+    # OpenCV's coordinates are those of cell centres.
+    start = start + to_fine.sum(1) / 2 - 0.5
+    warped = cv2.warpAffine(bitmap, np.column_stack([to_fine, start]), (fine, fine), flags=cv2.INTER_LINEAR)
+    return _average(np.asarray(warped, np.uint8), size), np.concatenate([new_low, new_high]).astype(np.float32)
 
 
 def _polygon_grid(
@@ -95,21 +125,3 @@ def _pixel_grid(pixels: NDArray[np.uint8], left: int, top: int, size: int) -> Gr
 
 def _average(bitmap: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(bitmap, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _crop_runs(characters: bytes, image_size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int]:
-    """The picture's columns that run lengths touch, as pixels [height, columns], with their first column and row."""
-    height, width = image_size
-    runs = decompress(characters)
-    if runs.sum() != height * width:
-        raise ValueError(f"its run lengths add up to {runs.sum()} pixels, the picture has {height} x {width}")
-    filled = 2 * np.flatnonzero(runs[1::2]) + 1
-    if not len(filled):
-        return np.zeros((height, 0), np.uint8), 0, 0
-    ends = runs.cumsum()
-    start, end = int(ends[filled[0] - 1]), int(ends[filled[-1]])
-    left, right = start // height, -(-end // height)
-    pixels = np.zeros((right - left) * height, np.uint8)
-    inner = slice(filled[0], filled[-1] + 1)
-    pixels[start - left * height : end - left * height] = np.repeat((np.arange(len(runs)) & 1)[inner], runs[inner])
-    return pixels.reshape(-1, height).T, left, 0

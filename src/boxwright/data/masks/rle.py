@@ -94,3 +94,32 @@ def decompress_all(masks: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[n
         sums = np.cumsum(values[chosen])
         values[chosen] = sums - np.repeat(np.concatenate([[0], sums])[begins], np.diff(begins, append=len(chosen)))
     return values, lengths
+
+
+def crop_columns(characters: bytes, image_size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int]:
+    """The columns of an image that a mask touches, as pixels.
+
+    Args:
+        characters: The mask in the compressed form.
+        image_size: (height, width) of the image.
+
+    Returns:
+        uint8 [height, columns], 0 or 1; the first column; and the first row, which is 0.
+
+    Raises:
+        ValueError: The characters are not a compressed mask, or not of this size.
+    """
+    height, width = image_size
+    runs = decompress(characters)
+    if runs.sum() != height * width:
+        raise ValueError(f"its run lengths add up to {runs.sum()} pixels, the picture has {height} x {width}")
+    filled = 2 * np.flatnonzero(runs[1::2]) + 1
+    if not len(filled):
+        return np.zeros((height, 0), np.uint8), 0, 0
+    ends = runs.cumsum()
+    start, end = int(ends[filled[0] - 1]), int(ends[filled[-1]])
+    left, right = start // height, -(-end // height)
+    pixels = np.zeros((right - left) * height, np.uint8)
+    inner = slice(filled[0], filled[-1] + 1)
+    pixels[start - left * height : end - left * height] = np.repeat((np.arange(len(runs)) & 1)[inner], runs[inner])
+    return pixels.reshape(-1, height).T, left, 0
