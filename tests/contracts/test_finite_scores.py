@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.assign.sample import hardest
-from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.detectors.cascade_rcnn import CascadeRCNN
 from boxwright.evaluation.evaluate import detect_dataset
