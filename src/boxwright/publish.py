@@ -60,7 +60,7 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
         raise ValueError(f"{run} holds no experiment.json and weights.safetensors: give a run's folder")
     # Loaded, and not copied: what cannot be loaded here is of no use to others.
     predictor = load(run, trusted_modules=trusted_modules)
-    command = json.loads(folder.experiment.read_text("utf-8")).get("command", "")
+    command = _command(folder.experiment)
     metrics = _measured(run, predictor.metadata.get("step"))
     date = datetime.now(timezone.utc).strftime("%Y%m%d")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,15 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
             out.rmdir()
         draft.rename(out)
     return [out / path.name for path in [*files, card]]
+
+
+def _command(path: Path) -> str:
+    """The command in `experiment.json`; empty where it has none."""
+    try:
+        page = json.loads(path.read_text("utf-8"))
+        return str(page.get("command", ""))
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): put back the file that training wrote") from None
 
 
 def model_card(

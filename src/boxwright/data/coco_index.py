@@ -201,7 +201,7 @@ def read_columns(annotations: Path) -> tuple[Columns, list[Fault]]:
 def _open_if_whole(folder: Path) -> CocoIndex | None:
     try:
         return open_index(folder)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # whatever a damaged index makes of it: it is read anew
         return None
 
 
