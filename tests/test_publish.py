@@ -19,6 +19,7 @@ from boxwright.cli.main import app
 from boxwright.data.dataset import Category
 from boxwright.data.shapes import write_shapes
 from boxwright.publish import About, publish
+from boxwright.report.evaluations import Evaluation
 from boxwright.weights.ours import load_weights
 from small_model import small_run
 from weights.hosts import serve, whole
@@ -104,7 +105,7 @@ def test_the_card_says_what_was_measured_on_what_and_how(run: Path, tmp_path: Pa
     assert header["pipeline_tag"] == "object-detection"
     (entry,) = header["model-index"]
     assert entry["name"] == "cells"
-    assert entry["results"][0]["dataset"]["name"] == ABOUT.data
+    assert entry["results"][0]["dataset"]["name"] == f"{ABOUT.data} (val)"
     measured = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
     assert measured == {"AP": 41.2, "AP50": 70.0}  # of large objects there were none
     text = card.read_text("utf-8")
@@ -128,6 +129,61 @@ def test_figures_and_results_of_other_weights_are_left_out(run: Path, tmp_path: 
     assert "model-index" not in header_of(files[-1])
     assert "It was not measured." in files[-1].read_text("utf-8")
     assert boxwright.load(files[0]).metadata["metrics"] == {}
+
+
+def evaluate(run: Path, name: str, split: str, ap: float, weights: str | None = None) -> None:
+    """Put an evaluation into a run."""
+    folder = run / "evaluation" / name
+    folder.mkdir(parents=True)
+    own = hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest()
+    Evaluation(
+        data="streets", split=split, annotations=f"/{name}.json", step=12, weights=weights or own, metrics={"AP": ap}
+    ).write(folder)
+    (folder / "results.json").write_text(json.dumps([name]))
+
+
+def test_every_evaluation_is_published_under_its_own_name(run: Path, tmp_path: Path) -> None:
+    """Those of other weights are not; the validation's comes first, whatever was measured last."""
+    evaluate(run, "test", "test", 0.25)
+    evaluate(run, "val", "val", 0.5)
+    evaluate(run, "old", "old", 0.75, weights="0" * 64)
+    weights, *others, _, card = publish(run, tmp_path / "out", ABOUT)
+    assert [path.name[14:] for path in others] == ["_results.json", "_results_test.json"]
+    assert [json.loads(path.read_text()) for path in others] == [["val"], ["test"]]
+    (entry,) = header_of(card)["model-index"]
+    shown = [(r["dataset"]["name"], r["dataset"]["split"], r["metrics"][0]["value"]) for r in entry["results"]]
+    assert shown == [("streets (val)", "val", 50.0), ("streets (test)", "test", 25.0)]
+    text = card.read_text("utf-8")
+    assert text.index("On streets (val):") < text.index("| AP | 50.0 |") < text.index("On streets (test):")
+    assert "75.0" not in text
+    metadata = load_weights(weights)[1]
+    assert metadata["metrics"] == {"AP": 0.5}
+    assert [(each["split"], each["metrics"]) for each in metadata["evaluations"]] == [
+        ("val", {"AP": 0.5}),
+        ("test", {"AP": 0.25}),
+    ]
+
+
+def test_a_test_of_a_run_by_an_earlier_version_does_not_replace_its_validation(run: Path, tmp_path: Path) -> None:
+    evaluate(run, "test", "test", 0.25)
+    files = publish(run, tmp_path / "out", ABOUT)
+    assert [json.loads(path.read_text()) for path in files if path.suffix == ".json"] == [[], ["test"]]
+    text = files[-1].read_text("utf-8")
+    assert text.index(f"On {ABOUT.data} (val):") < text.index("| AP | 41.2 |") < text.index("On streets (test):")
+
+
+def test_results_that_an_earlier_version_tested_on_some_split_are_left_out(run: Path, tmp_path: Path) -> None:
+    (run / "report.html").write_text("<dl><div><dt>data</dt><dd>instances_test.json</dd></div></dl>")
+    files = publish(run, tmp_path / "out", ABOUT)
+    assert [path.suffix for path in files] == [".safetensors", ".jsonl", ".md"]
+    assert "| AP | 41.2 |" in files[-1].read_text("utf-8")
+
+
+def test_a_damaged_evaluation_is_told(run: Path, tmp_path: Path) -> None:
+    evaluate(run, "val", "val", 0.5)
+    (run / "evaluation" / "val" / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
+        publish(run, tmp_path / "out", ABOUT)
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
@@ -157,7 +213,9 @@ def test_a_run_as_training_leaves_it(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", *words, "--set", "epochs=1"])
     assert result.exit_code == 0, result.output
     weights, results, log, card = publish(out, tmp_path / "out", ABOUT, trusted_modules=["training"])
-    assert json.loads(results.read_text("utf-8")) == json.loads((out / "results.json").read_text("utf-8"))
+    assert json.loads(results.read_text("utf-8")) == json.loads(
+        (out / "evaluation" / "val" / "results.json").read_text("utf-8")
+    )
     last = json.loads(log.read_text("utf-8").splitlines()[-1])
     assert load_weights(weights)[1]["metrics"] == last["metrics"]
     assert json.loads((out / "experiment.json").read_text("utf-8"))["command"] in card.read_text("utf-8")

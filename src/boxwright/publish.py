@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from boxwright.predictor import Predictor, load
+from boxwright.report.evaluations import FOLDER, Evaluation, read_evaluations
 from boxwright.report.html import percent
 from boxwright.training.metrics import read_lines
 from boxwright.training.run_folder import RunFolder
@@ -36,7 +37,9 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
     """Write a folder to be put on the network, whole or not at all.
 
     It holds `NAME_YYYYMMDD-<first 8 digits of its SHA-256>.safetensors`, which has no optimizer state;
-    `NAME_YYYYMMDD_results.json` and `NAME_YYYYMMDD_log.jsonl`, where the run has them; and the card, `README.md`.
+    `NAME_YYYYMMDD_results.json` of the validation (or the first evaluation there is),
+    `NAME_YYYYMMDD_results_EVALUATION.json` of each other evaluation of these weights, and `NAME_YYYYMMDD_log.jsonl`,
+    where the run has them; and the card, `README.md`, which states the data set and the split of all metrics.
 
     Args:
         run: The run's folder.
@@ -60,63 +63,95 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
         raise ValueError(f"{run} holds no experiment.json and weights.safetensors: give a run's folder")
     # Loaded, and not copied: what cannot be loaded here is of no use to others.
     predictor = load(run, trusted_modules=trusted_modules)
-    command = json.loads(folder.experiment.read_text("utf-8")).get("command", "")
-    metrics = _measured(run, predictor.metadata.get("step"))
+    command = _command(folder.experiment)
+    step = predictor.metadata.get("step")
+    evaluations = read_evaluations(run, sha256_of(folder.weights))
+    figures = _measured(run, step)
+    if figures and "val" not in evaluations:  # of a run by an earlier version
+        val = Evaluation(data="", split="val", annotations="", step=step, metrics=figures)
+        evaluations = {"val": val, **evaluations}
+    metrics = next(iter(evaluations.values())).metrics if evaluations else {}
     date = datetime.now(timezone.utc).strftime("%Y%m%d")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         draft = Path(temporary) / out.name
         unnamed = draft / "weights.safetensors"
-        facts = {"name": about.name, "licence": about.licence, "data": about.data, "metrics": metrics}
+        facts = {
+            "name": about.name,
+            "licence": about.licence,
+            "data": about.data,
+            "metrics": metrics,
+            "evaluations": [
+                {"data": each.data, "split": each.split, "conditions": each.conditions, "metrics": each.metrics}
+                for each in evaluations.values()
+            ],
+        }
         save_weights(unnamed, predictor.detector.state_dict(), {**predictor.metadata, **facts})
         sha256 = sha256_of(unnamed)
         files = [unnamed.rename(draft / f"{about.name}_{date}-{sha256[:8]}.safetensors")]
-        results, log = run / "results.json", run / "metrics.jsonl"
-        # Results that are older than the weights are of others.
-        if results.is_file() and results.stat().st_mtime >= folder.weights.stat().st_mtime:
-            files.append(Path(shutil.copyfile(results, draft / f"{about.name}_{date}_results.json")))
+        log = run / "metrics.jsonl"
+        for name, results in _results(folder, evaluations).items():
+            ending = "results" if name == next(iter(evaluations), name) else f"results_{name}"
+            files.append(Path(shutil.copyfile(results, draft / f"{about.name}_{date}_{ending}.json")))
         if log.is_file():
             files.append(Path(shutil.copyfile(log, draft / f"{about.name}_{date}_log.jsonl")))
         card = draft / "README.md"
-        card.write_text(model_card(predictor, about, metrics, command=command, files=files), "utf-8")
+        card.write_text(model_card(predictor, about, list(evaluations.values()), command=command, files=files), "utf-8")
         if out.exists():
             out.rmdir()
         draft.rename(out)
     return [out / path.name for path in [*files, card]]
 
 
+def _command(path: Path) -> str:
+    """The command in `experiment.json`; empty where it has none."""
+    try:
+        page = json.loads(path.read_text("utf-8"))
+        return str(page.get("command", ""))
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): put back the file that training wrote") from None
+
+
 def model_card(
-    predictor: Predictor, about: About, metrics: Mapping[str, float], *, command: str, files: Collection[Path]
+    predictor: Predictor, about: About, evaluations: Sequence[Evaluation], *, command: str, files: Collection[Path]
 ) -> str:
     """A page in Markdown with a YAML header, as the Hugging Face hub reads it.
 
     Args:
         predictor: The model.
         about: What it does not know of itself.
-        metrics: What was measured, by name, in 0..1, below 0 where there was nothing to measure with.
+        evaluations: What was measured, the validation first.
         command: What trained it.
         files: What is published, the weights first.
     """
-    measured = {name: float(percent(value)) for name, value in metrics.items() if value >= 0}
-    task = "image-segmentation" if any(name.startswith("mask_") for name in metrics) else "object-detection"
+    measured = [_percentages(evaluation) for evaluation in evaluations]
+    has_masks = any(name.startswith("mask_") for evaluation in evaluations for name in evaluation.metrics)
+    task = "image-segmentation" if has_masks else "object-detection"
     header: dict[str, Any] = {
         "license": about.licence.lower(),
         "library_name": "boxwright",
         "pipeline_tag": task,
         "tags": ["object-detection", "boxwright"],
     }
-    if measured:
-        result = {
+    results = [
+        {
             "task": {"type": task},
-            "dataset": {"name": about.data, "type": "coco-style"},
-            "metrics": [{"type": name, "name": name, "value": value} for name, value in measured.items()],
+            "dataset": {"name": _name(about, evaluation), "type": "coco-style", "split": evaluation.split},
+            "metrics": [{"type": name, "name": name, "value": value} for name, value in numbers.items()],
         }
-        header["model-index"] = [{"name": about.name, "results": [result]}]
+        for evaluation, numbers in zip(evaluations, measured, strict=True)
+        if numbers
+    ]
+    if results:
+        header["model-index"] = [{"name": about.name, "results": results}]
     # JSON is YAML, whatever stands in the text.
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
     weights = next(iter(files))
-    table = [f"| {name} | {value} |" for name, value in measured.items()]
-    numbers = ["| measured | percent |", "| --- | --- |", *table] if table else ["It was not measured."]
+    figures: list[str] = []
+    for evaluation, numbers in zip(evaluations, measured, strict=True):
+        if numbers:
+            figures += [f"On {_name(about, evaluation)}:", "", "| measured | percent |", "| --- | --- |"]
+            figures += [*(f"| {name} | {value} |" for name, value in numbers.items()), ""]
     versions = ", ".join(f"{name} {version}" for name, version in predictor.metadata.get("versions", {}).items())
     step = predictor.metadata.get("step")
     num_parameters = sum(parameter.numel() for parameter in predictor.detector.parameters())
@@ -136,7 +171,7 @@ found = boxwright.load("{weights.name}").predict("photo.jpg", score=0.5)
 
 ## What it measured
 
-{chr(10).join(numbers)}
+{chr(10).join(figures).rstrip() or "It was not measured."}
 
 ## Data
 
@@ -163,6 +198,31 @@ experiment stands in the weights file's metadata.
 
 {about.licence}
 """
+
+
+def _percentages(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics for which there was something to measure with."""
+    return {name: float(percent(value)) for name, value in evaluation.metrics.items() if value >= 0}
+
+
+def _name(about: About, evaluation: Evaluation) -> str:
+    """Data set and split in a few words."""
+    return evaluation.title if evaluation.data else f"{about.data} ({evaluation.split})"
+
+
+def _results(folder: RunFolder, evaluations: Collection[str]) -> dict[str, Path]:
+    """The results files of the evaluations, by the name of their folder.
+
+    A run by an earlier version has one file beside its weights. It is left out if it is older than the weights, or
+    comes from `boxwright test`, which wrote its report there too: its split is then unknown.
+    """
+    files = {name: folder.path / FOLDER / name / "results.json" for name in evaluations}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    old, report = folder.path / "results.json", folder.path / "report.html"
+    if "val" not in files and old.is_file() and old.stat().st_mtime >= folder.weights.stat().st_mtime:
+        tested = report.is_file() and "<dt>data</dt>" in report.read_text("utf-8", errors="replace")
+        files = files if tested else {"val": old, **files}
+    return files
 
 
 def _measured(run: Path, step: int | None) -> dict[str, float]:

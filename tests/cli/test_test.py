@@ -44,11 +44,11 @@ def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
     for word in ("AP50", "ARl", "Platelets", "objects", "results.json", "report.html"):
         assert word in result.stdout
     dataset = IndexedDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
-    results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
+    results = read_results(run / "evaluation" / "val" / "results.json", dataset.categories, dataset.image_ids.tolist())
     assert len(results)
     summary = coco_metrics(dataset, results).summary
     assert f"AR100 {100 * summary['AR100']:.1f}" in result.stdout
-    assert "<h2>Worst images</h2>" in (run / "report.html").read_text()
+    assert "<h2>Worst images</h2>" in (run / "evaluation" / "val" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("metric", ["voc07", "voc12"])
@@ -58,12 +58,13 @@ def test_vocs_numbers(few_cells: Path, tmp_path: Path, metric: Interpolation) ->
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     dataset = IndexedDataset(few_cells / "instances_val.json", few_cells / "JPEGImages")
-    results = read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist())
+    folder = run / "evaluation" / f"val_{metric}"
+    results = read_results(folder / "results.json", dataset.categories, dataset.image_ids.tolist())
     expected = voc_metrics(dataset, results, interpolation=metric)
     assert f"mAP of {metric} {100 * expected.mean:.1f}" in result.stdout
     for category, count, value in zip(expected.categories, expected.num_objects, expected.per_class, strict=True):
         assert f"{category.name} {count} {100 * value:.1f}" in " ".join(result.stdout.split())
-    report = (run / "report.html").read_text()
+    report = (folder / "report.html").read_text()
     assert "<h2>Pascal VOC</h2>" in report
     assert f"<b>{100 * expected.mean:.1f}</b><span>mAP</span>" in report
 
@@ -89,11 +90,13 @@ def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypat
     assert result.exit_code == 0, result.output
     shown = re.split(r"^masks ", result.stdout, flags=re.MULTILINE)[1]
     dataset = IndexedDataset(file, few_cells / "JPEGImages")
-    metrics = coco_metrics(dataset, read_results(run / "results.json", dataset.categories, dataset.image_ids.tolist()))
+    folder = run / "evaluation" / "val"
+    results = read_results(folder / "results.json", dataset.categories, dataset.image_ids.tolist())
+    metrics = coco_metrics(dataset, results)
     assert metrics.masks is not None
     assert metrics.masks.summary["AR100"] > 0
     assert f"AR100 {100 * metrics.masks.summary['AR100']:.1f}" in shown
-    assert "<h3>Masks</h3>" in (run / "report.html").read_text()
+    assert "<h3>Masks</h3>" in (folder / "report.html").read_text()
 
 
 def test_what_the_model_gives_is_what_is_measured(few_cells: Path, tmp_path: Path) -> None:
@@ -101,6 +104,47 @@ def test_what_the_model_gives_is_what_is_measured(few_cells: Path, tmp_path: Pat
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
     assert "AR150" in CliRunner().invoke(app, arguments).stdout
     assert "AR120" in CliRunner().invoke(app, [*arguments, "--max-detections", "120"]).stdout
+
+
+def test_each_evaluation_has_its_own_folder(few_cells: Path, tmp_path: Path) -> None:
+    """Another split, another data set, other conditions; only the same evaluation again replaces one."""
+    run = small_run(tmp_path / "run", CELLS)
+    (run / "report.html").write_text("the report of training")
+    page = json.loads((few_cells / "instances_val.json").read_text())
+    page["images"] = page["images"][:2]
+    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in {1, page["images"][0]["id"]}]
+    (few_cells / "instances_test.json").write_text(json.dumps(page))
+    other = few_cells.with_name("other")
+    other.mkdir()
+    (other / "instances_val.json").write_text(json.dumps(page))
+    (other / "JPEGImages").symlink_to(few_cells / "JPEGImages")
+    fixed = ["--workers", "0", "--device", "cpu"]
+
+    def measure(*words: object) -> Path:
+        result = CliRunner().invoke(app, ["test", str(run), *map(str, words), *fixed])
+        assert result.exit_code == 0, result.output
+        return Path(result.stdout.splitlines()[-1]).parent
+
+    val = measure("--data", few_cells)
+    first = (val / "report.html").read_bytes()
+    folders = [
+        val,
+        measure("--data", few_cells, "--split", "test"),
+        measure("--data", other),
+        measure("--data", few_cells, "--precision", "bfloat16"),
+        measure("--data", few_cells, "--max-detections", 50),
+        measure("--annotations", other / "instances_val.json", "--images", other / "JPEGImages"),
+    ]
+    names = ["val", "test", "other_val", "val_bfloat16", "data_val", "instances_val"]
+    assert folders == [run / "evaluation" / name for name in names]
+    assert (val / "report.html").read_bytes() == first
+    assert (run / "report.html").read_text() == "the report of training"
+    assert measure("--data", few_cells) == val
+    about = [json.loads((folder / "evaluation.json").read_bytes()) for folder in folders]
+    assert [page["split"] for page in about] == ["val", "test", "val", "val", "val", "instances_val"]
+    assert [page["data"] for page in about] == ["data", "data", "other", "data", "data", "instances_val.json"]
+    assert about[0]["metrics"] != about[1]["metrics"]
+    assert "test</dd>" in (folders[1] / "report.html").read_text()
 
 
 def test_proposals(few_cells: Path, tmp_path: Path) -> None:
@@ -140,7 +184,9 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     ]
     result = CliRunner().invoke(app, [*arguments, "--tta"])
     assert result.exit_code == 0, result.output
-    assert "short sides 96, 96 mirrored, 128, 128 mirrored" in (run / "report.html").read_text()
+    assert (
+        "short sides 96, 96 mirrored, 128, 128 mirrored" in (run / "evaluation" / "val_tta" / "report.html").read_text()
+    )
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "give --tta as well" in result.stderr

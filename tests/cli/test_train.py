@@ -47,7 +47,12 @@ def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pyte
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3, 6]
     assert "AP50" in lines[-1]["metrics"]
     assert "Loss" in (out / "report.html").read_text()
-    assert (out / "results.json").is_file()
+    folder = out / "evaluation" / "val"
+    assert (folder / "results.json").is_file()
+    assert (folder / "report.html").read_bytes() == (out / "report.html").read_bytes()
+    evaluation = json.loads((folder / "evaluation.json").read_bytes())
+    assert (evaluation["data"], evaluation["split"], evaluation["step"]) == (shapes.name, "val", 6)
+    assert evaluation["metrics"] == pytest.approx(lines[-1]["metrics"])
     assert "--data" in json.loads((out / "experiment.json").read_text())["command"] or sys.argv
     # Killed between the last evaluation and the report: --resume makes up for it.
     (out / "report.html").unlink()

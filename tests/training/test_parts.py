@@ -16,7 +16,7 @@ from torch import nn
 
 import boxwright
 from boxwright.backbones.fpn import FPN, resnet_fpn
-from boxwright.data.coco import CocoDataset
+from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.shapes import write_shapes
 from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.proposal_network import proposal_network
@@ -285,7 +285,7 @@ assert boxwright.load(files[0], trusted_modules=["training"]).predict(np.zeros((
 def test_parts_given_as_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "shapes"
     write_shapes(data, train=8, val=2)
-    dataset = CocoDataset(data / "annotations" / "instances_train.json", data / "train")
+    dataset = IndexedDataset(data / "annotations" / "instances_train.json", data / "train")
     experiment = rcnn_experiment()
     train(experiment, dataset, run, num_workers=0)
     resumed = tmp_path / "resumed"

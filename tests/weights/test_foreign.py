@@ -74,7 +74,7 @@ def test_hash_is_checked_before_anything_is_parsed(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match=r"has sha256 .* not 00ff"):
         read_foreign(tmp_path / "x.pth", sha256="00FF")
-    with pytest.raises(ValueError, match="no whole torch file"):
+    with pytest.raises(ValueError, match="damaged or no torch file"):
         read_foreign(tmp_path / "x.pth")
 
 

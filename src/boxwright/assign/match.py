@@ -71,6 +71,12 @@ def match(
     Returns:
         Labels and matched slots.
     """
+    num_images, num_candidates = len(targets.valid), candidates.shape[-2]
+    if 0 in (*targets.valid.shape, num_candidates):
+        labels = targets.labels.new_full((num_images, num_candidates), NEGATIVE)
+        if candidates_valid is not None:
+            labels = torch.where(candidates_valid, labels, IGNORED)
+        return Matches(labels=labels, matched=torch.zeros_like(labels))
     real = targets.valid[..., None]
     objects = torch.where(real, targets.boxes, torch.zeros_like(targets.boxes))
     crowd = (targets.valid & targets.crowd).to(objects.dtype)

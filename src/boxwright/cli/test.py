@@ -29,7 +29,11 @@ def measure(
         Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where results.json and report.html go; the model's own folder if left out.")
+        Path | None,
+        typer.Option(
+            help="Folder for results.json and report.html.",
+            show_default="RUN/evaluation/SPLIT, or another name there if that holds another evaluation",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
@@ -64,6 +68,8 @@ def measure(
 ) -> None:
     """Measure a model: AP of boxes and masks (or AR of proposals), results.json and report.html.
 
+    Each evaluation of a run has its own folder in RUN/evaluation.
+
     Start it by torchrun to share the images out over several devices.
     """
     from boxwright.cli.console import ImageProgress, print_numbers
@@ -77,8 +83,10 @@ def measure(
     from boxwright.evaluation.views import View, evaluate_views, view_suppression, views_of
     from boxwright.evaluation.voc import voc_metrics
     from boxwright.predictor import load, weights_file
+    from boxwright.report.evaluations import Evaluation, data_name, evaluation_folder, numbers_of
     from boxwright.report.html import write_report
     from boxwright.training.distributed import process_group, rank, world_size
+    from boxwright.weights.download import sha256_of
     from boxwright.weights.fetch import is_url
     from boxwright.weights.hub import is_hub_place
     from boxwright.zoo import load_zoo
@@ -97,7 +105,8 @@ def measure(
     if not tta and (tta_short is not None or not tta_flip):
         raise ValueError("--tta-short and --no-tta-flip say how to augment in testing: give --tta as well")
     shorts = _short_sides(tta_short)
-    out = weights_file(model).parent if out is None else out
+    weights = weights_file(model)
+    run = weights.parent
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         require_proposals(predictor.detector, proposals is not None)
@@ -148,14 +157,34 @@ def measure(
                 )
         if rank() > 0:
             return
+        shown_views = [f"{view.resize.short}{' mirrored' if view.flipped else ''}" for view in views]
+        file = chosen_split.annotations.resolve()
+        evaluation = Evaluation(
+            data=data_name(file, [] if data is None else [data]),
+            split=file.stem if data is None else split,
+            annotations=str(file),
+            conditions={
+                "precision": predictor.experiment.precision,
+                "metric": metric,
+                "proposals": None if proposals is None else str(proposals.resolve()),
+                "test-time augmentation": ", ".join(shown_views) if tta else None,
+                "max_detections": max_detections,
+                "weights": None if weights.name == "weights.safetensors" else weights.name,
+            },
+            step=predictor.metadata.get("step"),
+            weights=sha256_of(weights),
+            metrics=dict(numbers_of(metrics)),
+        )
+        extras = [precision, metric if metric != "coco" else None, "tta" if tta else None]
+        name = "_".join([evaluation.split, *filter(None, extras)])
+        out = evaluation_folder(run, name, evaluation) if out is None else out
         write_results(out / "results.json", results, dataset.categories)
-        facts = {"model": str(model), "data": str(chosen_split.annotations)}
+        evaluation.write(out)
+        facts = {"model": str(model), "data": str(chosen_split.annotations), "split": evaluation.split}
         if tta:
-            shown = (f"{view.resize.short}{' mirrored' if view.flipped else ''}" for view in views)
-            facts["test-time augmentation"] = f"short sides {', '.join(shown)}"
+            facts["test-time augmentation"] = f"short sides {', '.join(shown_views)}"
         if "step" in predictor.metadata:
             facts["step"] = f"{predictor.metadata['step']:,}"
-        run = weights_file(model).parent
         voc = voc_metrics(dataset, results, interpolation=metric) if metric != "coco" else None
         report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts, voc=voc)
         if voc is not None:

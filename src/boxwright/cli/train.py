@@ -157,7 +157,8 @@ def train(
             if validation.latest is None:  # a run that was stopped between its last evaluation and its report
                 validation.measure(training.detector, weights)
             if rank() == 0:
-                validation.report(out, {"recipe": recipe, "command": str(training.page["command"])})
+                facts = {"recipe": recipe, "command": str(training.page["command"])}
+                validation.report(out, weights, facts, data or [], val_file)
                 say(f"report: {out / 'report.html'}")
         say(f"weights: {weights}")
 
@@ -220,15 +221,41 @@ class Validation:
         detector.load_state_dict(load_weights(weights)[0])
         self(detector)
 
-    def report(self, out: Path, facts: dict[str, str]) -> None:
-        """Write `results.json` and `report.html` into the run's folder."""
-        from boxwright.evaluation.results import write_results
+    def report(
+        self, run: Path, weights: Path, facts: dict[str, str], folders: list[Path], proposals: Path | None
+    ) -> None:
+        """Write the evaluation into its folder in the run, and its report into the run's folder too."""
+        from boxwright.evaluation.results import write_results, write_whole
+        from boxwright.report.evaluations import Evaluation, data_name, evaluation_folder, numbers_of
         from boxwright.report.html import write_report
+        from boxwright.weights.download import sha256_of
+        from boxwright.weights.ours import load_weights
 
         assert self.latest is not None
         results, metrics = self.latest
-        write_results(out / "results.json", results, self._val.categories)
-        write_report(out, self._val, results, metrics, facts=facts)
+        file = self._val.annotations.resolve()
+        evaluation = Evaluation(
+            data=data_name(file, folders),
+            split="val" if folders else file.stem,
+            annotations=str(file),
+            conditions={
+                "precision": self._experiment.precision,
+                "metric": "coco",
+                "proposals": None if proposals is None else str(proposals.resolve()),
+                "test-time augmentation": None,
+                "max_detections": None,
+                "weights": None,
+            },
+            step=load_weights(weights)[1].get("step"),
+            weights=sha256_of(weights),
+            metrics=dict(numbers_of(metrics)),
+        )
+        folder = evaluation_folder(run, "val", evaluation)
+        write_results(folder / "results.json", results, self._val.categories)
+        evaluation.write(folder)
+        facts = {**facts, "data": evaluation.annotations, "split": evaluation.split}
+        report = write_report(folder, self._val, results, metrics, run=run, facts=facts)
+        write_whole(run / "report.html", report.read_bytes())
 
 
 def _splits(

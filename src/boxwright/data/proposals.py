@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 FORMAT = "boxwright-proposals-1"
 _KEY = "boxwright_proposals"
@@ -43,13 +43,16 @@ class GivenProposals(NamedTuple):
 class ProposalFile:
     """The best proposals of each image, from a file; pickles as its path, so that workers map the same memory."""
 
-    def __init__(self, path: str | Path, *, split: str | None = None, limit: int = 1000) -> None:
+    def __init__(
+        self, path: str | Path, *, split: str | None = None, limit: int = 1000, source: str | Path | None = None
+    ) -> None:
         """Open a proposals file.
 
         Args:
             path: The file.
             split: Whose images are meant where splits share image ids; elsewhere it plays no part.
             limit: The best so many of an image are used.
+            source: The file that messages name instead, from which `path` was made.
 
         Raises:
             ValueError: It is no proposals file, it is damaged, or splits share image ids and `split` is none of them.
@@ -58,17 +61,24 @@ class ProposalFile:
         if limit < 1:
             raise ValueError(f"{limit} proposals an image: give at least 1")
         self.path, self.split, self.limit = Path(path), split, limit
+        self.source = self.path if source is None else Path(source)
         with self.path.open("rb"):  # for the usual OSError where safetensors has its own
             pass
         try:
             self._file = safe_open(self.path, framework="numpy")
             self.page = _page(self.path, self._file.metadata())
             image_ids, self._offsets = self._file.get_tensor("image_ids"), self._file.get_tensor("offsets")
-            shapes = [self._file.get_slice(name).get_shape() for name in ("boxes", "scores")]
-        except SafetensorError as error:
+            slices = [self._file.get_slice(name) for name in ("boxes", "scores")]
+            shapes = [part.get_shape() for part in slices]
+            types = [image_ids.dtype, self._offsets.dtype, *(part.get_dtype() for part in slices)]
+        except ValueError:
+            raise
+        except Exception as error:  # such as the AttributeError of a number type that numpy lacks
             raise ValueError(
                 f"{self.path} is no whole proposals file ({error}): write it anew with boxwright propose"
             ) from None
+        if types != [np.int64, np.int64, "F32", "F32"] or image_ids.ndim != 1 or self._offsets.ndim != 1:
+            raise ValueError(f"{self.path} is damaged: its columns are of types {types}; write it anew")
         counts = np.diff(self._offsets)
         if len(self._offsets) != len(image_ids) + 1 or (counts < 0).any() or self._offsets[0] != 0:
             raise ValueError(f"{self.path} is damaged: its offsets do not belong to its images; write it anew")
@@ -86,7 +96,7 @@ class ProposalFile:
         """P, the slots that hold the proposals of any image."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.split, self.limit)
+        return _reopen, (self.path, self.split, self.limit, self.source)
 
     def require(self, image_ids: Iterable[int]) -> None:
         """Check that images have a row.
@@ -98,7 +108,7 @@ class ProposalFile:
         missing = wanted[~np.isin(wanted, self.image_ids)]
         if len(missing):
             raise ValueError(
-                f"{self.path} has no proposals of {len(missing)} of {len(wanted)} images, image id {missing[0]} for "
+                f"{self.source} has no proposals of {len(missing)} of {len(wanted)} images, image id {missing[0]} for "
                 "one: it was written for other data; write one for these with boxwright propose"
             )
 
@@ -121,7 +131,7 @@ class ProposalFile:
         if start == end:
             return GivenProposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
         boxes, scores = self._file.get_slice("boxes")[start:end], self._file.get_slice("scores")[start:end]
-        where = f"{self.path}: the proposals of image {image_id}"
+        where = f"{self.source}: the proposals of image {image_id}"
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise ValueError(f"{where} hold NaN or infinity: write the file anew")
         if (np.diff(scores) > 0).any():
@@ -204,8 +214,8 @@ def write_proposals(
         draft.replace(path)
 
 
-def _reopen(path: Path, split: str | None, limit: int) -> ProposalFile:
-    return ProposalFile(path, split=split, limit=limit)
+def _reopen(path: Path, split: str | None, limit: int, source: Path) -> ProposalFile:
+    return ProposalFile(path, split=split, limit=limit, source=source)
 
 
 def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:

@@ -49,32 +49,32 @@ def open_proposals(
     key = hashlib.sha256(f"{_VERSION} {hash_file(path)} {ids.tobytes().hex()}".encode()).hexdigest()[:32]
     folders = [folder / "proposals" for folder in cache_folders()]
     for folder in folders:
-        if kept := _open_if_whole(folder / f"{key}.safetensors", limit):
+        if kept := _open_if_whole(folder / f"{key}.safetensors", path, limit):
             return kept
     images = _from_pickle(path, ids)
     for folder in folders[:-1]:
         with contextlib.suppress(OSError):
-            return _keep(images, folder / f"{key}.safetensors", path.name, limit)
-    return _keep(images, folders[-1] / f"{key}.safetensors", path.name, limit)
+            return _keep(images, folder / f"{key}.safetensors", path, limit)
+    return _keep(images, folders[-1] / f"{key}.safetensors", path, limit)
 
 
-def _open_if_whole(path: Path, limit: int) -> ProposalFile | None:
+def _open_if_whole(path: Path, source: Path, limit: int) -> ProposalFile | None:
     try:
-        return ProposalFile(path, limit=limit)
-    except (OSError, ValueError):
+        return ProposalFile(path, limit=limit, source=source)
+    except Exception:  # a damaged file in the cache is made anew
         return None
 
 
-def _keep(images: dict[int, GivenProposals], path: Path, source: str, limit: int) -> ProposalFile:
+def _keep(images: dict[int, GivenProposals], path: Path, source: Path, limit: int) -> ProposalFile:
     """Write proposals into the cache and open them from there."""
     write_proposals(
         path,
         image_ids=images.keys(),
         counts=[len(image.boxes) for image in images.values()],
         images=images.values(),
-        page={"splits": [{"name": "", "images": len(images)}], "source": source},
+        page={"splits": [{"name": "", "images": len(images)}], "source": source.name},
     )
-    return ProposalFile(path, limit=limit)
+    return ProposalFile(path, limit=limit, source=source)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -91,10 +91,13 @@ def _from_pickle(path: Path, image_ids: NDArray[np.int64]) -> dict[int, GivenPro
         raise ValueError(
             f"{error}. It is no proposals file: neither one that boxwright propose wrote nor a pickle of plain arrays"
         ) from None
-    if isinstance(content, list):
-        return _from_2018(path, content, image_ids)
-    if isinstance(content, dict):
-        return _from_detectron(path, content)
+    try:
+        if isinstance(content, list):
+            return _from_2018(path, content, image_ids)
+        if isinstance(content, dict):
+            return _from_detectron(path, content)
+    except (TypeError, OverflowError) as error:  # of entries that are neither arrays nor numbers
+        raise ValueError(f"{path} holds no proposals ({error}): write the file anew") from error
     raise ValueError(
         f"{path} holds no proposals: neither a list of arrays (the 2018 toolbox's) nor a dict (detectron2's)"
     )
@@ -148,7 +151,10 @@ def _numbers(path: Path, image_id: int, rows: Any, width: int) -> NDArray[np.flo
     array = np.asarray(rows)
     if array.dtype.kind not in "fiu" or (array.size and (array.size % width or array.shape[0] * width != array.size)):
         raise ValueError(f"{path}: image {image_id} has {array.dtype} {list(array.shape)} for rows of {width} numbers")
-    return array.reshape(-1, width).astype(np.float32)
+    numbers = array.reshape(-1, width).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{path}: the proposals of image {image_id} hold NaN or infinity: write the file anew")
+    return numbers
 
 
 def _sorted(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> GivenProposals:

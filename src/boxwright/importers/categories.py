@@ -48,7 +48,10 @@ def read_categories(path: Path) -> tuple[Category, ...]:
         ValueError: It is neither.
         OSError: It cannot be read.
     """
-    text = path.read_text("utf-8")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): write it as UTF-8") from None
     if not text.lstrip().startswith(("{", "[")):
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if not names:

@@ -106,7 +106,8 @@ SETTINGS = Settings(
     style="caffe",
     extra_relu=True,
     train_norm_affine=False,
-    rpn=RPNConfig(low_quality=0.0, test_pre_nms_per_level=1000, test_num_proposals=1000),
+    # In training the best 2000 of the two images of a GPU together, which is about 1000 per image.
+    rpn=RPNConfig(low_quality=0.0, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
     retina=RetinaConfig(ratios=(1.0, 2.0, 0.5)),
 )
 

@@ -130,6 +130,7 @@ SETTINGS = Settings(
     box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
     cascade=CascadeConfig(
         stds=((1 / 20, 1 / 20, 1 / 10, 1 / 10), (1 / 30, 1 / 30, 1 / 15, 1 / 15)),
+        loss_weights=(1.0, 1.0),
         mean_of="probabilities",
         mask_in_all_stages=False,
     ),
@@ -151,6 +152,8 @@ def _settings(file: ForeignFile) -> Settings:
     rpn = SETTINGS.rpn
     if not any_starts(file.tensors.keys(), "roi_heads."):
         rpn = replace(rpn, test_num_proposals=2000)
+    if any_starts(file.tensors.keys(), "roi_heads.box_head.0."):
+        rpn = replace(rpn, num_proposals=2000)
     return replace(SETTINGS, pixel_stats=stats, style="caffe" if caffe else "pytorch", rpn=rpn)
 
 

@@ -126,11 +126,11 @@ def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupporte
 FIRST_SETTINGS = Settings(conventions=DETECTRON)
 """The defaults are the 2018 toolbox's."""
 LATER_SETTINGS = Settings(
-    rpn=RPNConfig(border=None, num_proposals=1000, test_num_proposals=1000),
-    box=BoxConfig(sampling_ratio=0, min_size=0.0),
+    rpn=RPNConfig(border=None, smooth_l1_beta=0.0, num_proposals=1000, test_num_proposals=1000),
+    box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
     mask=MaskConfig(sampling_ratio=0),
 )
-"""RoIAlign samples each feature position, and fewer proposals are kept."""
+"""RoIAlign samples each feature position, box losses are plain L1, and fewer proposals are kept."""
 
 
 def _about(file: ForeignFile) -> Iterator[Mapping[str, Any]]:
@@ -177,8 +177,16 @@ def _first_settings(file: ForeignFile) -> Settings:
 
 
 def _later_settings(file: ForeignFile) -> Settings:
-    retina = RetinaConfig(drop_empty=_version(file) == 3)
-    return _settings(file, replace(LATER_SETTINGS, retina=retina), fewer_proposals=True)
+    retina = RetinaConfig(smooth_l1_beta=0.0, drop_empty=_version(file) == 3)
+    settings = replace(LATER_SETTINGS, retina=retina)
+    names = file.tensors.keys()
+    if any_starts(names, "roi_head.bbox_head.0."):
+        # Cascades kept the training settings of 1.x.
+        rpn = replace(settings.rpn, border=0.0, smooth_l1_beta=1 / 9, num_proposals=2000)
+        settings = replace(settings, rpn=rpn, box=replace(settings.box, smooth_l1_beta=1.0))
+    elif not any_starts(names, "roi_head."):
+        settings = replace(settings, rpn=replace(settings.rpn, border=0.0))
+    return _settings(file, settings, fewer_proposals=True)
 
 
 def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:

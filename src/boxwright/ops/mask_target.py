@@ -35,6 +35,8 @@ def mask_target(
         [B, P, S, S] bool; False in invalid slots.
     """
     num_images, num_slots = masks.valid.shape
+    if num_slots == 0:
+        return valid.new_zeros((*valid.shape, output_size, output_size))
     rows = matched + num_slots * torch.arange(num_images, device=matched.device)[:, None]
     bitmaps = masks.bitmaps.flatten(0, 1).index_select(0, rows.flatten())
     boxes = torch.where(valid[..., None], boxes, 0.0)

@@ -62,7 +62,12 @@ def multilevel_roi_align(
 
     Returns:
         [B, P, C, S, S] in the dtype of `features`; zeros for invalid slots.
+
+    Raises:
+        ValueError: There are no feature maps.
     """
+    if not features:
+        raise ValueError("RoIAlign got no feature maps to pool from: give one for each stride")
     assert len(features) == len(strides)
     finest, coarsest = round(math.log2(strides[0])), round(math.log2(strides[-1]))
     valid = valid & boxes.isfinite().all(-1)

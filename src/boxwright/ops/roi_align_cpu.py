@@ -60,7 +60,8 @@ def pool_own_level(
                 pooled[members] = sums.view(len(members), *pooled.shape[1:])
     if pooled is None:
         pooled = features[0].new_zeros((level.numel(), output_size**2, features[0].shape[1]))
-    return pooled.view(*level.shape, output_size, output_size, -1).permute(0, 1, 4, 2, 3)
+    cells = (*level.shape, output_size, output_size, features[0].shape[1])
+    return pooled.view(cells).permute(0, 1, 4, 2, 3)
 
 
 @pool_own_level.register_fake

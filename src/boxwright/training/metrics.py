@@ -163,11 +163,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: another line is damaged.
     """
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if text.endswith("\n"):
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if text.endswith(b"\n"):
             try:
                 lines.append(json.loads(text))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is no JSON ({error}): remove that line") from None
     return lines
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from boxwright.weights.restricted_pickle import read_pickle
@@ -119,9 +119,9 @@ def _read_torch(path: Path) -> Any:
             f"{path} is refused: it holds {what} is neither a tensor nor plain data and may be a program. If you trust "
             "it, write it again with its own code base as torch.save({'state_dict': model.state_dict()}, FILE)"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        text = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no whole torch file ({text}): copy or fetch it again") from None
+    except Exception as error:  # torch raises whatever a damaged file makes it stumble over, AssertionError included
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or no torch file ({text}): copy or fetch it again") from None
 
 
 def _require_stored(path: Path) -> None:
@@ -129,8 +129,8 @@ def _require_stored(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is no whole torch file ({error}): copy or fetch it again") from None
+    except Exception as error:  # such as the UnicodeDecodeError of a damaged name
+        raise ValueError(f"{path} is damaged or no torch file ({error}): copy or fetch it again") from None
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError(f"{path} is refused: it is packed, which torch's own files never are")
@@ -141,8 +141,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return {"state_dict": tensors, "metadata": file.metadata() or {}}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): copy or fetch it again") from None
+    except Exception as error:  # such as the KeyError of a number type that this version of safetensors lacks
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): copy or fetch it again") from None
 
 
 def _split(path: Path, page: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -84,7 +84,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = _page(path, file.metadata())
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # such as the AttributeError of a number type that torch lacks
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): it may be cut short (copy or fetch it again) or of "
             "another kind (give one that boxwright train wrote)"

@@ -157,7 +157,7 @@ def open_index(folder: Path) -> AnnotationIndex:
 def _open_if_whole(folder: Path) -> AnnotationIndex | None:
     try:
         return open_index(folder)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # whatever a damaged index raises: the annotations are read again
         return None
 
 

@@ -1,0 +1,193 @@
+"""Imported models train with the settings of their own code base.
+
+What a weights file does not say comes from the source's published models. The expected values stand in the files that
+docs/training_of_imported_weights.md names; torchvision's are read and computed from torchvision itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from boxwright.importers.detectron import DETECTRON
+from boxwright.importers.detectron2 import DETECTRON2
+from boxwright.importers.maskrcnn_benchmark import MASKRCNN_BENCHMARK
+from boxwright.importers.mmdetection import FIRST, LATER
+from boxwright.importers.source import Settings, Source
+from boxwright.importers.torchvision import TORCHVISION
+from boxwright.weights.foreign import ForeignFile
+
+RPN = {
+    "positive_iou": 0.7,
+    "negative_iou": 0.3,
+    "num_sampled": 256,
+    "positive_fraction": 0.5,
+    "pre_nms_per_level": 2000,
+    "nms_iou": 0.7,
+}
+BOX = {"positive_iou": 0.5, "num_sampled": 512, "positive_fraction": 0.25, "hard_examples": False}
+RETINA = {"positive_iou": 0.5, "negative_iou": 0.4, "low_quality": 0.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
+
+TWO_STAGE = {
+    FIRST: ["rpn_head.rpn_conv.weight", "bbox_head.shared_fcs.0.weight"],
+    LATER: ["rpn_head.rpn_conv.weight", "roi_head.bbox_head.shared_fcs.0.weight"],
+    DETECTRON2: ["proposal_generator.rpn_head.conv.weight", "roi_heads.box_head.fc1.weight"],
+    DETECTRON: ["conv_rpn_fpn2_w", "cls_score_w"],
+    MASKRCNN_BENCHMARK: ["rpn.head.conv.weight", "roi_heads.box.feature_extractor.fc6.weight"],
+    TORCHVISION: ["rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"],
+}
+CASCADE = {
+    FIRST: ["rpn_head.rpn_conv.weight", "bbox_head.0.shared_fcs.0.weight"],
+    LATER: ["rpn_head.rpn_conv.weight", "roi_head.bbox_head.0.shared_fcs.0.weight"],
+    DETECTRON2: ["proposal_generator.rpn_head.conv.weight", "roi_heads.box_head.0.fc1.weight"],
+}
+RPN_ALONE = {FIRST: ["rpn_head.rpn_conv.weight"], LATER: ["rpn_head.rpn_conv.weight"]}
+
+
+def settings_of(source: Source, names: Sequence[str], version: str | None = None) -> Settings:
+    about = {} if version is None else {"meta": {"mmdet_version": version}}
+    tensors = {name: torch.zeros(1, 1) for name in names}
+    return source.settings(ForeignFile(path=Path("x.pth"), sha256="0" * 64, tensors=tensors, about=about))
+
+
+def check(config: Any, expected: dict[str, Any]) -> None:
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "rpn", "box_beta"),
+    [
+        (FIRST, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.3, "num_proposals": 2000}, 1.0),
+        (LATER, {"smooth_l1_beta": 0.0, "border": None, "low_quality": 0.3, "num_proposals": 1000}, 0.0),
+        (DETECTRON2, {"smooth_l1_beta": 0.0, "border": None, "low_quality": 0.0, "num_proposals": 1000}, 0.0),
+        # 2000 of both images of a GPU together.
+        (DETECTRON, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.0, "num_proposals": 1000}, 1.0),
+        (MASKRCNN_BENCHMARK, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.0, "num_proposals": 1000}, 1.0),
+        (TORCHVISION, {"smooth_l1_beta": 1 / 9, "border": None, "low_quality": 0.0, "num_proposals": 2000}, 1 / 9),
+    ],
+    ids=lambda value: value.name if isinstance(value, Source) else "",
+)
+def test_two_stages(source: Source, rpn: dict[str, Any], box_beta: float) -> None:
+    settings = settings_of(source, TWO_STAGE[source])
+    check(settings.rpn, {**RPN, **rpn})
+    check(settings.box, {**BOX, "smooth_l1_beta": box_beta, "stds": (0.1, 0.1, 0.2, 0.2)})
+    assert settings.train_norm_affine is (source in (FIRST, LATER))
+
+
+@pytest.mark.parametrize(
+    ("source", "rpn", "box_beta", "loss_weights"),
+    [
+        (FIRST, {"smooth_l1_beta": 1 / 9, "border": 0.0, "num_proposals": 2000}, 1.0, (0.5, 0.25)),
+        (LATER, {"smooth_l1_beta": 1 / 9, "border": 0.0, "num_proposals": 2000}, 1.0, (0.5, 0.25)),
+        (DETECTRON2, {"smooth_l1_beta": 0.0, "border": None, "num_proposals": 2000}, 0.0, (1.0, 1.0)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Source) else "",
+)
+def test_cascades(source: Source, rpn: dict[str, Any], box_beta: float, loss_weights: tuple[float, ...]) -> None:
+    settings = settings_of(source, CASCADE[source])
+    check(settings.rpn, {**RPN, **rpn})
+    check(settings.box, {**BOX, "smooth_l1_beta": box_beta})
+    check(settings.cascade, {"loss_weights": loss_weights, "positive_ious": (0.6, 0.7)})
+
+
+@pytest.mark.parametrize(("source", "beta"), [(FIRST, 1 / 9), (LATER, 0.0)], ids=["mmdetection1", "mmdetection2"])
+def test_mmdetections_rpn_alone(source: Source, beta: float) -> None:
+    settings = settings_of(source, RPN_ALONE[source], "1.2.0" if source is FIRST else "2.28.0")
+    check(settings.rpn, {**RPN, "smooth_l1_beta": beta, "border": 0.0, "low_quality": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "beta"),
+    [
+        (FIRST, ["bbox_head.retina_cls.weight"], 0.11),
+        (LATER, ["bbox_head.retina_cls.weight"], 0.0),
+        (DETECTRON2, ["head.cls_score.weight"], 0.0),
+        (DETECTRON, ["retnet_cls_pred_fpn3_w"], 0.11),
+        # Deltas are divided by 0.1, 0.1, 0.2, 0.2 there: 0.011 for centres, 0.022 for sizes.
+        (MASKRCNN_BENCHMARK, ["rpn.head.cls_tower.0.weight"], 0.0165),
+        (TORCHVISION, ["head.classification_head.cls_logits.weight"], 0.0),
+    ],
+    ids=lambda value: value.name if isinstance(value, Source) else "",
+)
+def test_retinanets(source: Source, names: list[str], beta: float) -> None:
+    check(settings_of(source, names).retina, {**RETINA, "smooth_l1_beta": beta})
+
+
+def test_torchvisions_own_defaults() -> None:
+    """Its constructors' arguments, by our names."""
+    defaults = {name: p.default for name, p in inspect.signature(FasterRCNN.__init__).parameters.items()}
+    settings = settings_of(TORCHVISION, TWO_STAGE[TORCHVISION])
+    theirs = {
+        "positive_iou": "rpn_fg_iou_thresh",
+        "negative_iou": "rpn_bg_iou_thresh",
+        "num_sampled": "rpn_batch_size_per_image",
+        "positive_fraction": "rpn_positive_fraction",
+        "pre_nms_per_level": "rpn_pre_nms_top_n_train",
+        "num_proposals": "rpn_post_nms_top_n_train",
+        "nms_iou": "rpn_nms_thresh",
+    }
+    check(settings.rpn, {ours: defaults[name] for ours, name in theirs.items()})
+    theirs = {
+        "positive_iou": "box_fg_iou_thresh",
+        "num_sampled": "box_batch_size_per_image",
+        "positive_fraction": "box_positive_fraction",
+    }
+    check(settings.box, {ours: defaults[name] for ours, name in theirs.items()})
+    defaults = {name: p.default for name, p in inspect.signature(RetinaNet.__init__).parameters.items()}
+    theirs = {"positive_iou": "fg_iou_thresh", "negative_iou": "bg_iou_thresh"}
+    check(settings.retina, {ours: defaults[name] for ours, name in theirs.items()})
+
+
+@pytest.mark.parametrize("error", [0.02, 0.105, 0.5, 3.0])
+def test_torchvisions_own_box_losses(error: float) -> None:
+    """One box that is wrong by `error` in one coordinate costs there what it costs with our beta."""
+    settings = settings_of(TORCHVISION, TWO_STAGE[TORCHVISION])
+    target, off = torch.zeros(1, 4), torch.tensor([[error, 0.0, 0.0, 0.0]])
+
+    def ours(beta: float) -> float:
+        return torch.nn.functional.smooth_l1_loss(off, target, beta=beta, reduction="sum").item()
+
+    _, box = fastrcnn_loss(torch.zeros(1, 2), torch.cat([target, off], 1), [torch.ones(1, dtype=torch.int64)], [target])
+    assert box.item() == pytest.approx(ours(settings.box.smooth_l1_beta))
+
+    class Sampler:
+        def __call__(self, labels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            return [torch.ones(1, dtype=torch.uint8)], [torch.zeros(1, dtype=torch.uint8)]
+
+    rpn = RegionProposalNetwork.__new__(RegionProposalNetwork)
+    torch.nn.Module.__init__(rpn)
+    rpn.fg_bg_sampler = Sampler()  # type: ignore[assignment]
+    _, box = rpn.compute_loss(torch.zeros(1, 1), off, [torch.ones(1)], [target])
+    assert box.item() == pytest.approx(ours(settings.rpn.smooth_l1_beta))
+
+    head = RetinaNetRegressionHead(8, 1)
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    outputs = {"bbox_regression": off[None]}
+    matched = [torch.zeros(1, dtype=torch.int64)]
+    loss = head.compute_loss([{"boxes": anchors}], outputs, [anchors], matched)
+    assert loss.item() == pytest.approx(ours(settings.retina.smooth_l1_beta))
+
+
+def test_torchvisions_own_focal_loss() -> None:
+    from boxwright.losses import sigmoid_focal_loss
+
+    retina = settings_of(TORCHVISION, []).retina
+    head = RetinaNetClassificationHead(8, 1, 3)
+    logits = torch.tensor([[[2.0, -1.0, 0.3], [-3.0, 0.5, 1.0]]])
+    targets = [{"labels": torch.tensor([1])}]
+    matched = [torch.tensor([0, -1])]  # the second anchor is background
+    theirs = head.compute_loss(targets, {"cls_logits": logits}, matched)
+    labels = torch.tensor([[1, 3]])
+    losses = sigmoid_focal_loss(
+        logits, labels, torch.ones(1, 2, dtype=torch.bool), alpha=retina.focal_alpha, gamma=retina.focal_gamma
+    )
+    assert losses.sum().item() == pytest.approx(theirs.item())
