@@ -103,3 +103,12 @@ class Doubled:
 def doubled_detector(num_classes: int, *, options: Doubled) -> PlainDetector:
     """A detector of such settings."""
     return PlainDetector(num_classes, options.number)
+
+
+class AgnosticDetector(PlainDetector):
+    """A detector of objects of any class, no proposal network of Boxwright's."""
+
+    class_agnostic = True
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(1)
