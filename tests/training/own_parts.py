@@ -16,6 +16,7 @@ from boxwright.detectors.rcnn import RCNN, faster_rcnn
 from boxwright.heads.box_head import BoxHead
 from boxwright.heads.rpn_head import RPNHead
 from boxwright.structures import Batch, Detections
+from boxwright.training.experiment import Experiment
 
 
 class Body(nn.Module):
@@ -112,3 +113,8 @@ class AgnosticDetector(PlainDetector):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(1)
+
+
+def experiment_of_a_lambda() -> Experiment:
+    """A recipe whose weights could not be loaded."""
+    return Experiment(model=partial(faster_rcnn, backbone=lambda: Body(4)))
