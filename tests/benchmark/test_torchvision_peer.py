@@ -29,6 +29,7 @@ from boxwright.heads.retina_head import RetinaConfig
 from boxwright.structures import Batch
 from boxwright.training.experiment import SGD, build
 from factory import SMALL_BOX, SMALL_MASK, SMALL_RETINA, SMALL_RPN, random_batch
+from training.own_parts import ScaledBoxHead
 
 CPU = torch.device("cpu")
 R18: Any = partial(resnet_fpn, depth=18, channels=32)
@@ -162,3 +163,8 @@ def test_what_torchvision_has_not_is_told(model: Any, message: str) -> None:
 
 def test_families_are_told_by_the_model() -> None:
     assert [family_of(model) for model in MODELS.values()] == [name.partition(" ")[0] for name in MODELS]
+
+
+def test_a_model_with_a_head_of_a_user_has_no_peer() -> None:
+    with pytest.raises(ValueError, match=r"peers have no training\.own_parts\.ScaledBoxHead"):
+        family_of(partial(faster_rcnn, backbone=resnet_fpn, box_head=ScaledBoxHead))

@@ -109,6 +109,15 @@ def test_faults_take_one_line(shapes: Path, tmp_path: Path) -> None:
     assert "--train-annotations" in output
 
 
+def test_a_model_that_could_not_be_loaded_is_refused_before_the_first_step(shapes: Path, tmp_path: Path) -> None:
+    status, output = run("training.own_parts:experiment_of_a_lambda", "--data", shapes, "--out", tmp_path / "run")
+    assert status == 1
+    assert "model.backbone: training.own_parts.experiment_of_a_lambda.<locals>.<lambda> cannot be imported" in " ".join(
+        output.split()
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_init_classes_wants_weights() -> None:
     status, output = run(TINY, "--init-classes")
     assert status == 1

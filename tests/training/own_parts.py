@@ -16,6 +16,7 @@ from boxwright.detectors.rcnn import RCNN, faster_rcnn
 from boxwright.heads.box_head import BoxHead
 from boxwright.heads.rpn_head import RPNHead
 from boxwright.structures import Batch, Detections
+from boxwright.training.experiment import Experiment
 
 
 class Body(nn.Module):
@@ -103,3 +104,17 @@ class Doubled:
 def doubled_detector(num_classes: int, *, options: Doubled) -> PlainDetector:
     """A detector of such settings."""
     return PlainDetector(num_classes, options.number)
+
+
+class AgnosticDetector(PlainDetector):
+    """A detector of objects of any class, no proposal network of Boxwright's."""
+
+    class_agnostic = True
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(1)
+
+
+def experiment_of_a_lambda() -> Experiment:
+    """A recipe whose weights could not be loaded."""
+    return Experiment(model=partial(faster_rcnn, backbone=lambda: Body(4)))

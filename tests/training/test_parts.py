@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,27 @@ def test_experiments_written_before_heads_could_be_replaced_load() -> None:
     assert type(build(from_json(old).model, num_classes=2).box_head) is BoxHead
     assert with_new_defaults(old, experiment) == to_json(experiment)
     assert with_new_defaults({"call": "gone"}, experiment) == {"call": "gone"}
+
+
+def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(tmp_path: Path) -> None:
+    experiment = tiny_experiment(model=PlainDetector, epochs=2)
+    train(experiment, Pictures(8), tmp_path, num_workers=0)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints / "step_4")
+    (file,) = (path for path in (checkpoints / "step_2").iterdir() if path.suffix == ".json")
+    page = json.loads(file.read_text())
+    del page["experiment"]["arguments"]["model"]["arguments"]["width"]
+    file.write_text(json.dumps(page))
+    with pytest.raises(ValueError, match=r"model\.width was 4 and is 5"):
+        train(
+            replace(experiment, model=partial(PlainDetector, width=5)),
+            Pictures(8),
+            tmp_path,
+            num_workers=0,
+            resume=True,
+        )
+    train(experiment, Pictures(8), tmp_path, num_workers=0, resume=True)
+    assert (checkpoints / "step_4").is_dir()
 
 
 def test_json_calls_no_class_outside_the_model_modules_and_the_trusted_ones() -> None:

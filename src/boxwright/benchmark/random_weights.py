@@ -7,15 +7,17 @@ scaled until their outputs spread as a trained model's do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from boxwright.detectors.class_rows import HasClassRows
 from boxwright.detectors.detector import Detector
-from boxwright.heads.declarations import ClassRows, HasClassLayers, HasOutputStds
+from boxwright.heads.class_rows import ClassRows
 from boxwright.structures import Batch, map_tensors
 
 SEED = 0
@@ -25,6 +27,14 @@ _BRANCH = 0.2
 _BACKGROUND = 4.5
 """Bias of the background logit. With it, about a third as many pairs of box and class as there are proposals pass a
 score of 0.05; of a RetinaNet, about 100 pairs of anchor and class of a 640 x 640 image."""
+
+
+@runtime_checkable
+class HasOutputStds(Protocol):
+    """A module whose last layers have outputs of a known spread once it is trained."""
+
+    output_stds: Mapping[str, float]
+    """Standard deviation of the outputs of each last layer, by the attribute that holds it."""
 
 
 @torch.no_grad()
@@ -39,33 +49,32 @@ def settle(detector: Detector, batch: Batch) -> None:
         last = name.endswith("bn3.weight") or (name.endswith("bn2.weight") and _is_basic(detector, name))
         if last:
             tensor.fill_(_BRANCH)
+    outputs: dict[Any, list[Tensor]] = {}
     was_training = detector.training
     with ExitStack() as stack:
-        for head in detector.modules():
-            if isinstance(head, HasOutputStds):
-                for name, std in head.output_stds.items():
-                    rows = head.class_layers.get(name) if isinstance(head, HasClassLayers) else None
-                    layer = cast(nn.Module, head).get_submodule(name)
-                    stack.callback(layer.register_forward_hook(_Scale(std, rows)).remove)
+        declared = [
+            (layer, std, rows)
+            for head in detector.modules()
+            if isinstance(head, HasOutputStds)
+            for layer, std, rows in _last_layers(head)
+        ]
+        for layer, _, _ in declared:
+            outputs[layer] = []
+            hook = layer.register_forward_hook(lambda layer, _, output: outputs[layer].append(output.flatten().float()))
+            stack.callback(hook.remove)
         detector.eval().detect(_corner(batch))
     detector.train(was_training)
+    for layer, std, rows in declared:
+        layer.weight.mul_(std / torch.cat(outputs[layer]).std().clamp(min=1e-6))
+        if rows is not None and rows.background:
+            layer.bias[-rows.background :] = _BACKGROUND
 
 
-class _Scale:
-    """Forward hook that scales a layer at its first call, so that later layers see outputs of the right spread."""
-
-    def __init__(self, std: float, rows: ClassRows | None) -> None:
-        self._std, self._rows, self._done = std, rows, False
-
-    def __call__(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Scale the weight, set the bias of background, and return the layer's new output."""
-        if self._done:
-            return output
-        self._done = True
-        layer.weight.mul_(self._std / output.float().std().clamp(min=1e-6))
-        if self._rows is not None and self._rows.background:
-            layer.bias[-self._rows.background :] = _BACKGROUND
-        return cast(Tensor, layer.forward(*inputs))
+def _last_layers(head: HasOutputStds) -> list[tuple[Any, float, ClassRows | None]]:
+    """Each layer whose outputs have a known spread, the spread, and its rows of classes, if it has any."""
+    class_rows = head.class_rows if isinstance(head, HasClassRows) else {}
+    module = cast(nn.Module, head)
+    return [(module.get_submodule(name), std, class_rows.get(name)) for name, std in head.output_stds.items()]
 
 
 def _corner(batch: Batch) -> Batch:

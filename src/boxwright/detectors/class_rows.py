@@ -5,22 +5,31 @@ A anchors per position (1 except in RetinaNet), C classes of the model, D classe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from boxwright.heads.declarations import ClassRows, HasClassLayers
+from boxwright.heads.class_rows import ClassRows
+
+
+@runtime_checkable
+class HasClassRows(Protocol):
+    """A module that declares its layers with rows of classes."""
+
+    class_rows: Mapping[str, ClassRows]
+    """Layout of each such layer, by the attribute that holds it."""
 
 
 def class_rows(detector: nn.Module) -> dict[str, ClassRows]:
     """Layouts of the parameters with rows of classes, by name in the `state_dict`, as the detector's parts declare."""
     layouts = {}
     for path, module in detector.named_modules():
-        if isinstance(module, HasClassLayers):
-            for attribute, layout in module.class_layers.items():
+        if isinstance(module, HasClassRows):
+            for attribute, layout in module.class_rows.items():
                 layer = f"{path}.{attribute}" if path else attribute
-                parameters = detector.get_submodule(layer).named_parameters(recurse=False)
-                layouts.update({f"{layer}.{name}": layout for name, _ in parameters})
+                parameters = dict(detector.get_submodule(layer).named_parameters(recurse=False))
+                layouts.update({f"{layer}.{name}": layout for name in ("weight", "bias") if name in parameters})
     return layouts
 
 

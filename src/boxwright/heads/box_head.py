@@ -23,7 +23,7 @@ from boxwright.backbones.convolve import convolve
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
-from boxwright.heads.declarations import ClassRows
+from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.grid_linear import GridLinear
 from boxwright.heads.slots import used_slots
@@ -100,8 +100,8 @@ class BoxHead(nn.Module):
     Convolutions may come first, as in the heads of Wu & He, Group Normalization (2018): four of them, and one layer.
     """
 
-    class_layers = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
-    output_stds = MappingProxyType({"class_logits": 1.0, "box_deltas": 0.5})
+    class_rows = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
+    output_stds = MappingProxyType({"class_logits": 1.1, "box_deltas": 0.55})
 
     def __init__(
         self,

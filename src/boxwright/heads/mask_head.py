@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from boxwright.backbones.convolve import convolve
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import SampledBoxes
-from boxwright.heads.declarations import ClassRows
+from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.slots import used_slots
 from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
@@ -48,7 +48,7 @@ class MaskConfig:
 class MaskHead(nn.Module):
     """Convolutions on RoIAlign's grid, a deconvolution that doubles it, and a logit for each class and cell."""
 
-    class_layers = MappingProxyType({"mask_logits": ClassRows()})
+    class_rows = MappingProxyType({"mask_logits": ClassRows()})
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
-from boxwright.heads.declarations import ClassRows
+from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import at_least_float32, sigmoid_focal_loss, smooth_l1, weighted_mean
 from boxwright.structures import Detections, Targets, take_slots
@@ -94,7 +94,7 @@ class RetinaOutput(NamedTuple):
 class RetinaHead(nn.Module):
     """Two branches of 3x3 convolutions, shared by all levels, with their losses and their detections."""
 
-    class_layers = MappingProxyType({"class_logits": ClassRows()})
+    class_rows = MappingProxyType({"class_logits": ClassRows()})
     output_stds = MappingProxyType({"class_logits": 0.4, "box_deltas": 0.1})
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from boxwright.data.categories import shared_by_name
 from boxwright.data.dataset import Category
 from boxwright.detectors.class_rows import class_rows, with_shared_rows
-from boxwright.heads.declarations import ClassRows
+from boxwright.heads.class_rows import ClassRows
 from boxwright.training.metrics import say
 from boxwright.weights.ours import load_weights
 
