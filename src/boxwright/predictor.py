@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast, get_args, overload
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from boxwright.checks import check_choice, check_device, check_number
 from boxwright.data.augment import place
 from boxwright.data.buckets import Resize, round_up
 from boxwright.data.collate import PlacedSample, collate
@@ -79,7 +80,7 @@ class Predictor:
             device: Where to run.
             metadata: What else the weights file says (versions, step).
         """
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.detector = detector.to(self.device).eval()
         if self.device.type == "cpu":
             pack_convolutions(self.detector)
@@ -120,9 +121,10 @@ class Predictor:
                 such array a picture where there is a sequence.
 
         Raises:
-            ValueError: A file cannot be read or decoded, an array is no RGB picture, or proposals are missing, have no
-                use or are no boxes.
+            ValueError: `score` is not in 0..1, a file cannot be read or decoded, an array is no RGB image, or proposals
+                are missing, have no use or are no boxes.
         """
+        check_number("score", score, 0, 1)
         require_proposals(self.detector, proposals is not None)
         if isinstance(image, Sequence) and not isinstance(image, str | bytes):
             given = [None] * len(image) if proposals is None else proposals
@@ -210,6 +212,9 @@ def load(
         ValueError: It is no weights file of Boxwright's, it is damaged, or it names a module that is not trusted.
         OSError: It cannot be read or fetched.
     """
+    device = check_device(device)
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
     file = weights_file(place)
     tensors, metadata = load_weights(file)
     missing = [name for name in ("experiment", "categories") if name not in metadata]

@@ -115,4 +115,4 @@ def test_a_device_that_is_none(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     (tmp_path / "a.jpg").touch()
     result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
-    assert "boxwright: 'gpu' is no device: give cpu" in result.stderr
+    assert "boxwright: device 'gpu': expected cpu, cuda or cuda:N" in result.stderr

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from boxwright.checks import check_choice, check_count, check_device
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector
@@ -99,7 +100,9 @@ def detect_dataset(
     Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`; of an image
     the best `limit` are kept, all where it is None.
     """
-    device = torch.device(device)
+    device = check_device(device)
+    if limit is not None:
+        check_count("limit", limit)
     module = cast(nn.Module, detector)
     was_training = module.training
     evaluated = [np.zeros(0, dtype=np.int64)]
@@ -139,6 +142,7 @@ def detect_dataset(
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context that a detector's arithmetic runs in. "auto": bfloat16 on GPUs that have it, else float32."""
+    check_choice("precision", precision, get_args(Precision))
     if precision == "auto":
         # Not where it is emulated, as before Ampere: that is slower than float32.
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

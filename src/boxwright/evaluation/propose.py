@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import Detector
@@ -137,7 +138,8 @@ def propose(
     Returns:
         The proposals by image id, in pixels of the files and clipped to them, and the recall by name.
     """
-    device, module = torch.device(device), cast(nn.Module, detector)
+    check_count("limit", limit)
+    device, module = check_device(device), cast(nn.Module, detector)
     was_training = module.training
     module.eval()
     found: dict[int, GivenProposals] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
@@ -96,7 +97,12 @@ class Training:
             ValueError: the folder holds another run, the run to resume had another experiment or is damaged, not all
                 processes see its checkpoints, proposals are missing or have no use, or `init` does not fit.
         """
-        self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
+        check_count("num_workers", num_workers, least=0)
+        check_count("allowed_non_finite", allowed_non_finite, least=0)
+        for name, steps in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
+            if steps is not None:
+                check_count(name, steps)
+        self.experiment, self.folder, self.device = experiment, RunFolder(out), check_device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         torch.manual_seed(experiment.seed)
         detector = build(experiment.model, num_classes=len(dataset.categories))

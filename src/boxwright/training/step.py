@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from boxwright.checks import check_choice, check_count, check_device, check_number
 from boxwright.detectors.detector import Detector
 from boxwright.evaluation.evaluate import Precision, autocast
 from boxwright.structures import Batch
@@ -81,6 +82,11 @@ class TrainStep:
         Raises:
             ValueError: CUDA graphs in one of several processes.
         """
+        check_device(device)
+        check_choice("precision", precision, get_args(Precision))
+        check_count("allowed_non_finite", allowed_non_finite, least=0)
+        if clip_norm is not None:
+            check_number("clip_norm", clip_norm, 0, above=True)
         if cuda_graphs and dist.is_initialized():
             # The sums that losses make over all ranks would be captured too, which nobody has tried.
             raise ValueError("cuda_graphs=true is for a single process so far: leave it out of torchrun's")
