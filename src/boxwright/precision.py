@@ -8,8 +8,15 @@ from typing import Literal, get_args
 
 import torch
 
+from boxwright.checks import check_choice
+
 Precision = Literal["float32", "bfloat16", "auto"]
 """What a detector computes in; "auto" is bfloat16 on GPUs that support it, float32 otherwise."""
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless `precision` is one of `Precision`."""
+    check_choice("precision", precision, get_args(Precision))
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -18,8 +25,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     Raises:
         ValueError: `precision` has another value than those of `Precision`.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
+    check_precision(precision)
     if precision == "auto":
         # GPUs before Ampere emulate bfloat16, which is slower than float32.
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

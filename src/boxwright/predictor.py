@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from boxwright.checks import check_device, check_number
 from boxwright.data.buckets import Resize, round_up
 from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Category, Sample
@@ -23,7 +24,7 @@ from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
 from boxwright.detectors.inference import pack_convolutions
 from boxwright.evaluation.evaluate import file_boxes, file_masks, without_non_finite
-from boxwright.precision import Precision, autocast
+from boxwright.precision import Precision, autocast, check_precision
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
@@ -79,7 +80,7 @@ class Predictor:
             device: Where to run.
             metadata: What else the weights file says (versions, step).
         """
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.detector = as_detector(detector).to(self.device).eval()
         if self.device.type == "cpu":
             pack_convolutions(self.detector)
@@ -120,9 +121,10 @@ class Predictor:
                 such array a picture where there is a sequence.
 
         Raises:
-            ValueError: A file cannot be read or decoded, an array is no RGB picture, or proposals are missing, have no
-                use or are no boxes.
+            ValueError: `score` is not in 0..1, a file cannot be read or decoded, an array is no RGB image, or proposals
+                are missing, have no use or are no boxes.
         """
+        check_number("score", score, 0, 1)
         require_proposals(self.detector, proposals is not None)
         if isinstance(image, Sequence) and not isinstance(image, str | bytes):
             given = [None] * len(image) if proposals is None else proposals
@@ -210,6 +212,9 @@ def load(
         ValueError: It is no weights file of Boxwright's, it is damaged, or it names a module that is not trusted.
         OSError: It cannot be read or fetched.
     """
+    device = check_device(device)
+    if precision is not None:
+        check_precision(precision)
     file = weights_file(place)
     tensors, metadata = load_weights(file)
     missing = [name for name in ("experiment", "categories") if name not in metadata]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from boxwright.cli.main import app
@@ -18,6 +21,7 @@ from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.detectors.rcnn import RCNN
+from boxwright.predictor import Prediction, Predictor
 from small_model import detect_with_masks, small_run
 
 
@@ -115,4 +119,46 @@ def test_a_device_that_is_none(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     (tmp_path / "a.jpg").touch()
     result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
-    assert "boxwright: 'gpu' is no device: give cpu" in result.stderr
+    assert "boxwright: device 'gpu': expected cpu, cuda or cuda:N" in result.stderr
+
+
+def test_an_image_whose_drawing_cannot_be_written_is_skipped(run: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (48, 32)).save(folder / name)
+    Image.new("RGB", (40, 16_500)).save(folder / "b.webp", "PNG")
+    arguments = ["predict", str(run), str(folder), "--out", str(out), "--score", "0", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert re.search(
+        r"boxwright: .*b\.webp: an image of .* cannot be written as \.webp: WebP holds at most", result.stderr
+    )
+    assert "1 could not be read or written" in result.stdout
+    assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "detections.json"}
+    assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"a.png", "c.png"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_detections_before_an_interrupt_or_an_error_are_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    predict, calls = Predictor.predict, []
+
+    def predict_once(self: Predictor, image: np.ndarray, **options: Any) -> Prediction:
+        calls.append(image)
+        if len(calls) > 1:
+            raise error
+        return predict(self, image, **options)
+
+    monkeypatch.setattr(Predictor, "predict", predict_once)
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (48, 32)).save(folder / name)
+    arguments = ["predict", str(run), str(folder), "--out", str(out), "--score", "0", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code != 0
+    assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"a.png"}
+    if isinstance(error, RuntimeError):
+        assert "b.png: prediction failed" in result.stderr

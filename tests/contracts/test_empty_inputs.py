@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from boxwright.ops.paste import paste_masks
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -16,7 +17,6 @@ from boxwright.assign.sample import hardest, sample
 from boxwright.ops import roi_align
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.nms import nms
-from boxwright.ops.paste import paste_masks
 from boxwright.ops.roi_align import multilevel_roi_align, pool_every_level
 from boxwright.ops.soft_nms import every_box_a_round, soft_nms
 from boxwright.structures import MaskGrids, Targets

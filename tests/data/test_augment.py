@@ -85,7 +85,7 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 
 
 def test_an_impossible_photometric_is_refused() -> None:
-    with pytest.raises(ValueError, match="strengths"):
+    with pytest.raises(ValueError, match=r"brightness=2: expected a number in 0..1"):
         Photometric(brightness=2)
 
 

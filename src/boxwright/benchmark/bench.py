@@ -15,6 +15,7 @@ from boxwright.benchmark.report import Case
 from boxwright.benchmark.system import BoxwrightSystem, System, build_detector
 from boxwright.benchmark.torchvision_models import family_of
 from boxwright.benchmark.torchvision_peer import TorchvisionSystem, torchvision_peer
+from boxwright.checks import check_device
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ProposalFile
 from boxwright.detectors.detector import as_detector
@@ -37,9 +38,7 @@ class Bench:
         require_file(plan.weights, "weights file")
         self.plan = plan
         self.experiment = plan.experiment()
-        self.device = torch.device(plan.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no GPU here: give --device cpu")
+        self.device = check_device(plan.device)
         self.experiment = replace(self.experiment, precision=computes_in(self.device, self.experiment.precision))
         self.peer_precision: Precision = computes_in(self.device, plan.peer_precision or self.experiment.precision)
         self._check_peer()

@@ -1,6 +1,8 @@
-"""What commands that run a model over images show: how far they are, and numbers."""
+"""Console output of commands: progress, metrics and tables. Text of users is never read as rich's markup."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import typer
 
@@ -20,7 +22,7 @@ class ImageProgress:
         from rich import progress
 
         columns = (
-            progress.TextColumn(what),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[speed]}"),
@@ -58,3 +60,16 @@ def print_numbers(numbers: dict[str, float]) -> None:
     width = max(map(len, cells)) + 2
     for start in range(0, len(cells), 6):
         typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with the first column on the left and the others on the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, emoji=False, highlight=False).print(table)

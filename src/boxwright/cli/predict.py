@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from boxwright.cli.options import PrecisionOption
+
+if TYPE_CHECKING:
+    from boxwright.data.dataset import Category
+    from boxwright.predictor import Prediction
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 WRITABLE = SUFFIXES - {".gif"}
@@ -32,8 +36,8 @@ def predict(
 ) -> None:
     """Detect objects in pictures: pictures with boxes and masks, and detections.json in COCO results form.
 
-    Folders are searched with all their sub-folders. A file that cannot be read is reported and skipped; the exit
-    status is then 1.
+    Folders are searched with all their sub-folders. A file that cannot be read, or whose drawing cannot be written, is
+    reported and skipped; the exit status is then 1.
     """
     from boxwright.data.decode import decode_image
     from boxwright.evaluation.results import write_json, write_whole
@@ -52,48 +56,75 @@ def predict(
         raise ValueError(f"{clash} is one of the pictures and would be overwritten: give another --out")
 
     rows: list[dict[str, object]] = []
-    num_unreadable = 0
+    num_done = 0
     with process_group(device) as chosen:
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         if predictor.detector.needs_proposals:
             raise ValueError(
                 f"{model} has no network for proposals, so that it needs boxes to look at: give them in Python "
-                "(model.predict(picture, proposals=boxes)), or measure it with boxwright test --proposals FILE"
+                "(model.predict(image, proposals=boxes)), or measure it with boxwright test --proposals FILE"
             )
-        for image_id, ((path, name), target) in enumerate(zip(pictures, targets, strict=True), start=1):
-            try:
-                image = decode_image(path)
-            except (ValueError, OSError) as error:
-                num_unreadable += 1
-                typer.echo(_readable(f"boxwright: {error}"), err=True)
-                continue
-            found = predictor.predict(image, score=score, native=native)
-            drawn = draw_detections(image, found.boxes, found.labels, found.names, found.scores, masks=found.masks)
-            write_whole(target, encode_image(drawn, target.suffix))
-            masks = [None] * len(found) if found.masks is None else found.masks.to_coco()
-            for box, certainty, label, mask in zip(
-                found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True
-            ):
-                x1, y1, x2, y2 = box
-                category = predictor.categories[label]
-                rows.append(
-                    {
-                        # Where several pictures share a name, their paths tell them apart.
-                        "file_name": _readable(name if num_named[name] == 1 else path),
-                        "image_id": image_id,
-                        "category_id": category.id,
-                        "category_name": category.name,
-                        "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
-                        "score": certainty,
-                        **({} if mask is None else {"segmentation": mask}),
-                    }
+        try:
+            for image_id, ((path, name), target) in enumerate(zip(pictures, targets, strict=True), start=1):
+                try:
+                    image = decode_image(path)
+                except (ValueError, OSError) as error:
+                    typer.echo(_readable(f"boxwright: {error}"), err=True)
+                    continue
+                try:
+                    prediction = predictor.predict(image, score=score, native=native)
+                except Exception:
+                    typer.echo(_readable(f"boxwright: {path}: prediction failed"), err=True)
+                    raise
+                drawn = draw_detections(
+                    image,
+                    prediction.boxes,
+                    prediction.labels,
+                    prediction.names,
+                    prediction.scores,
+                    masks=prediction.masks,
                 )
-    write_json(out / "detections.json", rows)
-    num_done = len(pictures) - num_unreadable
+                try:
+                    content = encode_image(drawn, target.suffix)
+                except ValueError as error:
+                    typer.echo(_readable(f"boxwright: {path}: {error}"), err=True)
+                    continue
+                write_whole(target, content)
+                # Where several images share a name, their paths tell them apart.
+                file_name = _readable(name if num_named[name] == 1 else path)
+                rows += _rows(prediction, predictor.categories, file_name, image_id)
+                num_done += 1
+        finally:  # also of the images before an interrupt or an error
+            write_json(out / "detections.json", rows)
+    num_failed = len(pictures) - num_done
     counted = f"{num_done} picture{'s' * (num_done != 1)}, {len(rows)} detection{'s' * (len(rows) != 1)}"
-    typer.echo(f"{counted} in {out}; {num_unreadable} could not be read")
-    if num_unreadable:
+    typer.echo(f"{counted} in {out}; {num_failed} could not be read or written")
+    if num_failed:
         raise typer.Exit(1)
+
+
+def _rows(
+    prediction: Prediction, categories: Sequence[Category], file_name: str, image_id: int
+) -> list[dict[str, object]]:
+    """The detections of an image in COCO results form."""
+    masks = [None] * len(prediction) if prediction.masks is None else prediction.masks.to_coco()
+    rows: list[dict[str, object]] = []
+    for box, score, label, mask in zip(
+        prediction.boxes.tolist(), prediction.scores.tolist(), prediction.labels.tolist(), masks, strict=True
+    ):
+        x1, y1, x2, y2 = box
+        rows.append(
+            {
+                "file_name": file_name,
+                "image_id": image_id,
+                "category_id": categories[label].id,
+                "category_name": categories[label].name,
+                "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
+                "score": score,
+                **({} if mask is None else {"segmentation": mask}),
+            }
+        )
+    return rows
 
 
 def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:

@@ -220,16 +220,12 @@ def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
 def _print_classes(
     title: str, categories: Sequence[Category], num_objects: np.ndarray, columns: Sequence[str], per_class: np.ndarray
 ) -> None:
-    """A row a class: its name, its number of objects and its numbers [C, columns]."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """One row per class: its name, its number of objects and its metrics [C, columns]."""
+    from boxwright.cli.console import print_table
     from boxwright.report.html import percent
 
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column(title)
-    for name in ("objects", *columns):
-        table.add_column(name, justify="right")
-    for category, count, values in zip(categories, num_objects, per_class, strict=True):
-        table.add_row(category.name, str(count), *map(percent, values))
-    Console().print(table)
+    rows = [
+        [category.name, str(count), *map(percent, values)]
+        for category, count, values in zip(categories, num_objects, per_class, strict=True)
+    ]
+    print_table([title, "objects", *columns], rows)

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import torch
 
+from boxwright.checks import check_numbers
 from boxwright.data.buckets import Resize
 from boxwright.data.placement import Placement, place
 
@@ -27,8 +28,7 @@ class Photometric:
     """Strength of the factor on the distance from each pixel's own grey."""
 
     def __post_init__(self) -> None:
-        if not all(0 <= strength <= 1 for strength in (self.brightness, self.contrast, self.saturation)):
-            raise ValueError(f"{self}: strengths lie in 0..1")
+        check_numbers(self, "brightness", "contrast", "saturation", least=0, most=1)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A changed copy of uint8 RGB [H, W, 3]."""
@@ -58,8 +58,8 @@ class Augment:
     """Keep a random window whose height and width are each at least this share of the picture's; None: keep all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip={self.flip} is no probability")
+        check_numbers(self, "flip", least=0, most=1)
+        check_numbers(self, "scale_jitter", "crop")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError(f"scale_jitter={self.scale_jitter}: give 0 < least <= largest, such as (0.8, 1.25)")
         if self.crop is not None and not 0 < self.crop <= 1:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+
+from boxwright.checks import check_choice, check_counts
 
 STRIDE = 32
 """Canvas sides are multiples of this, the stride of the coarsest feature map that a detector halves its way down to."""
@@ -38,6 +40,7 @@ class Resize:
     """What the long side may not exceed, in pixels."""
 
     def __post_init__(self) -> None:
+        check_counts(self, "short", "long")
         if not 1 <= self.short <= self.long <= MAX_SIDE:
             raise ValueError(f"{self}: give 1 <= short <= long <= {MAX_SIDE}")
 
@@ -92,6 +95,7 @@ def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode, *, cut: int =
     Raises:
         ValueError: a size is not 1 <= short <= long, or a range has not two ends that rise.
     """
+    check_choice("scale_mode", mode, get_args(ScaleMode))
     ends = [Resize(short, long) for short, long in sizes]
     if mode == "list":
         if not ends:

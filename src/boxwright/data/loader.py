@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from boxwright.checks import check_choice, check_count, check_number
 from boxwright.data.augment import Augment
 from boxwright.data.augmentation import Augmentation
 from boxwright.data.batch_builder import BatchBuilder
@@ -89,8 +91,7 @@ class TrainingLoader:
                 stacklevel=2,
             )
         augmentation = replace(augmentation or Augmentation(), **deprecated)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give at least 1")
+        _check_processes(batch_size, num_workers, rank, world_size, start_method)
         info = _describe(dataset)
         if proposals is not None:
             proposals.require(info.image_ids)
@@ -162,8 +163,7 @@ class EvaluationLoader:
         Raises:
             ValueError: an image has no row among the proposals, or `resize` and `native` contradict each other.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give at least 1")
+        _check_processes(batch_size, num_workers, rank, world_size, start_method)
         info = _describe(dataset)
         if proposals is not None:
             proposals.require(info.image_ids)
@@ -198,6 +198,15 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches, the same in each pass."""
         return iterate_batches(self._builder, self._steps, self._num_workers, self._start_method)
+
+
+def _check_processes(batch_size: int, num_workers: int, rank: int, world_size: int, start_method: str | None) -> None:
+    check_count("batch_size", batch_size)
+    check_count("num_workers", num_workers, least=0)
+    check_count("world_size", world_size)
+    check_number("rank", rank, 0, world_size - 1)
+    if start_method is not None:
+        check_choice("start_method", start_method, multiprocessing.get_all_start_methods())
 
 
 def _describe(dataset: Dataset) -> DatasetInfo:

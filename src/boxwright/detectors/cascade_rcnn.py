@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
+from boxwright.checks import check_choice, check_number, check_numbers
 from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_head import BoxConfig, BoxHead
@@ -50,6 +51,12 @@ class CascadeConfig:
     def __post_init__(self) -> None:
         if not len(self.positive_ious) == len(self.stds) == len(self.loss_weights):
             raise ValueError(f"{self}: give as many positive_ious as stds and loss_weights, one a stage but the first")
+        check_numbers(self, "positive_ious", least=0, most=1)
+        check_numbers(self, "loss_weights", least=0)
+        for stds in self.stds:
+            for std in stds:
+                check_number("stds", std, 0, above=True)
+        check_choice("mean_of", self.mean_of, ("logits", "probabilities"))
 
 
 class CascadeRCNN(Detector):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import hotcoco
 import numpy as np
 
+from boxwright.checks import check_count
 from boxwright.data.dataset import Category, Dataset
 from boxwright.evaluation.ground_truth import GroundTruth
 from boxwright.evaluation.results import Results
@@ -110,7 +111,10 @@ def coco_metrics(
         ValueError: As `GroundTruth.evaluator`.
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
-    assert list(max_detections) == sorted(max_detections)
+    for limit in max_detections:
+        check_count("max_detections", limit)
+    if len(max_detections) != 3 or list(max_detections) != sorted(max_detections):
+        raise ValueError(f"max_detections={max_detections}: expected three rising limits, such as (1, 10, 100)")
     metrics = _measure(truth, results, max_detections, with_masks=False)
     if results.masks is None:
         return metrics

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
 from boxwright.detectors.detector import as_detector
@@ -100,8 +101,9 @@ def detect_dataset(
     Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`; of an image
     the best `limit` are kept, all where it is None.
     """
-    device = torch.device(device)
-    detector = as_detector(detector)
+    device, detector = check_device(device), as_detector(detector)
+    if limit is not None:
+        check_count("limit", limit)
     was_training = detector.training
     evaluated = [np.zeros(0, dtype=np.int64)]
     pending: list[Future[tuple[np.ndarray, Masks | None]]] = []

@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import as_detector
@@ -138,7 +139,8 @@ def propose(
     Returns:
         The proposals by image id, in pixels of the files and clipped to them, and the recall by name.
     """
-    device, detector = torch.device(device), as_detector(detector)
+    check_count("limit", limit)
+    device, detector = check_device(device), as_detector(detector)
     was_training = detector.training
     detector.eval()
     found: dict[int, GivenProposals] = {}

@@ -79,6 +79,8 @@ def evaluate_views(
     Raises:
         ValueError: As `evaluate`; and, of several views, as `view_suppression`.
     """
+    if not views:
+        raise ValueError("views: expected at least one")
     suppression = view_suppression(detector) if len(views) > 1 else None
     new_labels = None if categories is None else match_categories(categories, dataset.categories)
     found = [detect_dataset(detector, view, device=device, precision=precision, progress=progress) for view in views]

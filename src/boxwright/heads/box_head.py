@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from boxwright.assign.match import POSITIVE
 from boxwright.assign.sample import hardest, sample
 from boxwright.backbones.convolve import convolve
+from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
@@ -85,8 +86,15 @@ class BoxConfig:
     """Detections with a shorter side, in pixels of the canvas, are dropped."""
 
     def __post_init__(self) -> None:
-        if self.num_fcs < 1:
-            raise ValueError(f"num_fcs={self.num_fcs}: a box head has at least 1 fully connected layer")
+        check_counts(
+            self, "conv_width", "num_fcs", "width", "output_size", "num_levels", "num_sampled", "max_detections"
+        )
+        check_counts(self, "num_convs", "sampling_ratio", least=0)
+        check_numbers(self, "positive_iou", "positive_fraction", "score_threshold", "nms_iou", least=0, most=1)
+        check_numbers(self, "stds", "nms_sigma", least=0, above=True)
+        check_numbers(self, "smooth_l1_beta", "min_size", least=0)
+        check_choice("nms", self.nms, ("hard", "linear", "gaussian"))
+        check_choice("norm", self.norm, (None, *get_args(GridNorm)))
 
     @property
     def max_positives(self) -> int:

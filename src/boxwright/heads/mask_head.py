@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.backbones.convolve import convolve
+from boxwright.checks import check_choice, check_counts
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.heads.class_rows import ClassRows
@@ -43,6 +45,11 @@ class MaskConfig:
     """RoIAlign samples this many points a side in each cell of the grid."""
     num_levels: int = 4
     """The finest levels that boxes are pooled from; P2 to P5 of five."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "width", "output_size", "num_levels")
+        check_counts(self, "num_convs", "sampling_ratio", least=0)
+        check_choice("norm", self.norm, (None, *get_args(GridNorm)))
 
 
 class MaskHead(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from boxwright.assign.match import IGNORED, POSITIVE, match
 from boxwright.backbones.convolve import convolve
 from boxwright.backbones.norm import make_norm
+from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
@@ -73,6 +74,15 @@ class RetinaConfig:
     3.x)."""
 
     def __post_init__(self) -> None:
+        check_counts(self, "num_convs", "scales_per_octave", least=0)
+        check_counts(self, "pre_nms_per_level", "max_detections")
+        check_numbers(self, "positive_iou", "negative_iou", "low_quality", "focal_alpha", least=0, most=1)
+        check_numbers(self, "score_threshold", "nms_iou", least=0, most=1)
+        check_numbers(self, "anchor_scale", "ratios", least=0, above=True)
+        check_numbers(self, "focal_gamma", "smooth_l1_beta", least=0)
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior={self.prior!r}: expected a number between 0 and 1, such as 0.01")
+        check_choice("norm", self.norm, (None, "gn"))
         # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
         if not 1 <= self.scales_per_octave <= 100:
             raise ValueError(f"scales_per_octave={self.scales_per_octave}: give 1 to 100, such as 3")

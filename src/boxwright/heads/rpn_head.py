@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from boxwright.assign.match import match
 from boxwright.assign.sample import sample
 from boxwright.backbones.convolve import convolve
+from boxwright.checks import check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
@@ -70,8 +71,13 @@ class RPNConfig:
     """Proposals with a shorter side, in pixels, are dropped."""
 
     def __post_init__(self) -> None:
-        if self.num_convs < 1:
-            raise ValueError(f"num_convs={self.num_convs}: a region proposal network has at least 1 convolution")
+        check_counts(self, "num_convs", "num_sampled", "pre_nms_per_level", "num_proposals")
+        check_counts(self, "test_pre_nms_per_level", "test_num_proposals")
+        check_numbers(
+            self, "positive_iou", "negative_iou", "low_quality", "positive_fraction", "nms_iou", least=0, most=1
+        )
+        check_numbers(self, "anchor_scale", "ratios", least=0, above=True)
+        check_numbers(self, "border", "smooth_l1_beta", "min_size", least=0)
 
 
 class RPNOutput(NamedTuple):

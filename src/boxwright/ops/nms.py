@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from boxwright.checks import check_count, check_number
+
 _WORTH_A_THREAD = 512
 """Boxes of a group that take torchvision's kernel longer, about a millisecond, than it takes to start a thread."""
 
@@ -46,6 +48,8 @@ def nms(
         indices: [B, K] int64, the kept candidates by falling score, then zeros.
         kept: [B, K] bool, the slots of `indices` that are in use.
     """
+    check_number("iou_threshold", iou_threshold, 0, 1)
+    check_count("max_keep", max_keep, least=0)
     boxes, scores = boxes.detach(), scores.detach()
     valid = valid & finite_candidates(boxes, scores)
     indices, kept = grouped_nms(boxes, scores, groups, valid, float(iou_threshold), max_keep, float(plus_one))

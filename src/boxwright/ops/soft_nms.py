@@ -8,12 +8,13 @@ Source: Bodla et al., Soft-NMS (2017), figure 2 and equations 2 and 3.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from boxwright.checks import check_choice, check_count, check_number
 from boxwright.ops.nms import finite_candidates
 
 Decay = Literal["linear", "gaussian"]
@@ -59,7 +60,11 @@ def soft_nms(
         lowered: [B, K] their lowered scores, then zeros.
         kept: [B, K] bool, the slots that are in use.
     """
-    assert min_score >= 0
+    check_choice("decay", decay, get_args(Decay))
+    check_number("iou_threshold", iou_threshold, 0, 1)
+    check_number("sigma", sigma, 0, above=True)
+    check_number("min_score", min_score, 0)
+    check_count("max_keep", max_keep, least=0)
     boxes, scores = boxes.detach(), scores.detach()
     indices, lowered, kept = grouped_soft_nms(
         boxes,

@@ -176,9 +176,20 @@ def encode_image(image: np.ndarray, suffix: str = ".jpg", *, quality: int = 90) 
         image: uint8 [H, W, 3] RGB.
         suffix: Of the file, which tells the format: .jpg, .png, .webp, .bmp or .tif, or another name of these.
         quality: Of JPEG and WebP, at most 100.
+
+    Raises:
+        ValueError: The format cannot hold an image of this size.
     """
     options = {".webp": cv2.IMWRITE_WEBP_QUALITY, ".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY}
     chosen = [options[suffix.lower()], quality] if suffix.lower() in options else []
-    encoded, content = cv2.imencode(suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), chosen)
-    assert encoded
+    try:
+        encoded, content = cv2.imencode(suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), chosen)
+    except cv2.error:
+        encoded, content = False, np.zeros(0, np.uint8)
+    if not encoded:
+        height, width = image.shape[:2]
+        raise ValueError(
+            f"an image of {width} x {height} pixels cannot be written as {suffix}: WebP holds at most 16,383 pixels "
+            "per side, JPEG 65,500. Convert the input to PNG"
+        )
     return content.tobytes()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from boxwright.checks import check_count, check_number
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import CLASS_COLUMNS, CocoMetrics
 from boxwright.evaluation.ground_truth import GroundTruth
@@ -55,6 +56,8 @@ def write_report(
     Returns:
         The page's path.
     """
+    check_number("score", score, 0, 1)
+    check_count("num_pictures", num_pictures, least=0)
     run = folder if run is None else run
     title = title or run.resolve().name
     history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []

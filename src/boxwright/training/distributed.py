@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from boxwright.checks import check_device
+
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for the slowest rank: rank 0 scores an evaluation alone, in seconds to minutes."""
 
@@ -38,7 +40,7 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
         device: "cpu", "cuda" or "cuda:N"; None takes CUDA where there is one.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: see `check_device`.
     """
     chosen = _device(device)
     if "RANK" not in os.environ or dist.is_initialized():
@@ -52,19 +54,15 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
 
 
 def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:N") from error
+    device = check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return device
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices. Train with "
-            "--device cpu, or start no more processes a machine than it has devices"
-        )
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise ValueError(f"{error}; start no more processes per machine than it has devices") from error
     torch.cuda.set_device(device)
     return device
 

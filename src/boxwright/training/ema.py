@@ -13,12 +13,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from boxwright.checks import check_number
+
 
 class EMA:
     """The averaged parameters beside a model that trains."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Start from the model's present parameters."""
+        check_number("decay", decay, 0, 1)
         self.decay = decay
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self._parameters.items()}

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.data.augment import Photometric
 from boxwright.data.augmentation import Augmentation
-from boxwright.data.buckets import Resize, ScaleMode, plan_scales
+from boxwright.data.buckets import Resize, ScaleMode
 from boxwright.training import parts
 
 # Those who work with experiments import these from here too.
@@ -39,6 +40,10 @@ class SGD:
     decay_norm_and_bias: bool = True
     """Whether normalisation parameters and biases decay too."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "lr", "weight_decay", least=0)
+        check_numbers(self, "momentum", least=0, most=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
@@ -52,6 +57,12 @@ class AdamW:
     """Weights shrink by this times the learning rate in each step."""
     decay_norm_and_bias: bool = False
     """Whether normalisation parameters and biases decay too."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lr", "weight_decay", least=0)
+        check_numbers(self, "betas", least=0, most=1)
+        if len(self.betas) != 2 or max(self.betas) == 1:
+            raise ValueError(f"betas={self.betas}: expected two numbers below 1, such as (0.9, 0.999)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,11 @@ class StepSchedule:
     warmup_factor: float = 1 / 3
     """The share of its full value that it starts from."""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "epochs")
+        check_counts(self, "warmup_steps", least=0)
+        check_numbers(self, "factor", "warmup_factor", least=0, most=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
@@ -78,6 +94,10 @@ class CosineSchedule:
     """Steps in which it rises linearly to the cosine."""
     warmup_factor: float = 1 / 3
     """The share of the cosine that it starts from."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "warmup_steps", least=0)
+        check_numbers(self, "final_factor", "warmup_factor", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +154,15 @@ class Experiment:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every", "keep_checkpoints")
-        for name in (*counts, "given_proposals"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
-        if self.scales is not None:
-            plan_scales(self.scales, self.scale_mode)
-        elif self.scale_mode != "list":
-            raise ValueError(f"scale_mode={self.scale_mode}: give the ends of the range, scales=(640,1333),(800,1333)")
+        check_counts(self, *counts, "given_proposals")
+        check_counts(self, "seed", least=0)
+        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
+        self.augmentation  # noqa: B018  (its constructor checks the image settings)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: give a share between 0 and 1, such as 0.999, or none")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs=true: only what is compiled is captured: give compile=true too")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm={self.clip_norm}: give a positive norm, or none")
+        check_numbers(self, "clip_norm", least=0, above=True)
 
     @property
     def augmentation(self) -> Augmentation:

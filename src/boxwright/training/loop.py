@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset, DatasetInfo
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
@@ -97,7 +98,12 @@ class Training:
                 run, the run to resume had another experiment or is damaged, not all processes see its checkpoints,
                 proposals are missing or have no use, or `init` does not fit.
         """
-        self.experiment, self.folder, self.device = experiment, RunFolder(out), torch.device(device)
+        check_count("num_workers", num_workers, least=0)
+        check_count("allowed_non_finite", allowed_non_finite, least=0)
+        for name, steps in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
+            if steps is not None:
+                check_count(name, steps)
+        self.experiment, self.folder, self.device = experiment, RunFolder(out), check_device(device)
         self.evaluate, self.allowed_non_finite = evaluate, allowed_non_finite
         require_rebuildable(experiment)
         torch.manual_seed(experiment.seed)

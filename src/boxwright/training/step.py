@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from boxwright.checks import check_count, check_device, check_number
 from boxwright.losses import shared_denominators
-from boxwright.precision import Precision, autocast
+from boxwright.precision import Precision, autocast, check_precision
 from boxwright.structures import Batch
 from boxwright.training.compiled import CompiledLosses, Losses
 
@@ -57,6 +58,11 @@ class TrainStep:
         Raises:
             ValueError: CUDA graphs are asked for in a run with several processes.
         """
+        check_device(device)
+        check_precision(precision)
+        check_count("allowed_non_finite", allowed_non_finite, least=0)
+        if clip_norm is not None:
+            check_number("clip_norm", clip_norm, 0, above=True)
         if cuda_graphs and dist.is_initialized():
             # The all-reduce of the losses' denominators would be captured too, which is untested.
             raise ValueError("cuda_graphs=true works in a single process only: set cuda_graphs=false under torchrun")

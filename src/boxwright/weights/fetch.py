@@ -173,7 +173,7 @@ def _bar(name: str) -> Iterator[Show]:
 
     console = Console(stderr=True)
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),

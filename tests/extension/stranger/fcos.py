@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from boxwright.heads.class_rows import ClassRows
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import PYTORCH, Backbone, PixelStats
@@ -21,6 +20,7 @@ from boxwright.backbones.fpn import resnet_fpn
 from boxwright.data.buckets import Resize
 from boxwright.detectors.detector import Detector, PixelNormalizer
 from boxwright.geometry.boxes import clip
+from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.suppression import Suppression
 from boxwright.losses import binary_cross_entropy, giou_loss, sigmoid_focal_loss, weighted_mean
 from boxwright.structures import Batch, Detections, Targets, take_slots

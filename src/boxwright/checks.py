@@ -1,0 +1,107 @@
+"""Checks of arguments and settings: each raises a ValueError with the name, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def check_choice(name: str, value: object, choices: Collection[Any]) -> None:
+    """Check that a value is one of a few.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Check that a value is a whole number, not below `least`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")
+
+
+def check_number(
+    name: str, value: object, least: float = -math.inf, most: float = math.inf, *, above: bool = False
+) -> None:
+    """Check that a value is a finite number in `least`..`most`.
+
+    Args:
+        name: Of the argument or setting.
+        value: Its value.
+        least: Smallest number that is allowed.
+        most: Largest number that is allowed.
+        above: Whether the number must be above `least`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and least <= value <= most and not (above and value == least):  # type: ignore[operator]
+        return
+    if not math.isinf(most):
+        allowed = f"a number above {least:g}, at most {most:g}" if above else f"a number in {least:g}..{most:g}"
+    elif not math.isinf(least):
+        allowed = f"a number above {least:g}" if above else f"a number, at least {least:g}"
+    else:
+        allowed = "a finite number"
+    raise ValueError(f"{name}={value!r}: expected {allowed}")
+
+
+def check_counts(settings: object, *names: str, least: int = 1) -> None:
+    """`check_count` for fields of a dataclass, also for each element of a tuple; None passes."""
+    for name in names:
+        for value in _values(settings, name):
+            check_count(name, value, least)
+
+
+def check_numbers(
+    settings: object, *names: str, least: float = -math.inf, most: float = math.inf, above: bool = False
+) -> None:
+    """`check_number` for fields of a dataclass, also for each element of a tuple; None passes."""
+    for name in names:
+        for value in _values(settings, name):
+            check_number(name, value, least, most, above=above)
+
+
+def _values(settings: object, name: str) -> list[Any]:
+    value = getattr(settings, name)
+    if isinstance(value, tuple | list):
+        return list(value)
+    return [] if value is None else [value]
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """The device of a name, if detectors run on it and it is there.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: It is no device, Boxwright does not support it, or this machine does not have it.
+    """
+    fix = 'use --device cpu (device="cpu")'
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device '{chosen}' is not supported: Boxwright runs on cpu and cuda; {fix}")
+    if chosen.type == "cpu" and chosen.index:
+        raise ValueError(f"device '{chosen}': there is one CPU device; {fix}")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"device '{chosen}': PyTorch finds no CUDA device on this machine; {fix}")
+        if (chosen.index or 0) >= count:
+            raise ValueError(f"device '{chosen}': this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return chosen
