@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from boxwright.backbones.convolve import convolve
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.box_loss import check_loss_weights
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.slots import used_slots
@@ -41,6 +42,11 @@ class MaskConfig:
     """RoIAlign samples this many points a side in each cell of the grid."""
     num_levels: int = 4
     """The finest levels that boxes are pooled from; P2 to P5 of five."""
+    mask_loss_weight: float = 1.0
+    """Weight of the mask loss."""
+
+    def __post_init__(self) -> None:
+        check_loss_weights(mask_loss_weight=self.mask_loss_weight)
 
 
 class MaskHead(nn.Module):
@@ -136,7 +142,7 @@ class MaskHead(nn.Module):
             plus_one=self.conventions.plus_one,
         )
         loss = binary_cross_entropy(logits, wanted, positive[..., None, None]).mean((2, 3))
-        return {"mask": weighted_mean(loss, positive)}
+        return {"mask": self.config.mask_loss_weight * weighted_mean(loss, positive)}
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """The detections with their masks, each for its own class; 0 in invalid slots.
