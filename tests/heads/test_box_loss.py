@@ -93,7 +93,7 @@ def test_a_function_that_reduces_its_losses_is_refused() -> None:
 
 @pytest.mark.parametrize("config", [RPNConfig, BoxConfig, RetinaConfig])
 def test_wrong_settings_are_refused(config: Any) -> None:
-    with pytest.raises(ValueError, match="box_loss: expected one of smooth_l1, giou, diou, ciou or a function.*'iou'"):
+    with pytest.raises(ValueError, match=r"box_loss: expected one of smooth_l1, giou, diou, ciou or a function.*'iou'"):
         config(box_loss="iou")
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="box_loss_weight: expected a finite number of at least 0"):
