@@ -1,12 +1,12 @@
-"""Losses, element by element, and the one mean that all of them are reduced with.
+"""Element-wise losses, and the weighted mean that reduces all of them.
 
-Losses come back in float32 (float64 for float64 input), under autocast too. Where `valid` is False, inputs are replaced
-before any arithmetic: the loss there is 0 and no NaN that padding holds can come back through the gradient, as it would
-if only the finished loss were masked.
+Losses are float32 (float64 for float64 input), under autocast too. Where `valid` is False, inputs are replaced before
+any arithmetic: the loss is 0, and a NaN in padding cannot reach the gradient, as it would if only the loss were masked.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +171,81 @@ def smooth_l1(predictions: Tensor, targets: Tensor, beta: float, valid: Tensor |
     predictions = _keep_valid(at_least_float32(predictions), valid)
     targets = _keep_valid(targets, valid).to(predictions.dtype)
     return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
+
+
+def giou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Generalized IoU loss, 1 - GIoU (Rezatofighi et al., 2019, arXiv 1902.09630), in 0..2.
+
+    Losses and gradients are finite for any finite boxes: a box whose x2 < x1 or y2 < y1 has no area.
+
+    Args:
+        predictions: [..., 4] xyxy.
+        targets: [..., 4] xyxy.
+        valid: [...] bool, which boxes count; None for all.
+
+    Returns:
+        [...] losses.
+    """
+    iou, union, enclosing, _ = _overlaps(predictions, targets, valid)
+    width, height = enclosing.unbind(-1)
+    return _keep_valid(1 - iou + _safe_ratio(width * height - union, width * height), valid)
+
+
+def diou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Distance IoU loss (Zheng et al., 2020, arXiv 1911.08287, eq. 7), in 0..2; arguments as in `giou_loss`."""
+    iou, _, enclosing, distance = _overlaps(predictions, targets, valid)
+    return _keep_valid(1 - iou + _safe_ratio(distance, enclosing.square().sum(-1)), valid)
+
+
+def ciou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Complete IoU loss (Zheng et al., 2020, arXiv 1911.08287, eq. 10); arguments as in `giou_loss`.
+
+    The weight alpha of the aspect ratio counts as a constant in the gradient, as in the authors' code.
+    """
+    iou, _, enclosing, distance = _overlaps(predictions, targets, valid)
+    angles = _aspect_angle(_sizes(_keep_boxes(predictions, valid))), _aspect_angle(_sizes(_keep_boxes(targets, valid)))
+    aspect = 4 / math.pi**2 * (angles[1] - angles[0]).square()
+    with torch.no_grad():
+        alpha = _safe_ratio(aspect, 1 - iou + aspect)
+    return _keep_valid(1 - iou + _safe_ratio(distance, enclosing.square().sum(-1)) + alpha * aspect, valid)
+
+
+def _overlaps(predictions: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """IoU [...], union [...], (width, height) of the enclosing box [..., 2], squared distance of the centres [...]."""
+    predictions, targets = _keep_boxes(predictions, valid), _keep_boxes(targets, valid)
+    upper_left = torch.maximum(predictions[..., :2], targets[..., :2])
+    lower_right = torch.minimum(predictions[..., 2:], targets[..., 2:])
+    shared = (lower_right - upper_left).clamp(min=0).prod(-1)
+    union = _sizes(predictions).prod(-1) + _sizes(targets).prod(-1) - shared
+    # Corners of both boxes in any order, so that a box with x2 < x1 lies within the enclosing box too.
+    corners = torch.stack([predictions, targets]).unflatten(-1, (2, 2))
+    enclosing = corners.amax((0, -2)) - corners.amin((0, -2))
+    distance = (
+        ((predictions[..., :2] + predictions[..., 2:] - targets[..., :2] - targets[..., 2:]) / 2).square().sum(-1)
+    )
+    return _safe_ratio(shared, union), union, enclosing, distance
+
+
+def _keep_boxes(boxes: Tensor, valid: Tensor | None) -> Tensor:
+    return _keep_valid(at_least_float32(boxes), None if valid is None else valid[..., None])
+
+
+def _sizes(boxes: Tensor) -> Tensor:
+    """[..., 2] width and height, not negative."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+
+
+def _safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient; 0 without gradient where the denominator is (nearly) 0."""
+    usable = denominator > torch.finfo(denominator.dtype).eps
+    return torch.where(usable, numerator, 0.0) / torch.where(usable, denominator, 1.0)
+
+
+def _aspect_angle(sizes: Tensor) -> Tensor:
+    """atan(width / height); that of a square, without gradient, for boxes that are (nearly) a point."""
+    usable = sizes.amax(-1, keepdim=True) > torch.finfo(sizes.dtype).eps
+    width, height = torch.where(usable, sizes, 1.0).unbind(-1)
+    return torch.atan2(width, height)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from boxwright.data.buckets import Resize
 from boxwright.recipes.faster_rcnn import faster_rcnn_r18_fpn_small
 from boxwright.recipes.mask_rcnn import mask_rcnn_r18_fpn_small
 from boxwright.recipes.retinanet import retinanet_r18_fpn_small
 from boxwright.recipes.rpn import rpn_r18_fpn_small
-from boxwright.training.experiment import SGD, Experiment, StepSchedule
+from boxwright.training.experiment import SGD, Experiment, StepSchedule, build
 from training.fakes import MODEL
 
 TIMES = {
@@ -85,8 +87,16 @@ def start_python(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+RECIPES = {
+    "rpn": rpn_r18_fpn_small,
+    "faster_rcnn": faster_rcnn_r18_fpn_small,
+    "retinanet": retinanet_r18_fpn_small,
+    "mask_rcnn": mask_rcnn_r18_fpn_small,
+}
+
+
 def real_experiments(**changes: Any) -> dict[str, Experiment]:
-    """Small detectors, for four steps on eight pictures by twos."""
+    """Small detectors, for four steps of two images out of eight."""
     settings = {
         "resize": Resize(64, 64),
         "scale_jitter": None,
@@ -96,10 +106,20 @@ def real_experiments(**changes: Any) -> dict[str, Experiment]:
         "batch_size": 2,
         **changes,
     }
-    recipes = {
-        "rpn": rpn_r18_fpn_small,
-        "faster_rcnn": faster_rcnn_r18_fpn_small,
-        "retinanet": retinanet_r18_fpn_small,
-        "mask_rcnn": mask_rcnn_r18_fpn_small,
-    }
-    return {name: replace(recipe(), **settings) for name, recipe in recipes.items()}
+    return {name: replace(recipe(), **settings) for name, recipe in RECIPES.items()}
+
+
+def float64_model(num_classes: int, *, recipe: str) -> nn.Module:
+    """The model of one of `RECIPES`, in float64."""
+    return build(RECIPES[recipe]().model, num_classes=num_classes).double()
+
+
+def float64_experiments(**changes: Any) -> dict[str, Experiment]:
+    """`real_experiments` whose arithmetic is float64, so that rounding is far below the precision of the log."""
+    experiments = real_experiments(**changes)
+    return {name: replace(e, model=partial(float64_model, recipe=name)) for name, e in experiments.items()}
+
+
+FLOAT32_LOG = 1e-6
+"""Relative difference that rounding leaves between runs in float64: the log keeps float32, whose values are rounded by
+up to 6e-8 once on each rank and in the sum and the mean over the losses' parts."""

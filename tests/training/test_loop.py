@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from boxwright.backbones.fpn import resnet_fpn
-from boxwright.detectors.rcnn import faster_rcnn
 from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment, build
 from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
@@ -254,7 +252,7 @@ def test_metrics_line_holds_what_the_loop_promises(tmp_path: Path, capsys: pytes
     assert set(line) == TRAIN_KEYS
     assert line["epoch"] == 1
     said = capsys.readouterr().out
-    assert "learning rate 0.005: 0.01 is for 4 images a step, here are 2" in said
+    assert "learning rate 0.005 (0.01 at batch size 4, scaled linearly to batch size 2)" in said
     for word in ("s/iter", "img/s", "data", "MiB", "ETA"):
         assert word in said
 
@@ -283,7 +281,7 @@ def test_masks_are_read_where_the_detector_needs_them(tmp_path: Path, capsys: py
     pictures, experiment = Pictures(), tiny_experiment(epochs=1, model=partial(masked_detector))
     pictures.num_masks, pictures.num_without_mask = 12, 3
     train(experiment, pictures, tmp_path / "some", num_workers=0)
-    assert "3 objects have no mask: their boxes are learnt, their masks are not" in capsys.readouterr().out
+    assert "3 objects have no mask: they are used for the box losses only" in capsys.readouterr().out
     pictures.num_masks = 0
     train(tiny_experiment(epochs=1), pictures, tmp_path / "boxes", num_workers=0)
     assert "no mask" not in capsys.readouterr().out
@@ -310,13 +308,16 @@ def _count_parameters(detector: nn.Module) -> dict[str, float]:
     return {"parameters": float(sum(parameter.detach().sum() for parameter in detector.parameters()))}
 
 
-def test_warns_of_a_backbone_that_cannot_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    experiment = tiny_experiment(model=partial(faster_rcnn, backbone=partial(resnet_fpn, depth=18)))
-    training = Training(experiment, Pictures(), tmp_path, num_workers=0)
-    training._introduce()
-    assert "will not learn" in capsys.readouterr().out
-    for name, buffer in training.detector.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.fill_(0.5)
-    training._introduce()
-    assert "will not learn" not in capsys.readouterr().out
+def test_resuming_a_run_saved_before_a_setting_existed(tmp_path: Path) -> None:
+    """A setting that the checkpoint does not have counts as its default."""
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    state = tmp_path / "checkpoints" / "step_4" / "state.json"
+    page = json.loads(state.read_text())
+    arguments = page["experiment"]["arguments"]
+    del arguments["cuda_graphs"], arguments["optimizer"]["arguments"]["momentum"]
+    del arguments["model"]["arguments"]["dropout"]
+    state.write_text(json.dumps(page))
+    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True)
+    changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.01, momentum=0.8))
+    with pytest.raises(ValueError, match=r"optimizer\.momentum was 0\.9 and is 0\.8"):
+        train(changed, Pictures(), tmp_path, num_workers=0, resume=True)

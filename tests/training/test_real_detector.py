@@ -1,4 +1,4 @@
-"""The loop with real detectors: what the tiny one cannot show."""
+"""The loop with real detectors, for what the tiny detector cannot show."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ import pytest
 
 from boxwright.training.loop import train
 from training.fakes import Pictures
-from training.runs import curve, real_experiments, start_python
+from training.runs import FLOAT32_LOG, curve, float64_experiments, start_python
 
 EMPTY = frozenset({0, 1, 2, 3, 5})
 RANK = """
 from pathlib import Path
 from training.fakes import Pictures
-from training.runs import real_experiments
+from training.runs import float64_experiments
 from training.test_real_detector import EMPTY
 from boxwright.training.distributed import process_group
 from boxwright.training.loop import train
 with process_group("cpu") as device:
-    for name, experiment in real_experiments(images_per_device=1).items():
+    for name, experiment in float64_experiments(images_per_device=1).items():
         train(experiment, Pictures(8, empty=EMPTY), Path({out!r}) / name, device=device, num_workers=0)
 """
 
 
 def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
-    """In some steps one rank's picture holds no object, in others neither does."""
+    """In some steps the image of one rank holds no object, in others neither image does.
+
+    In float64: convolutions of one image and of two are rounded differently, by an amount that depends on the
+    processor and that four steps of training increase. In float32 the losses differ by 1e-5 or more.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
-    experiments = real_experiments(images_per_device=2)
+    experiments = float64_experiments(images_per_device=2)
     for name, experiment in experiments.items():
         train(experiment, Pictures(8, empty=EMPTY), one / name, num_workers=0)
     with socket.socket() as free:
@@ -43,5 +47,5 @@ def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
         lines, others = curve(one / name), curve(two / name)
         assert len(lines) == len(others) == 4
         for line, other in zip(lines, others, strict=True):
-            assert line["losses"] == pytest.approx(other["losses"], abs=1e-5)
-            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+            assert line["losses"] == pytest.approx(other["losses"], rel=FLOAT32_LOG)
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=FLOAT32_LOG)

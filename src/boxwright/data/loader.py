@@ -118,6 +118,8 @@ class TrainingLoader:
         self._num_workers, self._start_method = num_workers, start_method
         self.steps_per_epoch = self._sampler.steps_per_epoch
         """Number of steps that show every image, the same in each epoch."""
+        self.num_canvases = len({canvas for scales_of_bucket in canvases for canvas in scales_of_bucket})
+        """Number of canvas shapes that batches have."""
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches from a step on, without end. Closing the generator ends its workers."""

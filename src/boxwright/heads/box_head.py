@@ -23,13 +23,14 @@ from boxwright.backbones.convolve import convolve
 from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
+from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.grid_linear import GridLinear
 from boxwright.heads.slots import used_slots
 from boxwright.heads.suppression import Suppression
-from boxwright.losses import at_least_float32, cross_entropy, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, cross_entropy, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.precision import without_gradients
 from boxwright.structures import Detections, Proposals, Targets, take_slots
@@ -63,8 +64,14 @@ class BoxConfig:
     """Proposals an image that the losses look at."""
     positive_fraction: float = 0.25
     """At most this share of them is positive."""
+    box_loss: BoxLoss = "smooth_l1"
+    """Box regression loss: "smooth_l1" on box deltas, or "giou", "diou", "ciou" or a function on decoded boxes."""
     smooth_l1_beta: float = 1.0
-    """Where the box loss turns from square to linear."""
+    """Smooth L1 beta: the absolute error at which the loss changes from quadratic to linear."""
+    class_loss_weight: float = 1.0
+    """Weight of the classification loss."""
+    box_loss_weight: float = 1.0
+    """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight, such as 10."""
     stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
     """Box deltas are divided by these, so that their loss weighs as much as the class's."""
     class_agnostic: bool = False
@@ -95,6 +102,8 @@ class BoxConfig:
         check_numbers(self, "smooth_l1_beta", "min_size", least=0)
         check_choice("nms", self.nms, ("hard", "linear", "gaussian"))
         check_choice("norm", self.norm, (None, *get_args(GridNorm)))
+        check_box_loss(self.box_loss)
+        check_numbers(self, "class_loss_weight", "box_loss_weight", least=0)
 
     @property
     def max_positives(self) -> int:
@@ -239,7 +248,7 @@ class BoxHead(nn.Module):
         return cross_entropy(logits, labels, found.valid)
 
     def losses(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
-        """Cross-entropy of classes and smooth L1 of boxes, both over the number of sampled boxes.
+        """Cross-entropy of classes and the box loss, both over the number of sampled boxes.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
@@ -247,25 +256,31 @@ class BoxHead(nn.Module):
             targets: the batch's ground truth.
 
         Returns:
-            `box_class` and `box_regression`, scalars. Without objects the first learns background and the second is 0.
+            `box_class` and `box_regression`, scalars. Without objects every box is background and the second is 0.
         """
         logits, deltas = self(features, sampled.boxes, sampled.valid)
         return self.losses_of(logits, deltas, sampled, targets)
 
     def losses_of(self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
-        """`losses` of what the head said of the sampled boxes, [B, S, C + 1] and [B, S, K, 4] (see `forward`)."""
+        """`losses` from the head's outputs for the sampled boxes: logits [B, S, C + 1], deltas [B, S, K, 4]."""
+        config = self.config
         boxes, matched, positive, valid, _ = sampled
         labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
         class_loss = cross_entropy(logits, labels, valid)
-
-        objects = torch.where(positive[..., None], take_slots(targets.boxes, matched), boxes)
-        wanted = box_geometry.encode(objects, boxes, self.config.stds, plus_one=self.conventions.plus_one)
-        own_box = labels.clamp(max=self.num_boxes - 1)[..., None, None].expand(*labels.shape, 1, 4)
-        given = deltas.gather(2, own_box).squeeze(2)
-        box_loss = smooth_l1(given, wanted, self.config.smooth_l1_beta, positive[..., None]).sum(-1)
+        class_index = labels.clamp(max=self.num_boxes - 1)[..., None, None].expand(*labels.shape, 1, 4)
+        box_loss = box_regression_loss(
+            config.box_loss,
+            deltas.gather(2, class_index).squeeze(2),
+            boxes,
+            take_slots(targets.boxes, matched),
+            positive,
+            stds=config.stds,
+            smooth_l1_beta=config.smooth_l1_beta,
+            plus_one=self.conventions.plus_one,
+        )
         return {
-            "box_class": weighted_mean(class_loss, valid),
-            "box_regression": weighted_mean(box_loss, valid),
+            "box_class": config.class_loss_weight * weighted_mean(class_loss, valid),
+            "box_regression": config.box_loss_weight * weighted_mean(box_loss, valid),
         }
 
     def refine(self, boxes: Tensor, deltas: Tensor, image_sizes: Tensor) -> Tensor:

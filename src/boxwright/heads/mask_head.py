@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.backbones.convolve import convolve
-from boxwright.checks import check_choice, check_counts
+from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.heads.class_rows import ClassRows
@@ -45,10 +45,13 @@ class MaskConfig:
     """RoIAlign samples this many points a side in each cell of the grid."""
     num_levels: int = 4
     """The finest levels that boxes are pooled from; P2 to P5 of five."""
+    mask_loss_weight: float = 1.0
+    """Weight of the mask loss."""
 
     def __post_init__(self) -> None:
         check_counts(self, "width", "output_size", "num_levels")
         check_counts(self, "num_convs", "sampling_ratio", least=0)
+        check_numbers(self, "mask_loss_weight", least=0)
         check_choice("norm", self.norm, (None, *get_args(GridNorm)))
 
 
@@ -147,7 +150,7 @@ class MaskHead(nn.Module):
             plus_one=self.conventions.plus_one,
         )
         loss = binary_cross_entropy(logits, wanted, positive[..., None, None]).mean((2, 3))
-        return {"mask": weighted_mean(loss, positive)}
+        return {"mask": self.config.mask_loss_weight * weighted_mean(loss, positive)}
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """The detections with their masks, each for its own class; 0 in invalid slots.

@@ -24,9 +24,10 @@ from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
+from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.suppression import Suppression
-from boxwright.losses import at_least_float32, sigmoid_focal_loss, smooth_l1, weighted_mean
+from boxwright.losses import at_least_float32, sigmoid_focal_loss, weighted_mean
 from boxwright.structures import Detections, Targets, take_slots
 
 
@@ -55,9 +56,15 @@ class RetinaConfig:
     focal_alpha: float = 0.25
     """Weight of "yes" in the focal loss; that of "no" is 1 less this."""
     focal_gamma: float = 2.0
-    """How much the focal loss turns from what is right already."""
+    """Focusing parameter gamma: how strongly well-classified anchors are down-weighted."""
+    box_loss: BoxLoss = "smooth_l1"
+    """Box regression loss: "smooth_l1" on box deltas, or "giou", "diou", "ciou" or a function on decoded boxes."""
     smooth_l1_beta: float = 0.11
-    """Where the box loss turns from square to linear; 0 for plain L1."""
+    """Smooth L1 beta: the absolute error at which the loss changes from quadratic to linear; 0 for plain L1."""
+    class_loss_weight: float = 1.0
+    """Weight of the classification loss."""
+    box_loss_weight: float = 1.0
+    """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight."""
     pre_nms_per_level: int = 1000
     """The best scores of each level that become candidates."""
     score_threshold: float = 0.05
@@ -86,6 +93,8 @@ class RetinaConfig:
         # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
         if not 1 <= self.scales_per_octave <= 100:
             raise ValueError(f"scales_per_octave={self.scales_per_octave}: give 1 to 100, such as 3")
+        check_box_loss(self.box_loss)
+        check_numbers(self, "class_loss_weight", "box_loss_weight", least=0)
 
 
 class RetinaOutput(NamedTuple):
@@ -163,14 +172,14 @@ class RetinaHead(nn.Module):
         )
 
     def losses(self, output: RetinaOutput, targets: Targets) -> dict[str, Tensor]:
-        """Focal loss of classes and smooth L1 of boxes, both over the number of positive anchors of the batch.
+        """Focal loss of classes and the box loss, both over the number of positive anchors of the batch.
 
         Args:
             output: the head's answer.
             targets: the batch's ground truth.
 
         Returns:
-            `retina_class` and `retina_box`, scalars. Without objects the first learns background and the second is 0.
+            `retina_class` and `retina_box`, scalars. Without objects every anchor is background and the second is 0.
         """
         config, plus_one = self.config, self.conventions.plus_one
         matches = match(
@@ -189,12 +198,20 @@ class RetinaHead(nn.Module):
                 output.logits, *(rows.split(output.level_lengths, 1) for rows in (labels, counts)), strict=True
             )
         ]
-        objects = torch.where(positive[..., None], take_slots(targets.boxes, matches.matched), output.anchors)
-        wanted = box_geometry.encode(objects, output.anchors, DELTA_STDS, plus_one=plus_one)
-        box_loss = smooth_l1(output.deltas, wanted, config.smooth_l1_beta, positive[..., None]).sum(-1)
+        box_loss = box_regression_loss(
+            config.box_loss,
+            output.deltas,
+            output.anchors,
+            take_slots(targets.boxes, matches.matched),
+            positive,
+            stds=DELTA_STDS,
+            smooth_l1_beta=config.smooth_l1_beta,
+            plus_one=plus_one,
+        )
+        class_mean = weighted_mean(torch.cat(class_loss, 1), counts, over=positive)
         return {
-            "retina_class": weighted_mean(torch.cat(class_loss, 1), counts, over=positive),
-            "retina_box": weighted_mean(box_loss, positive),
+            "retina_class": config.class_loss_weight * class_mean,
+            "retina_box": config.box_loss_weight * weighted_mean(box_loss, positive),
         }
 
     @torch.no_grad()

@@ -24,7 +24,8 @@ from boxwright.checks import check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
-from boxwright.losses import at_least_float32, binary_cross_entropy, smooth_l1, weighted_mean
+from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
+from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.nms import nms
 from boxwright.ops.patches import convolve_patches, gather_patches
 from boxwright.precision import without_gradients
@@ -55,8 +56,14 @@ class RPNConfig:
     """Anchors an image that the losses look at."""
     positive_fraction: float = 0.5
     """At most this share of them is positive."""
+    box_loss: BoxLoss = "smooth_l1"
+    """Box regression loss: "smooth_l1" on box deltas, or "giou", "diou", "ciou" or a function on decoded boxes."""
     smooth_l1_beta: float = 1 / 9
-    """Where the box loss turns from square to linear."""
+    """Smooth L1 beta: the absolute error at which the loss changes from quadratic to linear."""
+    objectness_loss_weight: float = 1.0
+    """Weight of the objectness loss."""
+    box_loss_weight: float = 1.0
+    """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight."""
     pre_nms_per_level: int = 2000
     """In training, the best anchors of each level that become proposals."""
     num_proposals: int = 2000
@@ -78,6 +85,8 @@ class RPNConfig:
         )
         check_numbers(self, "anchor_scale", "ratios", least=0, above=True)
         check_numbers(self, "border", "smooth_l1_beta", "min_size", least=0)
+        check_box_loss(self.box_loss)
+        check_numbers(self, "objectness_loss_weight", "box_loss_weight", least=0)
 
 
 class RPNOutput(NamedTuple):
@@ -159,7 +168,7 @@ class RPNHead(nn.Module):
     def losses(
         self, features: Sequence[Tensor], canvas: tuple[int, int], batch: Batch, targets: Targets
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of objectness and smooth L1 of boxes, both over the number of sampled anchors.
+        """Binary cross-entropy of objectness and the box loss, both over the number of sampled anchors.
 
         The losses look at a few hundred anchors of a hundred thousand, and which ones does not depend on what the head
         says of them. So the head is computed at those alone, and so is its gradient, which is 0 anywhere else.
@@ -194,13 +203,20 @@ class RPNHead(nn.Module):
         objectness, deltas = self.at_anchors(features, sampled.indices)
         anchors = all_anchors[sampled.indices]
         matched = take_slots(targets.boxes, take_slots(matches.matched, sampled.indices))
-        matched = torch.where(sampled.positive[..., None], matched, anchors)
-        wanted = box_geometry.encode(matched, anchors, DELTA_STDS, plus_one=plus_one)
-        box_loss = smooth_l1(deltas, wanted, config.smooth_l1_beta, sampled.positive[..., None]).sum(-1)
+        box_loss = box_regression_loss(
+            config.box_loss,
+            deltas,
+            anchors,
+            matched,
+            sampled.positive,
+            stds=DELTA_STDS,
+            smooth_l1_beta=config.smooth_l1_beta,
+            plus_one=plus_one,
+        )
         objectness_loss = binary_cross_entropy(objectness, sampled.positive, sampled.valid)
         return {
-            "rpn_objectness": weighted_mean(objectness_loss, sampled.valid),
-            "rpn_box": weighted_mean(box_loss, sampled.valid),
+            "rpn_objectness": config.objectness_loss_weight * weighted_mean(objectness_loss, sampled.valid),
+            "rpn_box": config.box_loss_weight * weighted_mean(box_loss, sampled.valid),
         }
 
     def at_anchors(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,9 +54,12 @@ _TOLD = {
 """Settings that its model can be given, or that change nothing where the others of their kind are its."""
 _TRAINING = {
     "rpn": {"positive_iou", "negative_iou", "low_quality", "border", "num_sampled", "positive_fraction"}
-    | {"smooth_l1_beta", "pre_nms_per_level", "num_proposals"},
-    "box": {"positive_iou", "num_sampled", "positive_fraction", "smooth_l1_beta", "hard_examples", "nms_sigma"},
-    "retina": {"positive_iou", "negative_iou", "low_quality", "prior", "focal_alpha", "focal_gamma", "smooth_l1_beta"},
+    | {"smooth_l1_beta", "box_loss", "objectness_loss_weight", "box_loss_weight", "pre_nms_per_level", "num_proposals"},
+    "box": {"positive_iou", "num_sampled", "positive_fraction", "smooth_l1_beta", "hard_examples", "nms_sigma"}
+    | {"box_loss", "class_loss_weight", "box_loss_weight"},
+    "mask": {"mask_loss_weight"},
+    "retina": {"positive_iou", "negative_iou", "low_quality", "prior", "focal_alpha", "focal_gamma", "smooth_l1_beta"}
+    | {"box_loss", "class_loss_weight", "box_loss_weight"},
 }
 """Settings that play no part in what a model detects, or none with the others that are asked for."""
 _MEND = {

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from boxwright.training.distributed import rank
+from boxwright.training.plan import Plan
 
 
 def say(line: str) -> None:
@@ -170,6 +171,44 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is no JSON ({error}): remove that line") from None
     return lines
+
+
+def train_line(rows: Tensor, names: Sequence[str], clock: Clock, plan: Plan, *, step: int) -> dict[str, Any]:
+    """One "train" line of `metrics.jsonl`, without the memory.
+
+    Args:
+        rows: [steps, names] scalars of the interval's steps, averaged over ranks. Non-finite steps are left out.
+        names: names of the columns.
+        clock: the interval's clock.
+        plan: the run's plan.
+        step: number of steps done.
+    """
+    finite = rows[rows[:, names.index("finite")] == 1]
+    means = dict(zip(names, finite.mean(0).tolist(), strict=True)) if len(finite) else {}
+    seconds = clock.seconds / clock.num_steps
+    return {
+        "kind": "train",
+        "step": step,
+        "epoch": step / plan.steps_per_epoch,
+        "learning_rate": plan.learning_rate(step - 1),
+        "total": means.pop("total", 0.0),
+        "grad_norm": means.pop("grad_norm", 0.0),
+        "losses": {name: value for name, value in means.items() if name != "finite"},
+        "seconds_per_step": seconds,
+        "images_per_second": plan.images_per_step / seconds,
+        "data_wait": clock.data_wait / clock.num_steps,
+        "data_wait_share": clock.data_wait / clock.seconds,
+        "eta_seconds": seconds * (plan.total_steps - step),
+    }
+
+
+_CURVES = ("total", "learning_rate", "grad_norm", "seconds_per_step", "images_per_second", "data_wait", "memory_mib")
+
+
+def train_curves(line: dict[str, Any]) -> dict[str, float]:
+    """The TensorBoard values of a "train" line."""
+    losses = {f"loss/{name}": value for name, value in line["losses"].items()}
+    return losses | {f"train/{name}": line[name] for name in _CURVES}
 
 
 def progress_line(line: dict[str, Any], total_steps: int) -> str:

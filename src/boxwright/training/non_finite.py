@@ -1,8 +1,8 @@
-"""What is kept of a step whose loss or gradient was not finite, so that it can be named and done again."""
+"""Non-finite losses and gradients: naming the images of the step, keeping its batch, stopping the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,88 @@ from torch import Tensor
 
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 from boxwright.training.distributed import gather, rank
+from boxwright.training.metrics import say
 
 
 class NonFiniteError(ValueError):
-    """Training met a loss or gradient that is NaN or infinite."""
+    """A loss or gradient was NaN or infinite."""
+
+
+class NonFiniteGuard:
+    """Finds skipped steps among a run's recorded steps, keeps their batches, and stops the run after too many."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        allowed: int,
+        read_batches: Callable[[int], Sequence[Batch]],
+        write_weights: Callable[[Path], None],
+    ) -> None:
+        """Set up the guard.
+
+        Args:
+            folder: where batches and weights of non-finite steps go.
+            allowed: number of non-finite steps that are skipped; the next one stops training.
+            read_batches: reads this rank's batches of a step once more; the first step is 0.
+            write_weights: writes the current weights to a file.
+        """
+        self._folder, self._allowed = folder, allowed
+        self._read_batches, self._write_weights = read_batches, write_weights
+        self._num_checked, self._num_non_finite = 0, 0
+
+    def resume(self, step: int, num_non_finite: int) -> None:
+        """Continue after `step` checked steps, `num_non_finite` of which were skipped."""
+        self._num_checked, self._num_non_finite = step, num_non_finite
+
+    def check(self, rows: Tensor, names: Sequence[str], step: int) -> None:
+        """Look at the steps that are not checked yet. Every rank calls it together.
+
+        Args:
+            rows: [steps, names] this rank's scalars of the latest steps, on the host.
+            names: names of the columns, with "finite" and "total".
+            step: number of steps done; the last row is this step's.
+
+        Raises:
+            NonFiniteError: more steps than allowed were not finite.
+        """
+        finite, total = names.index("finite"), names.index("total")
+        for number, row in enumerate(rows, start=step - len(rows) + 1):
+            if row[finite] == 0 and number > self._num_checked:
+                self._handle(number, loss_is_finite=bool(row[total].isfinite()))
+        self._num_checked = step
+
+    def _handle(self, step: int, *, loss_is_finite: bool) -> None:
+        parts = self._read_batches(step - 1)
+        path, image_ids = keep_batches(self._folder, step, parts, loss_is_finite=loss_is_finite)
+        what = (
+            f"step {step}: the {'gradient' if loss_is_finite else 'loss'} is not finite on images {image_ids}; "
+            f"batch saved to {path}"
+        )
+        self._num_non_finite += 1
+        if self._num_non_finite <= self._allowed:
+            say(f"{what}. Step skipped ({self._num_non_finite} of {self._allowed} allowed)")
+            return
+        weights = self._folder / "weights.safetensors"
+        self._write_weights(weights)
+        raise NonFiniteError(
+            f"{what}, weights before the step to {weights}. Check the annotations of these images, lower the learning "
+            "rate, or allow such steps to be skipped (--allow-non-finite)"
+        )
 
 
 def keep_batches(folder: Path, step: int, batches: Sequence[Batch], *, loss_is_finite: bool) -> tuple[Path, list[int]]:
-    """Write what each rank learnt from in a step. Every rank calls it together.
+    """Write each rank's batches of a step. Every rank calls it together.
 
     Args:
-        folder: made if need be.
-        step: the number of the step that failed, 1 for a run's first.
-        batches: this rank's, all parts of the step.
-        loss_is_finite: whether this rank's own loss was finite.
+        folder: created if it does not exist.
+        step: number of the step; the first step is 1.
+        batches: this rank's batches, one for each part of an accumulated step.
+        loss_is_finite: whether this rank's loss was finite.
 
     Returns:
-        This rank's file, and the image ids of the ranks whose loss was not finite (of all ranks where every loss was
-        finite and the gradient was not).
+        This rank's file, and the image ids of the ranks whose loss was not finite (of all ranks if every loss was
+        finite but the gradient was not).
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step}_rank_{rank()}.safetensors"
@@ -46,7 +110,7 @@ def keep_batches(folder: Path, step: int, batches: Sequence[Batch], *, loss_is_f
 
 
 def load_batches(path: Path) -> list[Batch]:
-    """The batches of a file that the guard kept, to do the step again."""
+    """The batches in a file that the guard wrote, to repeat the step."""
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         part, name = key.split("/", 1)
@@ -58,7 +122,7 @@ _NESTED: dict[str, Any] = {"targets": Targets, "masks": MaskGrids, "proposals": 
 
 
 def _rebuilt(kind: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A structure from its tensors, the names of nested ones behind a dot."""
+    """A structure from its tensors by name; names of nested structures contain a dot."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         field, dot, rest = name.partition(".")
