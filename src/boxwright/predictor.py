@@ -21,9 +21,9 @@ from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
-from boxwright.detectors.inference import pack_convolutions
 from boxwright.detectors.proposal_network import ProposalNetwork
 from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
+from boxwright.layers.optimize import optimize_for_cpu
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
@@ -82,7 +82,7 @@ class Predictor:
         self.device = torch.device(device)
         self.detector = detector.to(self.device).eval()
         if self.device.type == "cpu":
-            pack_convolutions(self.detector)
+            optimize_for_cpu(self.detector)
         self.experiment = experiment
         self.categories = list(categories)
         self.metadata = metadata or {}

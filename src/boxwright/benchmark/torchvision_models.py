@@ -20,7 +20,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from boxwright.backbones.norm import make_norm
 from boxwright.backbones.resnet import BLOCKS_PER_STAGE
 from boxwright.geometry.anchors import octave_sizes
 from boxwright.heads.box_head import BoxConfig
@@ -28,6 +27,7 @@ from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.rules import Rule, rename
+from boxwright.layers.norm import make_norm
 from boxwright.training.experiment import arguments_of, call_name
 
 _FAMILIES = {

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from boxwright.backbones.norm import has_untrained_statistics
 from boxwright.data.dataset import Dataset
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.proposals import ProposalFile
 from boxwright.detectors.detector import require_proposals
+from boxwright.layers.norm import has_untrained_statistics
 from boxwright.structures import Batch, to_device
 from boxwright.training import checkpoint
 from boxwright.training.distributed import (

@@ -16,9 +16,9 @@ Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics are constants, in training too; scale and bias are parameters.
+    """Batch normalisation with constant statistics, also in training; scale and bias are parameters.
 
-    Detectors train with few images a GPU, too few for statistics of their own.
+    Detectors train with few images per GPU, too few to estimate statistics from.
     """
 
     running_mean: Tensor
@@ -78,18 +78,23 @@ def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Mod
     raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
 
 
-def folded(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight [C, inputs / groups, K, K] and bias [C] of the one convolution that does what both do."""
+def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight [C, inputs / groups, K, K] and bias [C] of the convolution that equals `norm(conv(x))`.
+
+    Args:
+        conv: any convolution.
+        norm: one with constant statistics, see `has_constant_statistics`.
+    """
     assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    before = norm.running_mean if convolution.bias is None else norm.running_mean - convolution.bias
-    return convolution.weight * scale[:, None, None, None], norm.bias - before * scale
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return conv.weight * scale[:, None, None, None], norm.bias - mean * scale
 
 
 def has_constant_statistics(norm: nn.Module) -> bool:
-    """Whether the norm is a scale and a shift of each channel, whatever it is given."""
+    """Whether the norm is one learned scale and shift per channel, independent of its input."""
     if isinstance(norm, FrozenBatchNorm2d):
         return True
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None and norm.affine
