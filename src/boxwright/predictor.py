@@ -23,7 +23,7 @@ from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, require_proposals
 from boxwright.detectors.proposal_network import ProposalNetwork
 from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_masks
-from boxwright.layers.optimize import optimize_for_cpu
+from boxwright.layers.optimize import optimize_for_cpu, optimize_for_cuda
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
@@ -83,6 +83,8 @@ class Predictor:
         self.detector = detector.to(self.device).eval()
         if self.device.type == "cpu":
             optimize_for_cpu(self.detector)
+        elif self.device.type == "cuda":
+            optimize_for_cuda(self.detector)
         self.experiment = experiment
         self.categories = list(categories)
         self.metadata = metadata or {}

@@ -55,6 +55,8 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (ResNet-18 and 34)."""
 
     expansion = 1
+    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"))
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (ResNet-50 and 101, ResNeXt)."""
 
     expansion = 4
+    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,
@@ -145,6 +149,9 @@ class _Stage(nn.Sequential):
 
 class ResNet(nn.Module):
     """ResNet without its classifier; a torchvision state dict less `fc.*` loads as it is."""
+
+    conv_norms = (("conv1", "bn1"),)
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,

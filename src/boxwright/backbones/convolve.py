@@ -1,0 +1,21 @@
+"""The former place of `boxwright.layers.conv_norm`."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from boxwright.layers.conv_norm import conv_norm
+
+
+def convolve(
+    convolution: nn.Module, norm: nn.Module | None, x: Tensor, add: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """The former name of `conv_norm`."""
+    warnings.warn(
+        "boxwright.backbones.convolve.convolve is now boxwright.layers.conv_norm.conv_norm; import that",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return conv_norm(convolution, norm, x, add, relu=relu)
