@@ -16,12 +16,12 @@ from PIL import Image
 from torch import nn
 
 import boxwright
-from boxwright.backbones.packed import PackedConv2d
 from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
 from boxwright.detectors.rcnn import fast_rcnn
 from boxwright.heads.box_head import BoxConfig
+from boxwright.layers.packed import PackedConv2d
 from boxwright.predictor import Predictor
 from boxwright.recipes.common import small
 from boxwright.structures import Batch, Detections

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from boxwright.data.dataset import Sample as Sample
     from boxwright.detectors.detector import Detector as Detector
     from boxwright.evaluation.evaluate import evaluate as evaluate
+    from boxwright.layers.optimize import optimize_for_cpu as optimize_for_cpu
     from boxwright.predictor import Prediction as Prediction
     from boxwright.predictor import Predictor as Predictor
     from boxwright.predictor import load as load
@@ -50,6 +51,7 @@ _MODULES = {
     "Targets": "boxwright.structures",
     "evaluate": "boxwright.evaluation.evaluate",
     "load": "boxwright.predictor",
+    "optimize_for_cpu": "boxwright.layers.optimize",
     "train": "boxwright.training.loop",
 }
 """The modules that define the public names. They are imported at first use, since most of them import torch."""

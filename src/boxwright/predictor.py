@@ -22,8 +22,8 @@ from boxwright.data.masks import Masks
 from boxwright.data.placement import place
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
-from boxwright.detectors.inference import pack_convolutions
 from boxwright.evaluation.evaluate import file_boxes, file_masks, without_non_finite
+from boxwright.layers.optimize import optimize_for_cpu, optimize_for_cuda
 from boxwright.precision import Precision, autocast, check_precision
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
@@ -83,7 +83,9 @@ class Predictor:
         self.device = check_device(device)
         self.detector = as_detector(detector).to(self.device).eval()
         if self.device.type == "cpu":
-            pack_convolutions(self.detector)
+            optimize_for_cpu(self.detector)
+        elif self.device.type == "cuda":
+            optimize_for_cuda(self.detector)
         self.experiment = experiment
         self.categories = list(categories)
         self.metadata = metadata or {}

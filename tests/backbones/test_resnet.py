@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from boxwright.backbones.backbone import Backbone
-from boxwright.backbones.norm import FrozenBatchNorm2d, make_norm
 from boxwright.backbones.resnet import Bottleneck, ResNet
+from boxwright.layers.norm import FrozenBatchNorm2d, make_norm
 
 
 def with_random_norms(model: nn.Module) -> nn.Module:

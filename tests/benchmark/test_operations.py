@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boxwright.backbones.convolve import convolve
 from boxwright.benchmark import operations
 from boxwright.benchmark.measure import Task
 from boxwright.benchmark.operations import best_rate, count_operations
+from boxwright.layers.conv_norm import conv_norm
 
 BATCH, INPUTS, OUTPUTS, KERNEL, HEIGHT, WIDTH = 2, 3, 5, 3, 10, 12
 FORMULA = 2 * BATCH * INPUTS * OUTPUTS * KERNEL**2 * HEIGHT * WIDTH
@@ -44,7 +44,7 @@ def test_a_fused_convolution_counts_as_much(task: Task, adds: bool) -> None:
     system = OneConvolution()
     added = torch.ones(BATCH, OUTPUTS, HEIGHT, WIDTH) if adds else None
     plain = system.layer
-    system.layer = lambda given: convolve(plain, None, given, added, relu=True)  # type: ignore[assignment]
+    system.layer = lambda given: conv_norm(plain, None, given, added, relu=True)  # type: ignore[assignment]
     assert count_operations(system, None, task) == (2 if task == "train" else 1) * FORMULA  # type: ignore[arg-type]
 
 

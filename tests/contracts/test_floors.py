@@ -14,6 +14,7 @@ FLOORS = [
     {"data"},
     {"ops"},
     {"losses"},
+    {"layers"},
     {"backbones"},
     {"assign"},
     {"heads"},

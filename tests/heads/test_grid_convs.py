@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.norm import FrozenBatchNorm2d
 from boxwright.heads.box_head import BoxConfig, BoxHead
 from boxwright.heads.grid_convs import GridNorm, grid_convs
 from boxwright.heads.mask_head import MaskConfig, MaskHead
+from boxwright.layers.norm import FrozenBatchNorm2d
 
 STRIDES = (4, 8, 16, 32)
 

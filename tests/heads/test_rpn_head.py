@@ -67,7 +67,7 @@ def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: 
     total = sum(output.level_lengths)
     corners = torch.tensor([0, 1, 47, 767, output.level_lengths[0], total - 1])
     indices = torch.stack([torch.cat([corners, torch.randint(total, (40,))]) for _ in range(2)])
-    objectness, deltas = head.at_anchors(maps, indices)
+    objectness, deltas = head.at_anchors(maps, (64, 96), indices)
     dense = output.objectness.gather(1, indices), output.deltas.gather(1, indices[..., None].expand(-1, -1, 4))
     weights = torch.randn_like(dense[0]), torch.randn_like(dense[1])
     inputs = [*maps, *head.parameters()]

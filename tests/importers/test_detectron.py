@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.backbones.norm import has_untrained_statistics
 from boxwright.backbones.resnet import ResNet
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import Imported, convert
+from boxwright.layers.norm import has_untrained_statistics
 from boxwright.training.experiment import arguments_of, call_name
 from boxwright.weights.foreign import read_foreign
 from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.backbones.norm import FrozenBatchNorm2d
 from boxwright.geometry.boxes import decode
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.importers.convert import convert
+from boxwright.layers.norm import FrozenBatchNorm2d
 from boxwright.training.experiment import arguments_of, call_name
 from importers.layouts import CHANNELS, MASK_WIDTH, WIDTH, file_of, filled, layer, norm, transposed
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.norm import has_untrained_statistics
 from boxwright.backbones.resnet import ResNet
 from boxwright.importers.rules import (
     Rule,
@@ -17,6 +16,7 @@ from boxwright.importers.rules import (
     without_background,
     without_background_deltas,
 )
+from boxwright.layers.norm import has_untrained_statistics
 
 ONE = torch.ones(1)
 

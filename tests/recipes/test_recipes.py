@@ -20,9 +20,9 @@ from torchvision.models.detection import (
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from boxwright.backbones.backbone import CAFFE, PYTORCH
-from boxwright.backbones.norm import FrozenBatchNorm2d
 from boxwright.backbones.resnet import Bottleneck
 from boxwright.detectors.detector import Detector
+from boxwright.layers.norm import FrozenBatchNorm2d
 from boxwright.recipes import built_in_recipes, find_recipe
 from boxwright.training.experiment import StepSchedule, arguments_of, build, from_json, to_json
 from boxwright.training.settings import describe

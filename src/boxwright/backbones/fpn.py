@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.backbones.backbone import Backbone
-from boxwright.backbones.convolve import convolve
-from boxwright.backbones.norm import Norm, make_norm
 from boxwright.backbones.resnet import ResNet, Style
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.norm import Norm, make_norm
 
 Extra = Literal["pool", "c5", "p5"]
 
@@ -67,7 +67,7 @@ class FPN(nn.Module):
         inner = [self.lateral[-1](maps[-1])]
         for lateral, feature in zip(self.lateral[-2::-1], maps[-2::-1], strict=True):
             enlarged = F.interpolate(inner[0], size=feature.shape[-2:], mode="nearest")
-            inner.insert(0, convolve(lateral, None, feature, enlarged))
+            inner.insert(0, conv_norm(lateral, None, feature, enlarged))
         levels = [output(feature) for output, feature in zip(self.output, inner, strict=True)]
         if self.extra == "pool":
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))

@@ -1,95 +1,20 @@
-"""Normalisation layers.
-
-B images, C channels, H x W positions.
-"""
+"""The former place of `boxwright.layers.norm`."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+import warnings
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+from boxwright.layers import norm
 
 
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics are constants, in training too; scale and bias are parameters.
-
-    Detectors train with few images a GPU, too few for statistics of their own.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, *, eps: float = 1e-5, train_affine: bool = True) -> None:
-        """Start as the identity, but for `eps`; `train_affine` says whether scale and bias learn."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels), requires_grad=train_affine)
-        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=train_affine)
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised input, in its own dtype.
-
-        `F.batch_norm` is the folded `x * scale + bias` in one pass, in float32 inside also where x is bfloat16.
-        """
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # nn.BatchNorm2d counts the batches of its statistics; ours never change.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def has_untrained_statistics(model: nn.Module) -> bool:
-    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn.
-
-    Norms that were folded into a scale and a bias have a mean of 0, too, and a variance that makes up for `eps`.
-    """
-    return any(
-        isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() and bool((m.running_var == 1).all())
-        for m in model.modules()
+def __getattr__(name: str) -> Any:
+    """The same name in `boxwright.layers.norm`, with a warning."""
+    if name.startswith("__") or not hasattr(norm, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"boxwright.backbones.norm.{name} has moved to boxwright.layers.norm.{name}; import it from there",
+        DeprecationWarning,
+        stacklevel=2,
     )
-
-
-def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:
-    """A normalisation layer.
-
-    Args:
-        norm: "frozen_bn" constant statistics; "bn" statistics of this process's images; "sync_bn" statistics of all
-            processes' images (CUDA only; in one process it is "bn"); "gn" 32 groups, fewer where 32 does not divide
-            the channels.
-        channels: of the maps to normalise.
-        train_affine: whether the scale and bias of "frozen_bn" learn; those of the others always do.
-    """
-    if norm == "frozen_bn":
-        return FrozenBatchNorm2d(channels, train_affine=train_affine)
-    if norm == "bn":
-        return nn.BatchNorm2d(channels)
-    if norm == "sync_bn":
-        return nn.SyncBatchNorm(channels)
-    if norm == "gn":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
-    raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
-
-
-def folded(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight [C, inputs / groups, K, K] and bias [C] of the one convolution that does what both do."""
-    assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    before = norm.running_mean if convolution.bias is None else norm.running_mean - convolution.bias
-    return convolution.weight * scale[:, None, None, None], norm.bias - before * scale
-
-
-def has_constant_statistics(norm: nn.Module) -> bool:
-    """Whether the norm is a scale and a shift of each channel, whatever it is given."""
-    if isinstance(norm, FrozenBatchNorm2d):
-        return True
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    return getattr(norm, name)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from boxwright.backbones.convolve import convolve
-from boxwright.backbones.norm import Norm, make_norm
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.norm import Norm, make_norm
 
 Style = Literal["pytorch", "caffe"]
 
@@ -55,6 +55,8 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (ResNet-18 and 34)."""
 
     expansion = 1
+    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"))
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,
@@ -77,15 +79,17 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, width, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
-        x = convolve(self.conv1, self.bn1, x, relu=True)
-        return convolve(self.conv2, self.bn2, x, shortcut, relu=True)
+        shortcut = x if self.downsample is None else conv_norm(self.downsample, None, x)
+        x = conv_norm(self.conv1, self.bn1, x, relu=True)
+        return conv_norm(self.conv2, self.bn2, x, shortcut, relu=True)
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (ResNet-50 and 101, ResNeXt)."""
 
     expansion = 4
+    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,
@@ -115,10 +119,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, 4 * width, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else convolve(self.downsample[0], self.downsample[1], x)
-        x = convolve(self.conv1, self.bn1, x, relu=True)
-        x = convolve(self.conv2, self.bn2, x, relu=True)
-        return convolve(self.conv3, self.bn3, x, shortcut, relu=True)
+        shortcut = x if self.downsample is None else conv_norm(self.downsample, None, x)
+        x = conv_norm(self.conv1, self.bn1, x, relu=True)
+        x = conv_norm(self.conv2, self.bn2, x, relu=True)
+        return conv_norm(self.conv3, self.bn3, x, shortcut, relu=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> nn.Sequential | None:
@@ -129,8 +133,25 @@ def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: 
     )
 
 
+class _Stage(nn.Sequential):
+    """Residual blocks, one after another."""
+
+    def __init__(self, blocks: Sequence[nn.Module], *, recompute: bool) -> None:
+        super().__init__(*blocks)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        for block in self:
+            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
+        return x
+
+
 class ResNet(nn.Module):
     """ResNet without its classifier; a torchvision state dict less `fc.*` loads as it is."""
+
+    conv_norms = (("conv1", "bn1"),)
+    """Convolutions and the norm that `forward` applies to the output of each."""
 
     def __init__(
         self,
@@ -188,7 +209,7 @@ class ResNet(nn.Module):
             for _ in range(num_blocks):
                 blocks.append(block(inputs, width, stride, style, norm, train_norm_affine, inner, groups))
                 inputs, stride = width * block.expansion, 1
-            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{index + 1}", _Stage(blocks, recompute=recompute and index >= frozen_stages))
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -198,10 +219,8 @@ class ResNet(nn.Module):
             module.requires_grad_(False)
         self.train()
 
-    def _stage(self, index: int) -> nn.Sequential:
-        stage = self.get_submodule(f"layer{index}")
-        assert isinstance(stage, nn.Sequential)
-        return stage
+    def _stage(self, index: int) -> nn.Module:
+        return self.get_submodule(f"layer{index}")
 
     def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages == 0:
@@ -217,13 +236,11 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels -> the maps of `out_stages`."""
-        x = convolve(self.conv1, self.bn1, images, relu=True)
+        x = conv_norm(self.conv1, self.bn1, images, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []
         for index in range(self.num_stages):
-            recompute = self.recompute and index >= self.frozen_stages and torch.is_grad_enabled()
-            for block in self._stage(index + 1):
-                x = _recomputed(block, x) if recompute else block(x)
+            x = self._stage(index + 1)(x)
             if index + 2 in self.out_stages:
                 maps.append(x)
         return maps

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from boxwright.benchmark.measure import Task, synchronize
 from boxwright.benchmark.system import BoxwrightSystem
+from boxwright.layers.fused import fused_operator
 from boxwright.precision import Precision
 from boxwright.structures import Batch
 
@@ -39,16 +41,24 @@ def count_operations(system: BoxwrightSystem, batch: Batch, task: Task) -> int:
     given = system.prepare(batch)
     fused: Any = {}
     if torch.backends.mkldnn.is_available():
-        fused = {torch.ops.mkldnn._convolution_pointwise: _fused_convolution}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        fused = {fused_operator(): _fused_convolution}
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
+    counter.mod_tracker = cast(Any, _OnlyGlobal())
+    with counter:
         (system.train_step if task == "train" else system.infer)(given)
     return int(counter.get_total_flops())
+
+
+class _OnlyGlobal(nullcontext[None]):
+    """Counts to no module. PyTorch's tracker of modules uses global hooks, and hooks turn the fast paths off."""
+
+    parents = ("Global",)
 
 
 def _fused_convolution(
     x: torch.Size, second: torch.Size, third: torch.Size | None, *_: Any, out_shape: torch.Size, **__: Any
 ) -> int:
-    """The operations of `backbones.fused`'s kernel, which torch does not count.
+    """The operations of `layers.fused`'s kernel, which PyTorch does not count.
 
     Its arguments are x, weight, bias or, where something is added, x, that, weight.
     """

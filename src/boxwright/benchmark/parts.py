@@ -127,7 +127,10 @@ def _wrapped(system: BoxwrightSystem, watch: Stopwatch) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     try:
         for owner, name, part in places:
-            undo.append(_replace(owner, name, watch.wrap(getattr(owner, name), part)))
+            if isinstance(owner, nn.Module) and name not in vars(owner):
+                undo.append(_time_method(owner, name, watch, part))
+            else:
+                undo.append(_replace(owner, name, watch.wrap(getattr(owner, name), part)))
         yield
     finally:
         for back in reversed(undo):
@@ -149,6 +152,21 @@ def _uses(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
         for name, value in list(vars(module).items())
         if value is function
     ]
+
+
+def _time_method(module: nn.Module, name: str, watch: Stopwatch, part: str) -> Callable[[], None]:
+    """Time a method of one module in its class; returns a function that restores it.
+
+    A `forward` set on the module itself would make the module one that is not stock, see `layers.stock`.
+    """
+    owner = next(cls for cls in type(module).__mro__ if name in vars(cls))
+    plain = vars(owner)[name]
+    timed = watch.wrap(plain, part)
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (timed if self is module else plain)(self, *args, **kwargs)
+
+    return _replace(owner, name, method)
 
 
 def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:

@@ -13,8 +13,8 @@ from boxwright.benchmark.plan import Plan
 from boxwright.benchmark.random_weights import SEED, settle
 from boxwright.data.dataset import Category
 from boxwright.detectors.detector import Detector, as_detector
-from boxwright.detectors.inference import pack_convolutions
 from boxwright.evaluation.evaluate import detect_dataset
+from boxwright.layers.optimize import optimize_for_cpu
 from boxwright.structures import Batch, pin_memory, to_device
 from boxwright.training.experiment import Experiment, build
 from boxwright.training.init_weights import load_init
@@ -73,7 +73,7 @@ class BoxwrightSystem:
         """Set up training or inference, so that the memory of one is not that of both."""
         self.detector = detector.to(device).to(memory_format=torch.channels_last).train(training)
         if not training and device.type == "cpu":
-            pack_convolutions(self.detector)
+            optimize_for_cpu(self.detector)
         self._device, self._precision = device, experiment.precision
         self._training = training
         if training:

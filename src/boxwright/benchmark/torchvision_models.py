@@ -21,7 +21,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from boxwright.backbones.backbone import Backbone
-from boxwright.backbones.norm import make_norm
 from boxwright.backbones.resnet import BLOCKS_PER_STAGE
 from boxwright.detectors.detector import Detector
 from boxwright.geometry.anchors import octave_sizes
@@ -30,6 +29,7 @@ from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.rules import Rule, rename
+from boxwright.layers.norm import make_norm
 from boxwright.training.parts import arguments_of, call_name, replaced_parts
 
 _FAMILIES = {

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from boxwright.assign.match import POSITIVE
 from boxwright.assign.sample import hardest, sample
-from boxwright.backbones.convolve import convolve
 from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
@@ -27,9 +26,10 @@ from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_los
 from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
-from boxwright.heads.grid_linear import GridLinear
 from boxwright.heads.slots import used_slots
 from boxwright.heads.suppression import Suppression
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.packed_linear import linear_on_grid
 from boxwright.losses import at_least_float32, cross_entropy, weighted_mean
 from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.precision import without_gradients
@@ -119,6 +119,8 @@ class BoxHead(nn.Module):
 
     class_rows = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
     output_stds = MappingProxyType({"class_logits": 1.1, "box_deltas": 0.55})
+    grid_linears = ("fc1",)
+    """Layers that `optimize_for_cpu` packs in the order of RoIAlign's grids."""
 
     def __init__(
         self,
@@ -145,8 +147,7 @@ class BoxHead(nn.Module):
         self.convs = grid_convs(channels, config.conv_width, config.num_convs, config.norm)
         inputs = (config.conv_width if config.num_convs else channels) * config.output_size**2
         for number in range(1, config.num_fcs + 1):
-            layer = (GridLinear if number == 1 else nn.Linear)(inputs, config.width)
-            self.add_module(f"fc{number}", layer)
+            self.add_module(f"fc{number}", nn.Linear(inputs, config.width))
             inputs = config.width
         self.class_logits = nn.Linear(inputs, num_classes + 1)
         self.num_boxes = 1 if config.class_agnostic else num_classes
@@ -189,12 +190,12 @@ class BoxHead(nn.Module):
         )
         grid = grid.flatten(0, 1)
         for conv in self.convs:
-            grid = convolve(conv, None, grid, relu=True)
+            grid = conv_norm(conv, None, grid, relu=True)
         if self.convs and torch.compiler.is_compiling():
             # A compiler believes that GroupNorm changes the order in memory, which it keeps, and flattens accordingly.
             grid = grid.clone(memory_format=torch.contiguous_format)
         first, *others = self._fcs
-        hidden = first(grid).relu().unflatten(0, boxes.shape[:2])
+        hidden = linear_on_grid(first, grid).relu().unflatten(0, boxes.shape[:2])
         for layer in others:
             hidden = layer(hidden).relu()
         logits, deltas = at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from boxwright.backbones.norm import make_norm
+from boxwright.layers.norm import make_norm
 
 GridNorm = Literal["gn", "frozen_bn"]
 """Norms of which no statistics are taken from the batch, since those would count the grids of empty slots."""

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from boxwright.backbones.convolve import convolve
 from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.slots import used_slots
+from boxwright.layers.conv_norm import CONVS, conv_norm, keeps_map_size
+from boxwright.layers.stock import is_stock
 from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.roi_align import multilevel_roi_align
@@ -112,14 +113,24 @@ class MaskHead(nn.Module):
         )
         hidden = grid.flatten(0, 1)
         for conv in self.convs:
-            hidden = convolve(conv, None, hidden, relu=True)
-        hidden = self.upsample(hidden).relu_()
-        # The last layer's rows are picked by class before it is applied: a mask instead of C of them for every box.
+            hidden = conv_norm(conv, None, hidden, relu=True)
+        hidden = conv_norm(self.upsample, None, hidden, relu=True)
+        if not self._last_layer_is_stock:
+            all_logits = self.mask_logits(hidden)
+            one_class = labels.view(-1, 1, 1, 1).expand(-1, 1, *all_logits.shape[-2:])
+            return at_least_float32(all_logits.gather(1, one_class)).view(*labels.shape, *all_logits.shape[-2:])
+        # Select the rows of the last layer by class before applying it: one mask per box instead of C.
         weight = F.embedding(labels.flatten(), self.mask_logits.weight.flatten(1))
         assert self.mask_logits.bias is not None
         bias = self.mask_logits.bias[labels]
         logits = at_least_float32(torch.bmm(weight[:, None].to(hidden.dtype), hidden.flatten(2)))
         return logits.view(*labels.shape, *hidden.shape[-2:]) + bias[..., None, None]
+
+    @property
+    def _last_layer_is_stock(self) -> bool:
+        """Whether the last layer is a 1x1 convolution with a bias that nobody has attached anything to."""
+        layer = self.mask_logits
+        return is_stock(layer, *CONVS) and keeps_map_size(layer, kernel=1) and layer.bias is not None
 
     def losses(
         self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets, *, max_positives: int

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from boxwright.assign.match import IGNORED, POSITIVE, match
-from boxwright.backbones.convolve import convolve
-from boxwright.backbones.norm import make_norm
 from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.anchors import octave_sizes
@@ -27,6 +25,9 @@ from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.suppression import Suppression
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.norm import make_norm
+from boxwright.layers.stock import is_stock
 from boxwright.losses import at_least_float32, sigmoid_focal_loss, weighted_mean
 from boxwright.structures import Detections, Targets, take_slots
 
@@ -270,7 +271,7 @@ def _has_area(boxes: Tensor, plus_one: float) -> Tensor:
 
 
 class _Branch(nn.Sequential):
-    """3x3 convolutions, each with a norm or none and a ReLU behind it."""
+    """3x3 convolutions, each followed by a ReLU, with a norm between the two if there is one."""
 
     def __init__(self, channels: int, config: RetinaConfig) -> None:
         layers: list[nn.Module] = []
@@ -278,12 +279,17 @@ class _Branch(nn.Sequential):
             layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=config.norm is None))
             if config.norm is not None:
                 layers.append(make_norm(config.norm, channels))
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(nn.ReLU())
         super().__init__(*layers)
         self._has_norms = config.norm is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> the same shape."""
-        for first in range(0, len(self), 3 if self._has_norms else 2):
-            x = convolve(self[first], self[first + 1] if self._has_norms else None, x, relu=True)
+        step = 3 if self._has_norms else 2
+        for first in range(0, len(self), step):
+            conv, norm, relu = self[first], self[first + 1] if self._has_norms else None, self[first + step - 1]
+            if is_stock(relu, nn.ReLU):
+                x = conv_norm(conv, norm, x, relu=True)
+            else:
+                x = relu(conv_norm(conv, norm, x))
         return x

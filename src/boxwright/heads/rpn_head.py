@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from boxwright.assign.match import match
 from boxwright.assign.sample import sample
-from boxwright.backbones.convolve import convolve
 from boxwright.checks import check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.anchor_grid import DELTA_STDS, AnchorGrid, by_anchor
 from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
+from boxwright.layers.conv_norm import CONVS, conv_norm, keeps_map_size
+from boxwright.layers.stock import is_stock, is_unhooked
 from boxwright.losses import at_least_float32, binary_cross_entropy, weighted_mean
 from boxwright.ops.nms import nms
 from boxwright.ops.patches import convolve_patches, gather_patches
@@ -154,7 +155,7 @@ class RPNHead(nn.Module):
         for feature in features:
             hidden = feature
             for conv in self._convs:
-                hidden = convolve(conv, None, hidden, relu=True)
+                hidden = conv_norm(conv, None, hidden, relu=True)
             objectness.append(at_least_float32(by_anchor(self.objectness(hidden), 1).squeeze(2)))
             deltas.append(at_least_float32(by_anchor(self.deltas(hidden), 4)))
         anchors = self.anchors(features, canvas)
@@ -200,7 +201,7 @@ class RPNHead(nn.Module):
             positive_fraction=config.positive_fraction,
             salt=SAMPLING_SALT,
         )
-        objectness, deltas = self.at_anchors(features, sampled.indices)
+        objectness, deltas = self.at_anchors(features, canvas, sampled.indices)
         anchors = all_anchors[sampled.indices]
         matched = take_slots(targets.boxes, take_slots(matches.matched, sampled.indices))
         box_loss = box_regression_loss(
@@ -219,17 +220,40 @@ class RPNHead(nn.Module):
             "rpn_box": config.box_loss_weight * weighted_mean(box_loss, sampled.valid),
         }
 
-    def at_anchors(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` says of a few anchors, computed at their positions only.
+    def at_anchors(self, features: Sequence[Tensor], canvas: tuple[int, int], indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of `forward` at a few anchors.
+
+        The stock head with stock layers is computed at the positions of these anchors only. Otherwise (a subclass with
+        its own `forward`, replaced layers, hooks) the head is called, and its output gathered.
 
         Args:
             features: L of [B, C, H_l, W_l], finest first.
+            canvas: (height, width) in pixels that the features were computed from.
             indices: [B, S] int64, which of the N anchors.
 
         Returns:
             objectness: [B, S] float32 logits.
             deltas: [B, S, 4] float32.
         """
+        if self._is_stock:
+            return self._at_positions(features, indices)
+        output = self(features, canvas)
+        return output.objectness.gather(1, indices), take_slots(output.deltas, indices)
+
+    @property
+    def _is_stock(self) -> bool:
+        """Whether `_at_positions` equals `forward`: no other `forward`, layers or hooks."""
+        return (
+            type(self).forward is RPNHead.forward
+            and is_unhooked(self)
+            and all(is_stock(conv, *CONVS) and keeps_map_size(conv, kernel=3) for conv in self._convs)
+            and all(
+                is_stock(conv, *CONVS) and keeps_map_size(conv, kernel=1) for conv in (self.objectness, self.deltas)
+            )
+        )
+
+    def _at_positions(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+        """`at_anchors` computed from 3x3 neighbourhoods of the anchors' positions."""
         num_anchors = len(self.config.ratios)
         level, place, start = torch.zeros_like(indices), indices, 0
         for feature in features[:-1]:
@@ -241,9 +265,9 @@ class RPNHead(nn.Module):
         )
         hidden, inside = hidden.flatten(0, 1), inside.flatten(0, 1)[:, None]
         for conv in self._convs:
-            # Beyond the map's edge, the next convolution reads its padding and not what this one says there.
+            # Outside the map, the next convolution reads its padding, not the output of this convolution.
             inside = inside[..., 1:-1, 1:-1]
-            hidden = torch.where(inside, convolve_patches(conv, hidden).relu(), 0.0)
+            hidden = torch.where(inside, convolve_patches(hidden, conv.weight, conv.bias).relu(), 0.0)
         own = (place % num_anchors)[..., None, None]
         objectness = self.objectness(hidden).view(*indices.shape, num_anchors, 1)
         deltas = self.deltas(hidden).view(*indices.shape, num_anchors, 4)

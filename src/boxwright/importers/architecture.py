@@ -11,7 +11,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from boxwright.backbones.fpn import resnet_fpn
-from boxwright.backbones.norm import Norm
 from boxwright.backbones.resnet import BLOCKS_PER_STAGE
 from boxwright.detectors.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from boxwright.detectors.proposal_network import proposal_network
@@ -19,6 +18,7 @@ from boxwright.detectors.rcnn import fast_mask_rcnn, fast_rcnn, faster_rcnn, mas
 from boxwright.detectors.retinanet import retinanet
 from boxwright.heads.grid_convs import GridNorm
 from boxwright.importers.source import Settings
+from boxwright.layers.norm import Norm
 
 Tensors = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def gather_patches(
@@ -48,19 +48,20 @@ def gather_patches(
     return patches.permute(0, 1, 4, 2, 3), inside
 
 
-def convolve_patches(convolution: nn.Conv2d, patches: Tensor) -> Tensor:
-    """A convolution without padding or stride.
+def convolve_patches(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.conv2d(patches, weight, bias)`: no padding, stride 1, one group.
 
-    Of patches that it covers whole it is a matrix product, whose gradient a CPU computes in a tenth of the time.
+    If the kernel covers a whole patch it is a matrix product, whose gradient a CPU computes in a tenth of the time.
 
     Args:
-        convolution: of one group; its padding is not used.
         patches: [M, C, P, P].
+        weight: [outputs, C, K, K].
+        bias: [outputs], or None.
 
     Returns:
-        [M, outputs, P - K + 1, P - K + 1], K being the convolution's size.
+        [M, outputs, P - K + 1, P - K + 1].
     """
-    if patches.shape[-2:] != convolution.kernel_size:
-        return F.conv2d(patches, convolution.weight, convolution.bias)
-    rows, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (patches, convolution.weight))
-    return F.linear(rows, weight, convolution.bias)[:, :, None, None]
+    if patches.shape[-2:] != weight.shape[-2:]:
+        return F.conv2d(patches, weight, bias)
+    rows, kernels = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (patches, weight))
+    return F.linear(rows, kernels, bias)[:, :, None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from boxwright.backbones.norm import has_untrained_statistics
+from boxwright.layers.norm import has_untrained_statistics
 from boxwright.training.distributed import world_size
 from boxwright.training.experiment import Experiment
 from boxwright.training.metrics import say

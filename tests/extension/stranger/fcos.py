@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ class FCOSHead(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.constant_(self.class_logits.bias, -4.6)  # a prior of 0.01, as in RetinaNet
 
-    class_rows = {"class_logits": ClassRows()}
+    class_rows = MappingProxyType({"class_logits": ClassRows()})
 
     def forward(self, features: Sequence[Tensor]) -> FCOSOutput:
         """Predict at every location of L feature maps [B, channels, H_l, W_l]."""

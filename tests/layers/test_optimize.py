@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.convolve import convolve
-from boxwright.backbones.fused import can_fuse
-from boxwright.backbones.packed import PackedConv2d
 from boxwright.backbones.resnet import ResNet
-from boxwright.detectors.inference import pack_convolutions
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.fused import blocks_are_faster, can_fuse
+from boxwright.layers.optimize import optimize_for_cpu
+from boxwright.layers.packed import PackedConv2d
 from boxwright.precision import Precision, autocast
 from factory import DETECTORS, random_batch, small_detector
 
@@ -24,7 +24,7 @@ PRECISIONS = [
 def test_packed_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: str, precision: Precision) -> None:
     detector, packed = small_detector(kind).eval(), small_detector(kind).eval()
     packed.load_state_dict(detector.state_dict())
-    pack_convolutions(packed)
+    optimize_for_cpu(packed)
     assert all(isinstance(module, PackedConv2d) for module in packed.modules() if isinstance(module, nn.Conv2d))
     assert list(packed.state_dict()) == list(detector.state_dict())
     assert all(p.dtype == torch.float32 for p in packed.parameters())
@@ -55,7 +55,7 @@ def test_norms_of_a_resnet_are_folded_in(precision: Precision, groups: int) -> N
             nn.init.uniform_(module.weight, 0.2, 0.5)
     x = torch.randn(1, 3, 64, 64)
     wanted = body.double()(x.double())
-    pack_convolutions(body.float())
+    optimize_for_cpu(body.float())
     with autocast(torch.device("cpu"), precision):
         maps = body(x)
     for ours, exact in zip(maps, wanted, strict=True):
@@ -67,7 +67,7 @@ def test_norms_of_a_resnet_are_folded_in(precision: Precision, groups: int) -> N
 def test_weights_are_kept_until_they_change(precision: Precision) -> None:
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
-    pack_convolutions(holder)
+    optimize_for_cpu(holder)
     packed, x = holder[0], torch.randn(1, 4, 8, 8)
     with autocast(torch.device("cpu"), precision):
         before = holder(x)
@@ -87,7 +87,7 @@ def test_weights_are_kept_until_they_change(precision: Precision) -> None:
 def test_statistics_that_changed_alone_are_read_anew() -> None:
     torch.manual_seed(0)
     body, x = ResNet(18, norm="bn"), torch.randn(2, 3, 32, 32)
-    pack_convolutions(body.eval())
+    optimize_for_cpu(body.eval())
     body(x)
     body.train()(x)
     wanted = ResNet(18, norm="bn").eval()
@@ -99,9 +99,28 @@ def test_statistics_that_changed_alone_are_read_anew() -> None:
 @pytest.mark.parametrize(
     ("outputs", "dtype", "in_blocks"), [(256, "bfloat16", True), (720, "bfloat16", False), (256, "float32", False)]
 )
-def test_weights_are_in_blocks_where_those_suit_maps_of_any_size(outputs: int, dtype: str, in_blocks: bool) -> None:
-    packed = PackedConv2d.of(nn.Conv2d(8, outputs, 3), None)
-    assert packed.packed(getattr(torch, dtype))[0].is_mkldnn == in_blocks
+@pytest.mark.parametrize("faster", [True, False])
+def test_weights_are_in_blocks_only_if_blocks_are_full_and_faster(
+    outputs: int, dtype: str, in_blocks: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("boxwright.layers.packed.blocks_are_faster", lambda: faster)
+    packed = PackedConv2d.of(nn.Conv2d(8, outputs, 3))
+    assert packed.packed(getattr(torch, dtype))[0].is_mkldnn == (in_blocks and faster)
+
+
+@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.parametrize(("seconds_in_blocks", "faster"), [(0.5, True), (0.95, False), (5.0, False)])
+def test_blocks_are_faster_if_ten_percent_are_saved(
+    seconds_in_blocks: float, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def timed_conv(conv: nn.Conv2d, weight: torch.Tensor, *_: object) -> None:
+        clock[0] += seconds_in_blocks if weight.is_mkldnn else 1.0
+
+    monkeypatch.setattr("boxwright.layers.fused.fused_convolution", timed_conv)
+    monkeypatch.setattr("boxwright.layers.fused.time.perf_counter", lambda: clock[0])
+    assert blocks_are_faster.__wrapped__() == faster
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -110,7 +129,7 @@ def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precisio
     with torch.inference_mode(), autocast(torch.device("cpu"), precision):
         holder = nn.Sequential(nn.Conv2d(4, 8, 3))
         plain = holder[0]
-        pack_convolutions(holder)
+        optimize_for_cpu(holder)
         x = torch.randn(1, 4, 9, 9)
         for _ in range(2):
             torch.testing.assert_close(holder(x), plain(x), rtol=2e-2, atol=2e-2)
@@ -119,7 +138,7 @@ def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precisio
 
 def test_a_packed_convolution_called_by_itself_has_gradients() -> None:
     holder = nn.Sequential(nn.Conv2d(4, 6, 1))
-    pack_convolutions(holder)
+    optimize_for_cpu(holder)
     holder(torch.randn(1, 4, 5, 5)).sum().backward()
     assert holder[0].weight.grad is not None
 
@@ -129,7 +148,7 @@ def test_a_packed_detector_still_learns() -> None:
     plain = ResNet(18, frozen_stages=0)
     packed = ResNet(18, frozen_stages=0)
     packed.load_state_dict(plain.state_dict())
-    pack_convolutions(packed.eval())
+    optimize_for_cpu(packed.eval())
     with torch.no_grad():
         packed(torch.randn(1, 3, 32, 32))
     x = torch.randn(1, 3, 32, 32)
@@ -149,6 +168,6 @@ def test_convolutions_of_other_kinds_answer_as_they_did(
     torch.manual_seed(0)
     convolution = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode, dtype=dtype)
     holder, x = nn.Sequential(convolution), torch.randn(1, 4, 5, 5, dtype=dtype)
-    pack_convolutions(holder)
+    optimize_for_cpu(holder)
     torch.testing.assert_close(holder(x), convolution(x))
-    torch.testing.assert_close(convolve(holder[0], None, x, relu=True), convolution(x).relu())
+    torch.testing.assert_close(conv_norm(holder[0], None, x, relu=True), convolution(x).relu())

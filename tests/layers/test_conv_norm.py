@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from boxwright.backbones.convolve import convolve
-from boxwright.backbones.fused import can_fuse, fused_convolution
-from boxwright.backbones.norm import FrozenBatchNorm2d
+from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.fused import can_fuse, fused_convolution
+from boxwright.layers.norm import FrozenBatchNorm2d
 
 
 def with_statistics(norm: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def test_a_folded_norm_is_the_norm_and_so_are_its_gradients(norm: type[nn.Module
     behind = with_statistics(norm(6))
     x, add = torch.randn(2, 4, 9, 7, dtype=torch.float64), torch.randn(2, 6, 5, 4, dtype=torch.float64)
     inputs = [x.requires_grad_(), add.requires_grad_(), *convolution.parameters(), *behind.parameters()]
-    given = convolve(convolution, behind, x, add, relu=True)
+    given = conv_norm(convolution, behind, x, add, relu=True)
     wanted = (
         nn.functional.batch_norm(
             convolution(x), behind.running_mean, behind.running_var, behind.weight, behind.bias, eps=behind.eps
@@ -48,7 +48,7 @@ def test_a_norm_that_learns_statistics_is_not_folded() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(6).train()
     x = torch.randn(2, 4, 8, 8)
-    y = convolve(nn.Conv2d(4, 6, 1), norm, x)
+    y = conv_norm(nn.Conv2d(4, 6, 1), norm, x)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(6), rtol=0, atol=1e-5)
     assert norm.num_batches_tracked == 1
 
@@ -61,7 +61,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         dtypes.append(weight.dtype)
         return fused_convolution(convolution, weight, *given, **named)
 
-    monkeypatch.setattr("boxwright.backbones.convolve.fused_convolution", watched)
+    monkeypatch.setattr("boxwright.layers.conv_norm.fused_convolution", watched)
     return dtypes
 
 
@@ -96,7 +96,7 @@ def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
         given = [tensor.to(to).requires_grad_() for tensor in (x, add) if tensor is not None]
         parameters = [*given, *wide[0].parameters(), *(() if wide[1] is None else wide[1].parameters())]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and to == torch.float32):
-            y = convolve(*wide, *given, relu=relu)
+            y = conv_norm(*wide, *given, relu=relu)
         return [y, *torch.autograd.grad(y, parameters, seed.to(y.dtype))]
 
     ours = answer_and_gradients(torch.float32)
@@ -115,8 +115,8 @@ def test_what_needs_no_gradient_gets_none(fused_calls: list[torch.dtype]) -> Non
     for frozen in (convolution, norm):
         frozen.requires_grad_(False)
     x, add = torch.randn(1, 4, 5, 5), torch.randn(1, 6, 5, 5, requires_grad=True)
-    assert not convolve(convolution, norm, x, relu=True).requires_grad
-    y = convolve(convolution, norm, x, add)
+    assert not conv_norm(convolution, norm, x, relu=True).requires_grad
+    y = conv_norm(convolution, norm, x, add)
     y.sum().backward()
     assert torch.equal(add.grad, torch.ones_like(add))
     assert x.grad is None
@@ -130,5 +130,5 @@ def test_other_kinds_of_padding_are_those_of_the_layer(
 ) -> None:
     torch.manual_seed(0)
     convolution, x = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode), torch.randn(1, 4, 5, 5)
-    torch.testing.assert_close(convolve(convolution, None, x, relu=True), convolution(x).relu())
+    torch.testing.assert_close(conv_norm(convolution, None, x, relu=True), convolution(x).relu())
     assert bool(fused_calls) == (padding == 1 and padding_mode == "zeros")
