@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from boxwright.data.mask_grid import GRID_SIZE
+from boxwright.data.masks.mask_grid import GRID_SIZE
 from torch import Tensor, nn
 
 from benchmarks.gpu.scale import Scale

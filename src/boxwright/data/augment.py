@@ -23,7 +23,7 @@ class Photometric:
     brightness: float = 0.2
     """Strength of the factor on all values."""
     contrast: float = 0.2
-    """Strength of the factor on the distance from the picture's mean grey."""
+    """Strength of the factor on the distance from the image's mean grey."""
     saturation: float = 0.2
     """Strength of the factor on the distance from each pixel's own grey."""
 
@@ -44,10 +44,10 @@ class Photometric:
 
 @dataclass(frozen=True)
 class Augment:
-    """Which geometric changes are drawn, and from what.
+    """Random flip, scale jitter and crop.
 
-    A picture that is scaled up keeps the size that it would have without jitter, through a window at a random
-    place. So nothing here ever outgrows the canvas, and a picture's bucket is known before it is opened.
+    An image that is scaled up is cropped, at a random place, to the size that it has without jitter. So no image
+    outgrows its canvas, and the bucket of an image is known before the image is opened.
     """
 
     flip: float = 0.0
@@ -55,7 +55,7 @@ class Augment:
     scale_jitter: tuple[float, float] | None = None
     """Least and largest factor on the resized size, drawn evenly; None: always 1."""
     crop: float | None = None
-    """Keep a random window whose height and width are each at least this share of the picture's; None: keep all."""
+    """Keep a random window whose height and width are each at least this share of the image's; None: keep all."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "flip", least=0, most=1)
@@ -69,9 +69,9 @@ class Augment:
         """Draw a placement.
 
         Args:
-            original: (height, width) of the picture in its file.
-            resize: the limits; None keeps the picture's own size.
-            rng: takes the same number of draws whatever is on, so that switching one change on moves no other.
+            original: (height, width) of the image in its file.
+            resize: the limits; None keeps the size of the image.
+            rng: used for the same number of draws in all settings, so enabling one augmentation changes no other.
         """
         at_flip, at_scale, at_height, at_width, at_top, at_left = rng.random(6)
         base = original if resize is None else resize.size(*original)

@@ -13,13 +13,14 @@ from boxwright.data.dataset import Category, Dataset, DatasetInfo, Sample
 
 
 class ConcatDataset:
-    """The pictures of several data sets, one data set after the other, under the first one's classes.
+    """The images of several data sets, one data set after the other, with the classes of the first.
 
-    The parts must have the same classes by name, in whatever order and under whatever ids: what a part does not
-    annotate would be learnt as background. Image ids stay as they are unless an earlier part has one of them; then the
-    part's are raised by one number, past all that came before. `object_ids` remain those of the picture's own part.
+    The parts must have the same class names; order and ids may differ. A class that a part does not annotate would be
+    trained on as background in that part. The image ids of a part stay unchanged unless an earlier part has one of
+    them; then one number is added to all of them, so that they follow the previous ids. `object_ids` are rows of the
+    image's part.
 
-    It is measured with the annotations of its parts, as `boxwright.evaluation.objects` reads each.
+    Evaluation uses the annotations of the parts, as `boxwright.evaluation.objects` reads each.
     """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:

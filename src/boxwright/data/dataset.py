@@ -29,13 +29,13 @@ class Category:
 
 
 Mask: TypeAlias = "Sequence[NDArray[np.floating[Any]]] | NDArray[np.bool_] | bytes | None"
-"""An object's mask: its polygons, each [points, 2] (x, y); or a bitmap [H, W] of the picture's size; or the run lengths
-of one in COCO's compressed form; or None for an object of which the box alone is known."""
+"""An object's mask: its polygons, each [points, 2] (x, y); or a bitmap [H, W] of the image's size; or its run lengths
+in COCO's compressed form; or None for an object that has a box only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One picture with its objects, in the file's own pixels; n objects."""
+    """One image with its n objects, in pixels of the file."""
 
     image: NDArray[np.uint8]
     """[H, W, 3] uint8 RGB, upright (EXIF orientation applied)."""
@@ -48,7 +48,7 @@ class Sample:
     labels: NDArray[np.int64]
     """[n] int64, position in `categories`."""
     crowd: NDArray[np.bool_]
-    """[n] bool, regions that hold many objects, and objects too difficult to count: neither learnt nor measured."""
+    """[n] bool, regions of many objects, and objects marked as difficult: neither trained on nor evaluated."""
     object_ids: NDArray[np.int64]
     """[n] int64, the objects' rows in the data set's index, from which their masks can be read."""
     masks: Sequence[Mask] | None = None
@@ -147,7 +147,7 @@ class DatasetInfo:
 
     @property
     def source(self) -> str:
-        """The data set's name in messages: its annotations (those of all parts), otherwise the name of its class."""
+        """Name for messages: the annotations, or the class; for a joined data set, the names of its parts."""
         parts = self._stated("parts")
         if parts is not None:
             return ", ".join(DatasetInfo(part).source for part in parts)
