@@ -54,7 +54,7 @@ class GroundTruth:
         Detections in images of the ground truth that were not evaluated are allowed: they do not count.
 
         Raises:
-            ValueError: As `check_images`, for the evaluated images and for those of the detections; or as
+            ValueError: As `check_images`, for the evaluated images and the images of all detections; or as
                 `Results.check`.
         """
         check_images(results, self.coco.get_img_ids())
@@ -120,19 +120,19 @@ def check_images(results: Results, image_ids: Collection[int]) -> None:
     if not len(results.evaluated):
         raise ValueError("no image was evaluated, so there is nothing to measure")
     known = np.fromiter(image_ids, np.int64)
-    mend = "the results belong to another data set or another split. Measure them with the split that they come from"
+    fix = "the results belong to another data set or another split. Measure them with the split that they come from"
     unknown = np.setdiff1d(results.evaluated, known)
     if len(unknown):
         raise ValueError(
             f"{len(unknown)} of {len(results.evaluated)} evaluated images are not in the ground truth "
-            f"(image ids {_examples(unknown)}): {mend}"
+            f"(image ids {_examples(unknown)}): {fix}"
         )
     outside = ~np.isin(results.image_ids, known)
     if outside.any():
         unknown = np.unique(results.image_ids[outside])
         raise ValueError(
             f"{int(outside.sum())} of {len(results)} detections are of {len(unknown)} images that the ground truth "
-            f"does not have (image ids {_examples(unknown)}): {mend}"
+            f"does not have (image ids {_examples(unknown)}): {fix}"
         )
 
 
