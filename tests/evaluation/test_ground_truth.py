@@ -217,12 +217,12 @@ def test_masks_that_do_not_fit_are_told() -> None:
 def test_detections_with_masks_of_another_size_are_told() -> None:
     truth = GroundTruth(OnePicture([one_object(), None]))
     results = Results(
-        image_ids=np.array([99, 7]),  # what lies in a picture that is not measured does not matter
-        boxes=np.array([[10.0, 10, 40, 20]] * 2),
-        scores=np.array([0.9, 0.8]),
-        labels=np.array([0, 0]),
+        image_ids=np.array([7]),
+        boxes=np.array([[10.0, 10, 40, 20]]),
+        scores=np.array([0.8]),
+        labels=np.array([0]),
         evaluated=np.array([7]),
-        masks=Masks.of([b"", FORMS["runs"](one_object().T)], [(0, 0), (80, 60)]),  # type: ignore[list-item]
+        masks=Masks.of([FORMS["runs"](one_object().T)], [(80, 60)]),  # type: ignore[list-item]
     )
     with pytest.raises(ValueError, match=r"a mask in image 7 is 80 x 60 pixels, the picture 60 x 80"):
         coco_metrics(truth, results)

@@ -48,16 +48,16 @@ class GroundTruth:
         runs = [self.coco_of_masks.ann_to_rle(thing) for thing in same]
         return Masks.of([run["counts"] for run in runs], [run["size"] for run in runs])
 
-    def require_fit(self, results: Results) -> None:
-        """Check that results can be measured with this ground truth.
+    def require_images(self, results: Results) -> None:
+        """Check that results are of images of this ground truth, and sound.
 
         Detections in images of the ground truth that were not evaluated are allowed: they do not count.
 
         Raises:
-            ValueError: As `require_images`, for the evaluated images and for those of the detections; or as
+            ValueError: As `check_images`, for the evaluated images and the images of all detections; or as
                 `Results.check`.
         """
-        require_images(results, self.coco.get_img_ids())
+        check_images(results, self.coco.get_img_ids())
         results.check()
 
     def evaluator(
@@ -71,9 +71,9 @@ class GroundTruth:
             with_masks: Whether masks are compared, in place of boxes.
 
         Raises:
-            ValueError: As `require_fit`; or a mask is not of its image's size.
+            ValueError: As `require_images`; or a mask is not of its image's size.
         """
-        self.require_fit(results)
+        self.require_images(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
         rows = np.column_stack([results.image_ids, results.boxes, results.scores, category_ids[results.labels]])
         rows = rows.reshape(-1, 7)
@@ -111,7 +111,7 @@ class GroundTruth:
             )
 
 
-def require_images(results: Results, image_ids: Collection[int]) -> None:
+def check_images(results: Results, image_ids: Collection[int]) -> None:
     """Check that the evaluated images, and the images of all detections, are among `image_ids`.
 
     Raises:
@@ -120,19 +120,19 @@ def require_images(results: Results, image_ids: Collection[int]) -> None:
     if not len(results.evaluated):
         raise ValueError("no image was evaluated, so there is nothing to measure")
     known = np.fromiter(image_ids, np.int64)
-    mend = "the results belong to another data set or another split. Measure them with the split that they come from"
+    fix = "the results belong to another data set or another split. Measure them with the split that they come from"
     unknown = np.setdiff1d(results.evaluated, known)
     if len(unknown):
         raise ValueError(
             f"{len(unknown)} of {len(results.evaluated)} evaluated images are not in the ground truth "
-            f"(image ids {_examples(unknown)}): {mend}"
+            f"(image ids {_examples(unknown)}): {fix}"
         )
     outside = ~np.isin(results.image_ids, known)
     if outside.any():
         unknown = np.unique(results.image_ids[outside])
         raise ValueError(
             f"{int(outside.sum())} of {len(results)} detections are of {len(unknown)} images that the ground truth "
-            f"does not have (image ids {_examples(unknown)}): {mend}"
+            f"does not have (image ids {_examples(unknown)}): {fix}"
         )
 
 

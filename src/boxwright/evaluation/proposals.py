@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from boxwright.data.dataset import Dataset
 from boxwright.evaluation.coco import AREA_SUFFIXES, mean_measured
-from boxwright.evaluation.ground_truth import require_images
+from boxwright.evaluation.ground_truth import check_images
 from boxwright.evaluation.objects import read_objects
 from boxwright.evaluation.results import Results
 
@@ -104,10 +104,10 @@ def proposal_recall(dataset: Dataset, results: Results, *, limits: Sequence[int]
         limits: See `RecallCounter`.
 
     Raises:
-        ValueError: As `require_images` and `Results.check`.
+        ValueError: As `check_images` and `Results.check`.
     """
     counter = RecallCounter(dataset, limits)
-    require_images(results, counter.image_ids)
+    check_images(results, counter.image_ids)
     results.check()
     order = np.lexsort([-results.scores, results.image_ids])
     image_ids, boxes = results.image_ids[order], results.boxes[order]

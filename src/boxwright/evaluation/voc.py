@@ -60,10 +60,10 @@ def voc_metrics(
         iou_threshold: VOC's is 0.5.
 
     Raises:
-        ValueError: As `GroundTruth.require_fit`.
+        ValueError: As `GroundTruth.require_images`.
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
-    truth.require_fit(results)
+    truth.require_images(results)
     images = np.unique(results.evaluated)
     labels_of = {category.id: label for label, category in enumerate(truth.categories)}
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=images.tolist(), cat_ids=list(labels_of)))

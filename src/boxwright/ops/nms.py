@@ -58,7 +58,7 @@ def nms(
 
 def finite_candidates(boxes: Tensor, scores: Tensor) -> Tensor:
     """[B, N] bool, whether the box [B, N, 4] and the score [B, N] are finite."""
-    return boxes.isfinite().all(-1) & scores.isfinite()
+    return boxes.abs().amax(-1).isfinite() & scores.isfinite()  # all(-1) over four flags takes three times as long
 
 
 @torch.library.custom_op("boxwright::nms", mutates_args=(), device_types="cpu")

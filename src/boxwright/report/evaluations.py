@@ -65,9 +65,10 @@ def evaluation_folder(run: Path, name: str, evaluation: Evaluation) -> Path:
     """
     longer = f"{evaluation.data}_{name}"
     for folder in (run / FOLDER / text for text in _names(name, longer)):
-        if not folder.exists():
+        file = folder / _METADATA
+        if not file.exists():  # free, or an evaluation that was stopped while it was written
             return folder
-        before = _read(folder / _METADATA) if (folder / _METADATA).is_file() else None
+        before = _read(file)
         if before is not None and before.is_repeated_by(evaluation):
             return folder
     raise AssertionError("the names do not end")
@@ -104,5 +105,5 @@ def _read(file: Path) -> Evaluation | None:
 
 
 def numbers_of(metrics: Any) -> Mapping[str, float]:
-    """The numbers of `CocoMetrics`, or recalls as they are."""
+    """Metrics by name: the summary of `CocoMetrics`, or recalls unchanged."""
     return metrics if isinstance(metrics, Mapping) else metrics.numbers
