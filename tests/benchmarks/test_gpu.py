@@ -22,8 +22,9 @@ from benchmarks.gpu.plan import GROUPS, items
 from benchmarks.gpu.profile import summary
 from benchmarks.gpu.scale import FAMILIES, FULL, TINY
 from benchmarks.gpu.worker import Item, Outcome, Worker
-from gpu_items import dies, fails, hangs, works
 from torch import nn
+
+from gpu_items import dies, fails, hangs, works
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +143,7 @@ def test_an_item_that_fails_dies_or_hangs_does_not_stop_the_next(tmp_path: Path)
 
 
 class TimedWorker:
-    """Stands for a worker: each item takes 100 s, on a clock of its own."""
+    """Fake worker whose items take 100 s on a fake clock."""
 
     facts: dict[str, str] = {}  # noqa: RUF012, as of the real one
 
