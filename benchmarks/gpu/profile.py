@@ -77,7 +77,7 @@ def summary(events: list[dict[str, Any]], *, on_gpu: bool) -> dict[str, Any]:
 
 
 def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events that lie in no other event of their thread."""
+    """Events that no other event of the same thread contains."""
     outermost, end = [], dict[Any, float]()
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         if event["ts"] >= end.get(event["tid"], -1.0):

@@ -37,7 +37,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with numbers of six digits, which keeps the files small."""
+    """Round floats to six digits, which keeps the files small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

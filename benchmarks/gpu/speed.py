@@ -44,6 +44,8 @@ def train_with_graphs(scale: Scale, family: str, batch_size: int) -> Fragments:
     with peak_memory(scale) as peak:
         training = Training(scale, family, batch_size, compile=scale.device == "cuda", graphs=scale.device == "cuda")
         yield _row(scale, family, "train, CUDA graphs", batch_size)
+        for _ in range(3):  # compiles, captures, replays
+            training.step()
         yield {"seconds": seconds_of(scale, training.step)[0]}
         yield {"profile": profile_of(scale, training.step)}
     yield {"peak_bytes": peak}

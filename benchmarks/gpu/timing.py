@@ -100,7 +100,7 @@ def _is_part(name: str, pattern: str) -> bool:
 
 
 def _methods(module: nn.Module) -> list[str]:
-    """Public methods that the module's class defines, whatever they are called."""
+    """Names of the public methods that the module's own classes define."""
     skipped = set(dir(nn.Module)) - {"forward"}
     methods = {
         name

@@ -46,7 +46,7 @@ def copies(scale: Scale) -> Iterator[dict[str, Any]]:
 
 
 class JpegDataset:
-    """Images of coloured shapes as JPEG files of 640 x 480, as large as those of COCO."""
+    """Images of coloured shapes as JPEG files of 640 x 480, the usual size of COCO's images."""
 
     def __init__(self, folder: Path, *, drawn: int = 16, length: int = 4096) -> None:
         """Draw `drawn` images; they repeat, each time as another image."""

@@ -133,7 +133,7 @@ class Worker:
             return
         self._connection.close()
         with suppress(ProcessLookupError, PermissionError):
-            # The process leads a group of its own once it serves; before that it has no children.
+            # `serve` makes the process lead a new group; before that it has no children.
             if os.getpgid(self._process.pid or 0) == self._process.pid:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

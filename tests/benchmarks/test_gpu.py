@@ -143,7 +143,7 @@ def test_an_item_that_fails_dies_or_hangs_does_not_stop_the_next(tmp_path: Path)
 
 
 class TimedWorker:
-    """Stands for a worker: each item takes 100 s, on a clock of its own."""
+    """Fake worker whose items take 100 s on a fake clock."""
 
     facts: dict[str, str] = {}  # noqa: RUF012, as of the real one
 

@@ -168,7 +168,7 @@ def compare(
         return best_iou, matched, held, torch.zeros_like(held)
     goals = [torch.stack(own).amax(0) for own in reach]
     goals = [torch.where((goal > 0) & (goal >= low_quality), goal, torch.inf) for goal in goals]
-    # What an object's best is was only known after all tiles, hence a second pass over them.
+    # An object's best IoU is known after all tiles only, so that a second pass compares with it.
     best_of_object = []
     for column, (boxes, box_areas) in enumerate(columns):
         reached = None
