@@ -1,4 +1,5 @@
 # `make quickstart` shows the toolbox at work; `make test` runs every check. Both set up `.venv` first.
+# `make test-oldest` runs the tests on the oldest supported PyTorch, in an environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -6,7 +7,10 @@ BIN := .venv/bin
 QUICKSTART := --set resize.short=160 --set resize.long=224 --set scale_jitter=none --set epochs=3 \
 	--set images_per_device=2 --set optimizer.lr=0.008 --set model.box.num_sampled=64
 
-.PHONY: quickstart test lint format clean
+# The oldest PyTorch that pyproject.toml allows, and the torchvision of its release.
+OLDEST := torch==2.9.1 torchvision==0.24.1
+
+.PHONY: quickstart test test-oldest lint format clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,9 +33,18 @@ lint: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 
+.venv-oldest/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet $(OLDEST) --editable '.[dev]'
+	touch $@
+
+# Not part of CI: another PyTorch takes minutes to install.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --numprocesses 2 --dist loadgroup
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv shapes runs
+	rm -rf .venv .venv-oldest shapes runs

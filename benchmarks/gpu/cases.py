@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from boxwright.data.masks.mask_grid import GRID_SIZE
 from torch import Tensor, nn
 
 from benchmarks.gpu.scale import Scale
 from boxwright.benchmark.random_weights import SEED, settle
+from boxwright.data.masks.mask_grid import GRID_SIZE
 from boxwright.precision import Precision, autocast
 from boxwright.recipes import find_recipe
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets, to_device

@@ -45,7 +45,7 @@ def test_equals_torchvision(name: str, settings: dict, norm: str) -> None:
         expected, maps = getter(images).values(), ours(images)
     for ours_map, their_map, channels, stride in zip(maps, expected, ours.channels, ours.strides, strict=True):
         assert ours_map.shape == (1, channels, 64 // stride, 96 // stride)
-        torch.testing.assert_close(ours_map, their_map, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours_map, their_map, rtol=0, atol=1e-5 * their_map.abs().max().item())
 
 
 @pytest.mark.parametrize(("name", "groups", "width"), [("resnext101_32x8d", 32, 8), ("resnext101_64x4d", 64, 4)])
@@ -116,7 +116,8 @@ def test_recomputing_is_one_graph_with_the_same_gradients_and_statistics(norm: s
     wanted.backward()
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+            largest = theirs.grad.abs().max().item()
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * largest, msg=name)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, twin.get_buffer(name), msg=name)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from boxwright import predictor
 from boxwright.cli.main import app
+from boxwright.recipes import find_recipe
 
 COMMANDS = {
     "predict": ["street.jpg"],
@@ -37,3 +39,16 @@ def test_a_precision_that_is_none(command: str) -> None:
     result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "found", "--precision", "half"])
     assert result.exit_code == 2
     assert "'bfloat16'" in result.output
+
+
+def test_a_recipe_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `python -m`; only commands extend `sys.path`, `find_recipe` leaves it as it is."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes_of_this_folder.py").write_text("def small():\n    return 3\n")
+    with pytest.raises(ValueError, match="no module 'recipes_of_this_folder'"):
+        find_recipe("recipes_of_this_folder:small")
+    assert str(tmp_path) not in sys.path
+    result = CliRunner().invoke(app, ["train", "recipes_of_this_folder:small", "--show"])
+    assert "recipes_of_this_folder:small is no recipe: it gives int" in " ".join(result.output.split())
+    monkeypatch.delitem(sys.modules, "recipes_of_this_folder")

@@ -74,7 +74,9 @@ def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> N
         expected, gradients = with_gradients(detector, detector.losses, batch)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6, msg=f"{count} objects")
         for name, gradient in gradients.items():
-            torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}, {count}")
+            # Sums of many terms round relative to their largest term, so small elements have no precision of their own.
+            atol = 1e-4 * gradient.abs().max().item() + 1e-8
+            torch.testing.assert_close(compiled_gradients[name], gradient, rtol=0, atol=atol, msg=f"{name}, {count}")
     assert counter.frame_count == 1
 
 

@@ -31,7 +31,7 @@ class TinyDetector(nn.Module):
         self.regress = nn.Linear(width, 4)
 
     def features(self, batch: Batch) -> Tensor:
-        pixels = nn.functional.adaptive_avg_pool2d(batch.images.float() / 255, 8)
+        pixels = nn.functional.adaptive_avg_pool2d(batch.images.to(self.stem.weight.dtype) / 255, 8)
         return self.dropout(self.norm(self.body(self.stem(pixels))).relu().mean((2, 3)))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -66,6 +66,11 @@ def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True) 
     if not norm:
         detector.norm = nn.Identity()  # type: ignore[assignment]
     return detector
+
+
+def float64_detector(num_classes: int) -> TinyDetector:
+    """One in float64, without what depends on the batch or on chance: ranks together compute what one process does."""
+    return tiny_detector(num_classes, dropout=0.0, norm=False).double()
 
 
 def stumbling_detector(num_classes: int, *, bad_image: int) -> TinyDetector:

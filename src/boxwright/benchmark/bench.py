@@ -66,9 +66,10 @@ class Bench:
             find_serve()
 
     def __enter__(self) -> Bench:
-        if self.plan.threads is not None:
-            torch.set_num_threads(self.plan.threads)
         self._stack = ExitStack()
+        if self.plan.threads is not None:
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.plan.threads)
         self.dataset: Dataset = self._stack.enter_context(open_pictures(self.plan))
         with torch.device("meta"):
             shape = as_detector(build(self.experiment.model, num_classes=len(self.dataset.categories)))

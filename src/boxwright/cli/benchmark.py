@@ -67,6 +67,7 @@ def benchmark(
     from boxwright.benchmark.report import write_report
     from boxwright.benchmark.run import measure
     from boxwright.benchmark.table import markdown as tables
+    from boxwright.cli.options import search_current_folder
 
     shared: dict[str, Any] = {
         "settings": settings or [],
@@ -84,6 +85,8 @@ def benchmark(
         "peer": against or "",
         "peer_python": "" if peer_python is None else str(peer_python),
     }
+    for recipe in recipes:
+        search_current_folder(recipe)
     report = measure(
         [Plan(recipe=recipe, **shared) for recipe in recipes],
         parse_phases(phases),

@@ -1,7 +1,9 @@
-"""Options that several commands have."""
+"""Options that several commands have, and how they find a user's recipe."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -13,3 +15,9 @@ PrecisionOption = Annotated[
         show_default="as it was trained",
     ),
 ]
+
+
+def search_current_folder(recipe: str) -> None:
+    """Let Python find the module of a user's recipe, `module:function`, in the current folder, as `python -m` does."""
+    if ":" in recipe and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))

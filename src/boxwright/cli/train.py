@@ -91,6 +91,7 @@ def train(
 
     On several devices: torchrun --nproc-per-node N -m boxwright train ...
     """
+    from boxwright.cli.options import search_current_folder
     from boxwright.data.concat import ConcatDataset
     from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.proposals_foreign import open_proposals
@@ -102,6 +103,7 @@ def train(
     from boxwright.training.metrics import say
     from boxwright.training.settings import describe, with_settings
 
+    search_current_folder(recipe)
     experiment = find_recipe(recipe)()
     if not isinstance(experiment, Experiment):
         raise ValueError(f"{recipe} is no recipe: it gives {type(experiment).__name__}, not an Experiment")

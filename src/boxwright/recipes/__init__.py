@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 from boxwright.recipes import cascade_rcnn, fast_mask_rcnn, fast_rcnn, faster_rcnn, mask_rcnn, retinanet, rpn
@@ -40,9 +38,6 @@ def find_recipe(name: str) -> Recipe:
         return recipes[name]
     if not module_name or not function_name:
         raise ValueError(f"there is no recipe {name!r}: give a built-in one, or package.module:function")
-    # As `python -m` does, and the `boxwright` script does not: a recipe in the current folder is found.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
