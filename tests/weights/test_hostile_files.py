@@ -22,7 +22,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import boxwright
-from boxwright.backbones.timm import timm_fpn
+from boxwright.backbones.fpn import FPN
+from boxwright.backbones.timm import TimmBackbone, timm_fpn
 from boxwright.cli.main import app
 from boxwright.data.dataset import Category
 from boxwright.data.proposals_foreign import open_proposals
@@ -165,6 +166,18 @@ PAGES: dict[str, Any] = {
     "a pyramid a billion wide": body(depth=18, channels=10**9),
     "a billion sizes of pictures": scales("range", [1, 1], [10**12, 10**12]),
     "a picture a billion wide": resize(10**9),
+    "a detector's class without its parts": experiment(part("detectors.rcnn.RCNN")),
+    "a module that is no detector": experiment(part("backbones.fpn.resnet_fpn", depth=18)),
+    "a class of a billion blocks": experiment(
+        faster(part("backbones.fpn.FPN", body=part("backbones.resnet.ResNet", depth=50, groups=10**9)))
+    ),
+    "a class a billion wide": experiment(
+        faster(part("backbones.fpn.FPN", body=part("backbones.resnet.ResNet", depth=18), channels=10**9))
+    ),
+    "a head that is no head": experiment(faster(box_head=part("backbones.fpn.resnet_fpn", depth=18))),
+    "a head with what its detector passes": experiment(
+        faster(box_head=part("heads.box_head.BoxHead", config=part("heads.box_head.BoxConfig", width=10**7)))
+    ),
     "a depth that is text": experiment(
         faster({"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {"depth": "os"}})
     ),
@@ -208,7 +221,7 @@ def test_a_page_makes_nothing_be_fetched_or_read(tmp_path: Path, monkeypatch: py
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the network was asked")
 
-    backbone = partial(timm_fpn, name="resnet10t", channels=16)
+    backbone: Any = partial(timm_fpn, name="resnet10t", channels=16)
     model = partial(faster_rcnn, box=BoxConfig(width=8))
     detector = build(partial(model, backbone=backbone), num_classes=1)
     page = {
@@ -222,6 +235,11 @@ def test_a_page_makes_nothing_be_fetched_or_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     loaded = boxwright.load(tmp_path / "weights.safetensors").detector.state_dict()
     assert asked == [False]
+    by_class = partial(FPN, body=partial(TimmBackbone, name="resnet10t", pretrained=True), channels=16)
+    of_classes = {**page, "experiment": to_json(Experiment(model=partial(model, backbone=by_class)))}
+    save_weights(tmp_path / "classes.safetensors", detector.state_dict(), of_classes)
+    boxwright.load(tmp_path / "classes.safetensors")
+    assert asked == [False, False]
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in detector.state_dict().items())
     page["experiment"]["arguments"]["model"]["arguments"]["backbone"]["arguments"]["name"] = "hf-hub:someone/hit"
     save_weights(tmp_path / "hub.safetensors", detector.state_dict(), page)

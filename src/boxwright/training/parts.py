@@ -270,7 +270,12 @@ def _find(name: str, trusted: tuple[str, ...]) -> Any:
         raise ValueError(f"{name} is neither a part of a model nor settings")
     try:
         target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ImportError) and not _inside(module_name, ("boxwright",)):
+            raise ValueError(
+                f"{name}: the trusted module {module_name} cannot be imported ({error}). Install it, or start Python "
+                "in the folder that holds it, on the command line as python -m boxwright"
+            ) from None
         raise ValueError(f"there is no {name}: was the experiment written by another version?") from None
     is_model_part = is_part(target) and _inside(module_name, (*MODEL_MODULES, *trusted))
     is_settings_class = isinstance(target, type) and dataclasses.is_dataclass(target)
