@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "boxwright"
 FLOORS = [
+    {"checks"},
     {"structures", "geometry", "cache", "precision"},
     {"weights"},
     {"data"},

@@ -1,4 +1,4 @@
-"""An experiment: a model and how to train it, as one frozen value, and its JSON form.
+"""An experiment: a model and how to train it, as one frozen value with a JSON form; `settings.py` changes it.
 
 The model is given as a part (`parts.py`), which `build` calls. `settings.py` shows and changes experiments.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -60,9 +60,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_numbers(self, "lr", "weight_decay", least=0)
-        check_numbers(self, "betas", least=0, most=1)
-        if len(self.betas) != 2 or max(self.betas) == 1:
-            raise ValueError(f"betas={self.betas}: expected two numbers below 1, such as (0.9, 0.999)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: expected two numbers in 0..1, below 1, such as (0.9, 0.999)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +128,7 @@ class Experiment:
     epochs: int = 12
     """Passes over the training pictures."""
     batch_size: int = 16
-    """The batch that `optimizer.lr` is stated for. The rate is scaled linearly to the real batch, which is
-    `images_per_device` x devices x `accumulate`."""
+    """Batch size of `optimizer.lr`, which is scaled linearly to `images_per_device` x devices x `accumulate`."""
     images_per_device: int = 2
     """Pictures that a device takes at a time in training."""
     accumulate: int = 1
@@ -153,8 +151,8 @@ class Experiment:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every", "keep_checkpoints")
-        check_counts(self, *counts, "given_proposals")
+        check_counts(self, "epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every")
+        check_counts(self, "keep_checkpoints", "given_proposals")
         check_counts(self, "seed", least=0)
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         self.augmentation  # noqa: B018  (its constructor checks the image settings)
@@ -167,8 +165,7 @@ class Experiment:
     @property
     def augmentation(self) -> Augmentation:
         """The image settings of the training loader."""
-        names = ("resize", "scales", "scale_mode", "flip", "scale_jitter", "crop", "photometric")
-        return Augmentation(**{name: getattr(self, name) for name in names})
+        return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation) if f.name != "transform"})
 
 
 def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Experiment:
