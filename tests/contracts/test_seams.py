@@ -37,7 +37,7 @@ def kinds_imported(tree: ast.AST) -> set[str]:
 
 
 def faults(source: str) -> list[str]:
-    """Places in a file that ask for a kind, or for a detector's attribute with a default of their own."""
+    """Places in a file that ask for a kind, or read a detector's attribute by getattr or hasattr."""
     tree = ast.parse(source)
     kinds, found = kinds_imported(tree), []
     for node in ast.walk(tree):

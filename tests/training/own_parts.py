@@ -36,7 +36,7 @@ class Body(nn.Module):
 
 
 class ScaledBoxHead(BoxHead):
-    """A box head with a parameter and a setting of its own."""
+    """A box head with an additional parameter and an additional setting."""
 
     def __init__(self, *arguments: Any, extra: int = 2) -> None:
         super().__init__(*arguments)

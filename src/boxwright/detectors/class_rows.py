@@ -46,7 +46,7 @@ def with_shared_rows(
         num_given: D.
 
     Returns:
-        The new parameter, in memory of its own; None where the two differ in more than their classes.
+        A copy with these rows; None if the two parameters differ in more than their classes.
     """
     num_own = len(shared)
     anchors = layout.num_anchors(len(own), num_own)

@@ -96,15 +96,15 @@ class PixelNormalizer(nn.Module):
         self.register_buffer("std", torch.tensor(stats.std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """Normalise pictures and blank what lies beside them.
+        """Normalise images and set the padding to 0.
 
         Args:
             images: [B, 3, H, W] uint8 RGB.
-            image_sizes: [B, 2] int64 (height, width) of the picture on the canvas.
+            image_sizes: [B, 2] int64 (height, width) of the image on the canvas.
 
         Returns:
             [B, 3, H, W] float32 in the backbone's colour order, channels last in memory, as convolutions are fastest; 0
-            outside the picture, whatever the canvas held there.
+            in the padding.
         """
         if self.reverse_colours:
             images = images.flip(1)
