@@ -80,7 +80,8 @@ def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Mod
 
 def folded(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight [C, inputs / groups, K, K] and bias [C] of the one convolution that does what both do."""
-    assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
+    # A tuple, since PyTorch 2.9 cannot trace a union of types.
+    assert isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d))
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
