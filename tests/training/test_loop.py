@@ -6,11 +6,14 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -320,3 +323,25 @@ def test_resuming_a_run_saved_before_a_setting_existed(tmp_path: Path) -> None:
     changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.01, momentum=0.8))
     with pytest.raises(ValueError, match=r"optimizer\.momentum was 0\.9 and is 0\.8"):
         train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
+
+
+def test_training_leaves_the_settings_of_the_program_as_they_were(tmp_path: Path) -> None:
+    before = process_settings()
+    train(tiny_experiment(epochs=1, precision="bfloat16"), Pictures(), tmp_path, num_workers=0)
+    assert process_settings() == before
+
+
+def process_settings() -> dict[str, object]:
+    """Settings of this process that a library could change for the program that uses it."""
+    return {
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "environment": dict(os.environ),
+        "path": list(sys.path),
+        "warnings": list(warnings.filters),
+        "threads": (torch.get_num_threads(), cv2.getNumThreads()),
+        "types": (torch.get_default_dtype(), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "matrix products": torch.get_float32_matmul_precision(),
+        "compiler": [torch._dynamo.config.save_config(), torch._functorch.config.save_config()],
+    }
