@@ -40,7 +40,8 @@ def test_class_names_are_printed_and_reported_as_they_are(tmp_path: Path) -> Non
     arguments = ["test", str(run), "--annotations", str(tmp_path / "[val].json"), "--images", str(images)]
     result = CliRunner().invoke(app, [*arguments, "--workers", "0", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    report = (run / "report.html").read_text()
+    (report_file,) = (run / "evaluation").glob("*/report.html")
+    report = report_file.read_text()
     for name in NAMES:
         assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name
         assert escape(name) in report

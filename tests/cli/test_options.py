@@ -27,6 +27,7 @@ def test_precision_reaches_the_model(
         raise ValueError(f"loaded in {precision}")
 
     monkeypatch.setattr(predictor, "load", load)
+    monkeypatch.setattr(predictor, "weights_file", Path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "street.jpg").touch()
     option = [] if given is None else ["--precision", given]

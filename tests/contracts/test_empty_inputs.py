@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxwright.ops.paste import paste_masks
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
 from boxwright.assign.match import IGNORED, NEGATIVE, match
 from boxwright.assign.sample import hardest, sample
+from boxwright.evaluation.paste import paste_masks
 from boxwright.ops import roi_align
 from boxwright.ops.mask_target import mask_target
 from boxwright.ops.nms import nms

@@ -23,13 +23,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from boxwright.data.coco_index import read_annotations
 from safetensors.torch import save as save_tensors
 
 import coco_files
 import voc_files
 from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
+from boxwright.data.formats import read_annotations
 from boxwright.data.proposals import FORMAT as PROPOSALS_FORMAT
 from boxwright.data.proposals import GivenProposals, write_proposals
 from boxwright.data.proposals_foreign import open_proposals
