@@ -154,7 +154,7 @@ class Detection:
 
 
 def _measure(scale: Scale, family: str, phases: list[str], *, peer: bool = False, **changes: Any) -> Report:
-    return measure([scale.plan(family, peer=peer, **changes)], phases, command="", say=lambda _: None)
+    return measure([scale.plan(family, peer=peer, **changes)], phases, command="", log=lambda _: None)
 
 
 def _report(**found: Any) -> Report:
