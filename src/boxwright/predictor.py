@@ -27,7 +27,7 @@ from boxwright.evaluation.evaluate import Precision, autocast, file_boxes, file_
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
-from boxwright.weights.hub import hub_file, is_hub_place
+from boxwright.weights.hub import hub_file, is_hub_uri
 from boxwright.weights.ours import load_weights
 from boxwright.zoo import fetch_weights, load_zoo
 
@@ -302,7 +302,7 @@ def weights_file(place: str | Path) -> Path:
     """
     if isinstance(place, str) and is_url(place):
         return fetch(remote_file(place))
-    if isinstance(place, str) and is_hub_place(place):
+    if isinstance(place, str) and is_hub_uri(place):
         return fetch(hub_file(place))
     path = Path(place)
     if not path.exists():

@@ -37,12 +37,12 @@ def build(family: str, depth: int, num_classes: int, device: str) -> nn.Module:
     return Model()
 
 
-def inputs(pictures: Sequence[Any], device: str) -> Sequence[Any]:
-    for sample in pictures:
+def inputs(samples: Sequence[Any], device: str) -> Sequence[Any]:
+    for sample in samples:
         assert sample.image.dtype == torch.uint8
         assert sample.boxes.shape == (len(sample.labels), 4)
         assert sample.masks is None or sample.masks.shape == (len(sample.labels), *sample.image.shape[1:])
-    return pictures
+    return samples
 
 
 def losses(model: nn.Module, inputs: Sequence[Any]) -> Tensor:

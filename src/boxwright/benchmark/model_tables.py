@@ -117,7 +117,7 @@ class _Group(NamedTuple):
     memory: dict[int, Memory]
 
     def rows(self, recipe: str, num_figures: int) -> Iterator[list[str]]:
-        """Rows that pair the batch sizes of training with those of inference, in ascending order."""
+        """Rows that pair training and inference batch sizes, both in ascending order."""
         train_batches = sorted(self.train.keys() | self.memory.keys())
         for train_batch, infer_batch in zip_longest(train_batches, sorted(self.infer)):
             train, memory = self.train.get(train_batch), self.memory.get(train_batch)

@@ -1,6 +1,6 @@
 """Systems: detectors with a uniform interface for timing.
 
-This module has Boxwright's system; those of peers are in `torchvision_peer` and `peer_process`.
+This module has Boxwright's system; the systems of peers are in `torchvision_peer` and `peer_process`.
 """
 
 from __future__ import annotations
