@@ -1,4 +1,4 @@
-"""`fetch` returns a complete, verified file or raises a clear error, whatever the hosts do."""
+"""`fetch` returns a complete, verified file or raises a clear error, also if hosts are slow, faulty or unreachable."""
 
 from __future__ import annotations
 
