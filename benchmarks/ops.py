@@ -79,7 +79,7 @@ def nms_case(
 
 
 def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: int, backward: bool) -> Case:
-    """RoIAlign on four levels with 256 channels. Boxwright runs unaligned, which is what torchvision's pooler does."""
+    """RoIAlign on four levels with 256 channels. Boxwright runs unaligned, as torchvision's pooler does."""
     height, width = CANVAS
     contiguous = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
     # Each implementation receives the memory format of its models: channels last (Boxwright), contiguous (torchvision).

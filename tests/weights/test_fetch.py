@@ -287,7 +287,7 @@ def test_offline_mode_sends_no_requests(host: Host, tmp_path: Path, monkeypatch:
     assert get(url) == path
 
 
-def test_a_read_only_cache_is_reported_with_its_variable(host: Host, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_is_reported_with_its_variable(host: Host, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(OSError, match="Set BOXWRIGHT_CACHE to another folder"):
         get(host.answer(NAME, whole(CONTENT)))

@@ -85,8 +85,11 @@ def test_files_that_are_not_valid_safetensors_are_rejected(tmp_path: Path) -> No
         ({"boxwright": "{"}, "not valid JSON"),
         ({"boxwright": "[1]"}, "expected format 'boxwright-1', got "),
         ({"boxwright": json.dumps({"format": "boxwright-9"})}, "'boxwright-9'. Update"),
-        ({"boxwright": json.dumps({"format": "boxwright-1", "categories": {}})}, "must be a list, got a dict"),
-        ({"boxwright": json.dumps({"format": "boxwright-1", "experiment": 1})}, "must be a dict, got a int"),
+        (
+            {"boxwright": json.dumps({"format": "boxwright-1", "categories": {}})},
+            "'categories': expected list, got dict",
+        ),
+        ({"boxwright": json.dumps({"format": "boxwright-1", "experiment": 1})}, "'experiment': expected dict, got int"),
     ],
 )
 def test_safetensors_files_without_valid_metadata_are_rejected(

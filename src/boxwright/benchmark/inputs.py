@@ -25,7 +25,7 @@ from boxwright.training.experiment import Experiment
 NUM_CLASSES = 80
 """The number of classes of COCO."""
 NUM_IMAGES = 1024
-"""Length of the generated dataset: every phase finishes within one epoch."""
+"""Length of the generated dataset, large enough that a phase with the default iterations stays within one epoch."""
 _NUM_FILES = 16
 NUM_BATCHES = 4
 """Number of batches that are kept in memory and used in rotation."""

@@ -41,7 +41,7 @@ class Peak(msgspec.Struct, frozen=True, kw_only=True):
     peak_rss: int
     """Peak resident set size (RSS) on the host."""
     start_rss: int
-    """RSS at the start: before the batches and the detector are built; in a peer's process, after its detector is."""
+    """Peak RSS before the batches and the detector are built. In a peer's process, its detector is already built."""
     cuda_allocated: int | None = None
     """Peak GPU memory allocated by tensors (`torch.cuda.max_memory_allocated`); None on a CPU."""
     cuda_reserved: int | None = None

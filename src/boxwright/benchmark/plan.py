@@ -70,9 +70,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         experiment = find_recipe(self.recipe)()
         if not isinstance(experiment, Experiment):
-            raise ValueError(
-                f"recipe {self.recipe} returns a {type(experiment).__name__}. A recipe must return an Experiment."
-            )
+            raise ValueError(f"recipe {self.recipe}: expected an Experiment, got {type(experiment).__name__}")
         experiment = with_settings(experiment, self.settings)
         if self.size is not None:
             # Scale jitter and crops would change the size again.

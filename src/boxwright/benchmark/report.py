@@ -1,4 +1,4 @@
-"""Benchmark reports: the JSON format that `boxwright benchmark --json` writes and the benchmark page is made from."""
+"""Benchmark reports. `boxwright benchmark --json` writes them, and the benchmark page is generated from them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     peak_rss: int
     """Peak resident set size (RSS) of the process on the host."""
     start_rss: int
-    """RSS at the start: before the batches and the detector are built; in a peer's process, after its detector is."""
+    """Peak RSS before the batches and the detector are built. In a peer's process, its detector is already built."""
     cuda_allocated: int | None = None
     """Peak GPU memory allocated by tensors; None on a CPU."""
     cuda_reserved: int | None = None

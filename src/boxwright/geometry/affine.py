@@ -1,7 +1,7 @@
 """2D affine transforms as 2x3 matrices: (x, y) is mapped to matrix @ (x, y, 1).
 
-The functions use elementwise products and sums instead of matmul: autocast would run a matmul in bfloat16, which
-shifts boxes by whole pixels.
+The functions use elementwise products and sums instead of matmul: autocast would run a matmul in bfloat16, whose
+rounding errors shift boxes by a pixel or more.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def area(boxes: Tensor, plus_one: float = 0.0) -> Tensor:
 
     Args:
         boxes: [..., 4] xyxy.
-        plus_one: 1 if x2 and y2 are the last pixel inside.
+        plus_one: 1 if x2 and y2 are the last pixel inside the box.
 
     Returns:
         [...] width * height.
@@ -38,7 +38,7 @@ def intersection(a: Tensor, b: Tensor, plus_one: float = 0.0) -> Tensor:
     Args:
         a: [..., N, 4] xyxy.
         b: [..., M, 4] xyxy; leading dimensions broadcast with `a`.
-        plus_one: 1 if x2 and y2 are the last pixel inside.
+        plus_one: 1 if x2 and y2 are the last pixel inside the box.
 
     Returns:
         [..., N, M] area; 0 for boxes that do not overlap.
@@ -57,7 +57,7 @@ def iou(a: Tensor, b: Tensor, plus_one: float = 0.0) -> Tensor:
     Args:
         a: [..., N, 4] xyxy.
         b: [..., M, 4] xyxy; leading dimensions broadcast with `a`.
-        plus_one: 1 if x2 and y2 are the last pixel inside.
+        plus_one: 1 if x2 and y2 are the last pixel inside the box.
 
     Returns:
         [..., N, M] in 0..1; 0 for two boxes of zero area.
@@ -80,7 +80,7 @@ def encode(boxes: Tensor, anchors: Tensor, stds: Sequence[float], plus_one: floa
         anchors: [..., 4] xyxy, broadcast with `boxes`.
         stds: four values that divide (dx, dy, dw, dh). The stds (0.1, 0.1, 0.2, 0.2) correspond to torchvision's
             weights (10, 10, 5, 5).
-        plus_one: 1 if x2 and y2 are the last pixel inside.
+        plus_one: 1 if x2 and y2 are the last pixel inside the box.
 
     Returns:
         [..., 4] (dx, dy, dw, dh); inf or NaN where a box or anchor has zero area.
@@ -127,7 +127,7 @@ def clip(boxes: Tensor, image_sizes: Tensor, plus_one: float = 0.0) -> Tensor:
     Args:
         boxes: [B, ..., 4] xyxy (or [..., 4] with one image size).
         image_sizes: [B, 2] (or [2]) height and width.
-        plus_one: 1 if x2 and y2 are the last pixel inside, which is at most width - 1.
+        plus_one: 1 if x2 and y2 are the last pixel inside the box.
 
     Returns:
         Boxes of the same shape with 0 <= x <= width - plus_one and 0 <= y <= height - plus_one.

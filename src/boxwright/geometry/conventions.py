@@ -20,10 +20,10 @@ class Conventions:
     anchor_rounding: AnchorRounding = "none"
     """Rounding of base anchors to whole pixels; see `base_anchors`."""
     anchor_strides_from_canvas: bool = False
-    """Whether the distance of anchors is canvas size // feature size instead of the stride of the level. At a canvas
-    size of 800, the two are 61 and 64 for P6."""
+    """Whether the distance between neighbouring anchors is canvas size // feature size instead of the stride of the
+    level. For P6 and a canvas size of 800, the two are 61 and 64 pixels."""
     roi_align_aligned: bool = True
-    """Whether RoIAlign shifts boxes by -0.5, so that feature values are at the centres of their cells."""
+    """Whether RoIAlign shifts boxes by -0.5 feature cells, so that feature values are at the centres of their cells."""
     roi_align_plus_one: bool = True
     """Whether RoIAlign also adds `plus_one` to x2 and y2, and pools boxes smaller than one cell without enlarging them.
     If False, `plus_one` only affects the FPN level assignment."""
@@ -31,8 +31,8 @@ class Conventions:
     """At test time, proposals are clipped to the image size rounded up to a multiple of this value. It is 32 in
     Detectron, which clips to the padded image."""
     level_epsilon: float = 1e-6
-    """Added in the FPN level assignment of RoIs, so that sizes at exact powers of two are not assigned one level too
-    low."""
+    """Added to the level before it is rounded down in FPN's level assignment, so that rounding errors do not move a box
+    whose size is a power of two to the next lower level."""
 
 
 MODERN = Conventions()

@@ -252,10 +252,10 @@ class _Download:
             raise _TransientError(f"the host sent more than the announced {_bytes(length)}")
 
     def _usable_part(self, url: str) -> _Part | None:
-        """Metadata of the existing part, if the download can be resumed.
+        """Metadata of the existing part, or None if it cannot be resumed.
 
-        This is the case if the same URL with a validator was downloaded, or if the final hash check will detect a mix
-        of two files.
+        A part can be resumed if it has the same URL and a validator, which the host checks. With another URL, a known
+        SHA-256 hash is required: it detects if the mirrors have different files.
         """
         try:
             part = msgspec.json.decode(self._metadata_file.read_bytes(), type=_Part)

@@ -122,7 +122,7 @@ def _read_metadata(path: Path, strings: Mapping[str, str] | None) -> dict[str, A
     for name, expected in (("experiment", dict), ("categories", list)):
         if name in metadata and not isinstance(metadata[name], expected):
             actual_type = type(metadata[name]).__name__
-            raise ValueError(f"{path}: metadata {name!r} must be a {expected.__name__}, got a {actual_type}")
+            raise ValueError(f"{path}: metadata {name!r}: expected {expected.__name__}, got {actual_type}")
     return metadata
 
 
