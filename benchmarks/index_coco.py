@@ -1,9 +1,9 @@
-"""How long, and how much memory, the index of an annotation file of COCO train2017's size takes.
+"""Measure the time and memory of indexing an annotation file of the size of COCO train2017.
 
 python benchmarks/index_coco.py [--images 118000] [--objects 860000]
 
-Writes such a file (random polygons, streamed), then reads it in fresh processes: without a cache, and three times
-from the cache.
+The script writes an annotation file with random polygons, then reads it in new processes: once without a cache and
+three times from the cache.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 
 
 def write_annotations(path: Path, num_images: int, num_objects: int) -> None:
-    """Objects with polygons of as many points as COCO's, and one run-length crowd region in eighty-six."""
+    """Write annotations whose polygons have as many points as COCO's; one object in 86 is an RLE crowd region."""
     rng = random.Random(0)
-    categories = [{"id": number + number // 8, "name": f"thing {number}"} for number in range(1, 81)]
+    categories = [{"id": index + index // 8, "name": f"class {index}"} for index in range(1, 81)]
     with path.open("w") as file:
         file.write('{"images": [')
-        for number in range(num_images):
-            image = {"id": number * 5 + 9, "file_name": f"{number:012d}.jpg", "width": 640, "height": 480, "license": 3}
-            image |= {"coco_url": f"http://images.cocodataset.org/train2017/{number:012d}.jpg", "flickr_url": "x" * 56}
-            file.write((", " if number else "") + json.dumps(image))
+        for index in range(num_images):
+            image = {"id": index * 5 + 9, "file_name": f"{index:012d}.jpg", "width": 640, "height": 480, "license": 3}
+            image |= {"coco_url": f"http://images.cocodataset.org/train2017/{index:012d}.jpg", "flickr_url": "x" * 56}
+            file.write((", " if index else "") + json.dumps(image))
         file.write('], "annotations": [')
-        for number in range(num_objects):
+        for index in range(num_objects):
             x, y, width, height = rng.uniform(0, 400), rng.uniform(0, 300), rng.uniform(4, 200), rng.uniform(4, 150)
-            crowd = number % 86 == 0
+            crowd = index % 86 == 0
             segmentation: object
             if crowd:
                 runs = [rng.randrange(1, 600) for _ in range(300)]
@@ -51,14 +51,14 @@ def write_annotations(path: Path, num_images: int, num_objects: int) -> None:
                 "image_id": rng.randrange(num_images) * 5 + 9,
                 "bbox": [round(x, 2), round(y, 2), round(width, 2), round(height, 2)],
                 "category_id": rng.choice(categories)["id"],
-                "id": 900_000_000 + number,
+                "id": 900_000_000 + index,
             }
-            file.write((", " if number else "") + json.dumps(annotation))
+            file.write((", " if index else "") + json.dumps(annotation))
         file.write('], "categories": ' + json.dumps(categories) + "}")
 
 
 def measure_reading(annotations: Path, cache: Path) -> None:
-    """Print the time of one reading and this process's memory."""
+    """Read the index once and print the time and the peak memory of this process."""
     from boxwright.data.formats import read_index
 
     start, start_processor = time.perf_counter(), time.process_time()
@@ -72,7 +72,7 @@ def measure_reading(annotations: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    """Generate, then read twice."""
+    """Write the annotation file, then read it without and with a cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--objects", type=int, default=860_000)
@@ -86,8 +86,8 @@ def main() -> None:
         annotations, cache = Path(folder) / "instances.json", Path(folder) / "cache"
         write_annotations(annotations, arguments.images, arguments.objects)
         print(f"annotation file: {annotations.stat().st_size / 1e6:.0f} MB")
-        for what in ("first reading", *["from the cache"] * 3):
-            print(f"{what}: ", end="", flush=True)
+        for label in ("without cache", *["from cache"] * 3):
+            print(f"{label}: ", end="", flush=True)
             subprocess.run([sys.executable, __file__, "--read", annotations, cache], check=True)
         print(f"index: {sum(file.stat().st_size for file in cache.rglob('*.npy')) / 1e6:.0f} MB")
 

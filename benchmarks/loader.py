@@ -1,16 +1,16 @@
-"""Training batches made on one core: ours beside those of torchvision's reference scripts, of the same files.
+"""Compare the speed of data loading with torchvision's reference scripts, on one core and with the same files.
 
     python benchmarks/loader.py ../shared/data/coco_mini
 
-JPEG files of 640 x 480 and 480 x 640 pixels become batches of short side 800, flipped with probability 0.5, boxes with
-them, no masks. torchvision's references/detection decode with Pillow, flip, and make float32; its models then
-normalise, resize and pad (`GeneralizedRCNNTransform`, called as it is installed). Our batch is uint8, which the
-detector normalises on its device: one row does that on this core, too. Another builds the batch as a worker does, in
-shared memory.
+JPEG files of 640 x 480 and 480 x 640 pixels are loaded as batches with short side 800, flipped with probability 0.5,
+with boxes and without masks. torchvision's references/detection decode with Pillow, flip and convert to float32; the
+models then normalise, resize and pad with `GeneralizedRCNNTransform`. Boxwright's batches are uint8, and the detector
+normalises them on its device. The row "to float32" includes the normalisation on this core. The row "in a worker"
+builds batches in shared memory, as a worker process does.
 
-All take turns within each round. A time is processor time of the whole process, with one thread, so that other work on
-the machine counts as little as can be; images/s are for one core kept busy. A figure is the median over the rounds. The
-stages come from a pass of their own under the profiler; files are in the system's cache.
+All variants run in alternation within each round. Times are processor times of the whole process with one thread, which
+other load on the machine affects least; images/s is for one fully used core. Each result is the median over the rounds.
+The times of the stages come from a separate, profiled pass. All files are in the page cache of the operating system.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ BATCH_SIZE = 2
 Stages = dict[str, tuple[str, ...]]
 OURS: Stages = {
     "decode": ("decode.py:decode_image",),
-    "the sample apart from that": ("batch_builder.py:_placed_sample", "-decode.py:decode_image"),
+    "other work per sample": ("batch_builder.py:_placed_sample", "-decode.py:decode_image"),
     "resize and flip": ("augment.py:place_image",),
-    "the rest of collating": ("collate.py:collate", "-batch_builder.py:_placed_sample", "-augment.py:place_image"),
+    "other work in collate": ("collate.py:collate", "-batch_builder.py:_placed_sample", "-augment.py:place_image"),
 }
 MODEL: Stages = {
     "normalise": ("transform.py:normalize",),
@@ -80,11 +80,11 @@ STAGES: dict[str, Stages] = {
     }
     | MODEL,
 }
-"""What each way spends its time on: functions as file:name, less those in them that are told apart."""
+"""Stages of each variant. The time of a stage is the sum over its functions (file:name); a leading - subtracts."""
 
 
-class Ours:
-    """The training loader, in this process, over and over."""
+class Boxwright:
+    """Boxwright's training loader, in this process."""
 
     def __init__(self, dataset: IndexedDataset, *, worker: bool = False, normalized: bool = False) -> None:
         loader = TrainingLoader(
@@ -102,7 +102,7 @@ class Ours:
         """Build one batch."""
         with patch("boxwright.data.collate.get_worker_info", lambda: self.worker or None):
             batch = next(self.batches)
-        if self.worker:  # as torch does to hand it over
+        if self.worker:  # torch's workers pass tensors to the main process in shared memory
             map_tensors(batch, share_memory_)
         if self.normalized:
             normalize(self.normalizer, batch.images, batch.image_sizes)
@@ -114,16 +114,16 @@ def share_memory_(tensor: Tensor) -> Tensor:
 
 
 def normalize(normalizer: PixelNormalizer, images: Tensor, image_sizes: Tensor) -> Tensor:
-    """What every detector does first."""
+    """The first step of every detector; a function so that the profiler can attribute its time."""
     return normalizer(images, image_sizes)
 
 
 class Torchvision:
-    """The pipeline of references/detection (presets.DetectionPresetTrain with hflip) and of the detectors."""
+    """torchvision's pipeline: references/detection (presets.DetectionPresetTrain, hflip) and the models' transform."""
 
     def __init__(self, dataset: IndexedDataset, transform: Callable[[Image.Image, dict], tuple[Tensor, dict]]) -> None:
         objects = [dataset.index.objects(int(row)) for row in dataset.rows]
-        # Boxes are read beforehand: parsing annotations is not what is measured.
+        # Boxes are read in advance, since parsing annotations is not measured.
         self.samples = [
             (
                 dataset.images / dataset.index.file_name(int(row)),
@@ -138,7 +138,7 @@ class Torchvision:
         self.order = self._order(dataset.image_sizes)
 
     def _order(self, sizes: np.ndarray) -> Iterator[int]:
-        """Pictures of one shape after another, which spares the padding that its own sampler spares, too."""
+        """Indices grouped by shape, which avoids padding in the same way as torchvision's GroupedBatchSampler."""
         order = np.argsort(sizes[:, 0], kind="stable").tolist()
         while True:
             yield from order
@@ -155,12 +155,12 @@ class Torchvision:
 
 
 def decode(path: Path) -> Image.Image:
-    """Open a picture as torchvision's CocoDetection does."""
+    """Open an image as torchvision's CocoDetection does."""
     return Image.open(path).convert("RGB")
 
 
 def transform_v1(image: Image.Image, target: dict) -> tuple[Tensor, dict]:
-    """RandomHorizontalFlip, PILToTensor and ToDtype of the reference scripts' own transforms.py."""
+    """RandomHorizontalFlip, PILToTensor and ToDtype of transforms.py in references/detection."""
     if torch.rand(1) < 0.5:
         image = v1.hflip(image)
         target["boxes"] = target["boxes"].clone()
@@ -181,7 +181,7 @@ _PRESET_V2 = v2.Compose(
 
 
 def transform_v2(image: Image.Image, target: dict) -> tuple[Tensor, dict]:
-    """The same preset made of transforms.v2, on tensors."""
+    """The same preset with torchvision.transforms.v2."""
     boxes = tv_tensors.BoundingBoxes(
         target["boxes"], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(image.height, image.width)
     )
@@ -189,7 +189,7 @@ def transform_v2(image: Image.Image, target: dict) -> tuple[Tensor, dict]:
 
 
 def profile(build: Callable[[], None], stages: Stages, num_batches: int) -> None:
-    """Print the processor time that each stage takes an image."""
+    """Print the processor time of each stage per image."""
     profiler = cProfile.Profile(time.process_time)
     profiler.enable()
     for _ in range(num_batches):
@@ -206,11 +206,11 @@ def profile(build: Callable[[], None], stages: Stages, num_batches: int) -> None
 
 
 def main() -> None:
-    """Measure and print both tables."""
+    """Measure all variants and print tables of their rates and stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder with COCO images and annotations")
+    parser.add_argument("data", type=Path, help="folder with COCO images and annotations")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--num-batches", type=int, default=16, help="of each in a round")
+    parser.add_argument("--num-batches", type=int, default=16, help="batches per variant and round (default: 16)")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -220,32 +220,33 @@ def main() -> None:
     dataset.rows = dataset.rows[(np.sort(dataset.image_sizes, axis=1) == (480, 640)).all(axis=1)]
 
     systems: dict[str, Callable[[], None]] = {
-        "boxwright": Ours(dataset),
-        "boxwright, in a worker": Ours(dataset, worker=True),
-        "boxwright, to float32": Ours(dataset, normalized=True),
+        "boxwright": Boxwright(dataset),
+        "boxwright, in a worker": Boxwright(dataset, worker=True),
+        "boxwright, to float32": Boxwright(dataset, normalized=True),
         "torchvision": Torchvision(dataset, transform_v1),
         "torchvision, v2": Torchvision(dataset, transform_v2),
     }
     times: dict[str, list[float]] = {name: [] for name in systems}
-    for measured in range(-1, arguments.rounds):
+    for round_index in range(-1, arguments.rounds):
         for name, build in systems.items():
             start = time.process_time()
             for _ in range(arguments.num_batches):
                 build()
-            if measured >= 0:  # the first round warms up
+            if round_index >= 0:  # round -1 is the warm-up
                 times[name].append((time.process_time() - start) / arguments.num_batches / BATCH_SIZE)
 
     packages = ["opencv-python-headless", "torch", "torchvision", "pillow"]
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{package} {version(package)}" for package in packages))
-    print(f"{len(dataset)} pictures, batches of {BATCH_SIZE}, {arguments.rounds} rounds of {arguments.num_batches}\n")
-    print("| way | ms an image | images/s on one core | times torchvision's rate |\n| --- | --- | --- | --- |")
-    for name, each in times.items():
-        middle = statistics.median(each)
-        ratio = statistics.median(theirs / ours for theirs, ours in zip(times["torchvision"], each, strict=True))
-        rate = f"{1 / middle:.0f} ({1 / max(each):.0f}-{1 / min(each):.0f})"
-        print(f"| {name} | {middle * 1000:.2f} | {rate} | {ratio:.2f} |")
-    print("\n| way | stage | ms an image |\n| --- | --- | --- |")
+    print(f"{len(dataset)} images, batch size {BATCH_SIZE}, {arguments.rounds} rounds, ", end="")
+    print(f"{arguments.num_batches} batches per round\n")
+    print("| variant | ms/image | images/s on one core | rate / torchvision's |\n| --- | --- | --- | --- |")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(times["torchvision"], seconds, strict=True))
+        rate = f"{1 / median:.0f} ({1 / max(seconds):.0f}-{1 / min(seconds):.0f})"
+        print(f"| {name} | {median * 1000:.2f} | {rate} | {ratio:.2f} |")
+    print("\n| variant | stage | ms/image |\n| --- | --- | --- |")
     for name, build in systems.items():
         print(f"| {name} | | |")
         profile(build, STAGES[name], arguments.num_batches)

@@ -1,10 +1,10 @@
-"""Whether the memory of a training loader grows, over steps, epochs and workers.
+"""Measure whether the memory of a training loader grows with steps, epochs and workers. Linux only.
 
     python benchmarks/loader_memory.py ../shared/data/coco_mini --workers 2 4
 
-Counts the proportional set size of anonymous and shared memory over the process and its workers: a page that several
-of them share is divided among them, so that nothing is counted twice. Pages of files are left out: libraries and memory
-maps, whose share depends on what else runs on the machine and which the system can drop. Needs Linux.
+The measure is the proportional set size (PSS) of anonymous and shared memory, summed over the process and its workers.
+PSS divides a shared page among its processes, so that no page is counted twice. File-backed pages (libraries and memory
+maps) are excluded: their PSS depends on other processes, and the kernel can drop them.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from boxwright.data.loader import TrainingLoader
 
 
 def memory(process: psutil.Process) -> float:
-    """Anonymous and shared memory of a process in MiB, its share where pages are shared."""
+    """PSS of the anonymous and shared memory of a process, in MiB."""
     lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def tree_memory() -> tuple[float, float]:
-    """Memory in MiB of this process, and of its children together."""
-    here = psutil.Process()
-    return memory(here), sum(memory(child) for child in here.children(recursive=True))
+    """Memory of this process and the sum over its child processes, in MiB."""
+    process = psutil.Process()
+    return memory(process), sum(memory(child) for child in process.children(recursive=True))
 
 
 def main() -> None:
-    """Run each number of workers, printing memory every tenth of the way."""
+    """Run the loader with each number of workers and print the memory ten times per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder with COCO images and annotations")
+    parser.add_argument("data", type=Path, help="folder with COCO images and annotations")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -59,12 +59,14 @@ def main() -> None:
             seed=0,
             num_workers=num_workers,
         )
-        print(f"\n{num_workers} workers, batch {arguments.batch_size}, {loader.steps_per_epoch} steps an epoch")
-        print("| step | main, MiB | workers, MiB | all, MiB |\n| --- | --- | --- | --- |")
+        print(
+            f"\nworkers: {num_workers}, batch size: {arguments.batch_size}, steps per epoch: {loader.steps_per_epoch}"
+        )
+        print("| step | main, MiB | workers, MiB | total, MiB |\n| --- | --- | --- | --- |")
         batches = loader.batches()
         totals = []
         for step, _ in enumerate(islice(batches, arguments.steps), 1):
-            # A single reading wavers with the batches in flight, by tens of MiB: average a few.
+            # Single values vary by tens of MiB with the number of prefetched batches, so print the mean of ten.
             if step % 10 == 0:
                 totals.append((step, *tree_memory()))
             if step % (arguments.steps // 10) == 0:

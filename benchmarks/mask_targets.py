@@ -1,11 +1,11 @@
-"""Which grid holds an object's mask well enough to learn from, and what it costs.
+"""Compare grid formats for ground-truth masks: accuracy of the mask targets made from them, and cost.
 
     python benchmarks/mask_targets.py ../shared/data/coco_mini ../shared/data/nuclei
 
-For real objects and boxes around them as a region proposal network gives them, each candidate's 28 x 28 target is
-compared with an oracle that sees the whole mask: of polygons, COCO's rasteriser (pycocotools) on the polygons moved
-into the box and scaled to 28 x 28; of run lengths, RoIAlign (aligned, as many samples as a cell has pixels) on the
-whole bitmap, from a half on, as Detectron2 does. Times are those of one core.
+For annotated objects and boxes like RPN proposals, the 28 x 28 mask target of each grid format is compared with an
+oracle that uses the original mask. For polygons, the oracle is COCO's rasteriser (pycocotools), applied to the polygons
+in the coordinate frame of the box, scaled to 28 x 28. For run-length masks, it is RoIAlign on the full bitmap (aligned,
+adaptive number of samples), thresholded at 0.5 as in Detectron2. Times are for one core.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from boxwright.structures import MaskGrids
 TARGET_SIZE = 28
 MIN_IOU = 0.5
 SPREAD = 0.12
-"""Standard deviation of a box's sides, in sides of the object's box."""
+"""Standard deviation of the box coordinates, relative to the width and height of the object's box."""
 NUM_BOXES = 2
-EXACT = 15
-"""The rasteriser's canvas is this many times finer where a cell's centre alone is to decide."""
+SUPERSAMPLING = 15
+"""`cell_centre_target` rasterises at this multiple of the target size, to evaluate the mask at the centres of cells."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form of grid."""
+    """A grid format."""
 
     size: int
-    """Cells a side."""
+    """Cells per side."""
     finer: int
-    """How much finer polygons are drawn."""
+    """Supersampling factor at which polygons are rasterised."""
     binary: bool
-    """Whether cells are on or off, which would pack into bits, or hold the share covered."""
+    """Whether a cell is 0 or 1, which could be stored as one bit, or holds the covered fraction in 255ths."""
 
     @property
     def num_bytes(self) -> int:
-        """Of one grid."""
+        """Size of one grid."""
         return self.size**2 // (8 if self.binary else 1)
 
 
@@ -70,7 +70,7 @@ CANDIDATES = [
 
 @dataclass(frozen=True)
 class Case:
-    """An object and a box that it is to be learnt in."""
+    """An object, a proposal for it, and the oracle's mask target."""
 
     mask: Any
     image_size: tuple[int, int]
@@ -79,65 +79,65 @@ class Case:
 
 
 def cases(folder: Path, num_objects: int, rng: np.random.Generator) -> list[Case]:
-    """Objects of the validation split, evenly over it, each with `NUM_BOXES` boxes."""
+    """Sample objects evenly from the validation split, each with `NUM_BOXES` boxes."""
     dataset = IndexedDataset(*find_layout(folder)["val"])
     index = dataset.index
     rows = np.flatnonzero(index.has_mask)
     rows = rows[np.linspace(0, len(rows) - 1, min(num_objects, len(rows))).astype(int)]
-    found = []
+    sampled = []
     for row in rows.tolist():
         image = int(np.searchsorted(index.object_offsets, row, side="right")) - 1
         height, width = index.image_sizes[image].tolist()
         mask = index.mask(row)
-        target = polygon_oracle if isinstance(mask, list) else bitmap_oracle
+        oracle = polygon_oracle if isinstance(mask, list) else bitmap_oracle
         for _ in range(NUM_BOXES):
             box = jittered(index.boxes[row].astype(np.float64), (height, width), rng)
-            found.append(Case(mask, (height, width), box, target(mask, (height, width), box)))
-    return found
+            sampled.append(Case(mask, (height, width), box, oracle(mask, (height, width), box)))
+    return sampled
 
 
 def jittered(box: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A box inside the picture whose IoU with the object's is at least `MIN_IOU`."""
+    """A random box inside the image whose IoU with `box` is at least `MIN_IOU`."""
     limits = np.array([image_size[1], image_size[0]] * 2)
-    sides = np.tile(box[2:] - box[:2], 2)
+    sizes = np.tile(box[2:] - box[:2], 2)
     while True:
-        other = (box + rng.normal(0, SPREAD, 4) * sides).clip(0, limits)
-        inner = (np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])).clip(0).prod()
-        union = (box[2:] - box[:2]).prod() + (other[2:] - other[:2]).clip(0).prod() - inner
-        if inner >= MIN_IOU * union:
+        other = (box + rng.normal(0, SPREAD, 4) * sizes).clip(0, limits)
+        intersection = (np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])).clip(0).prod()
+        union = (box[2:] - box[:2]).prod() + (other[2:] - other[:2]).clip(0).prod() - intersection
+        if intersection >= MIN_IOU * union:
             return other
 
 
 def polygon_oracle(polygons: Any, _: tuple[int, int], box: np.ndarray, size: int = TARGET_SIZE) -> np.ndarray:
-    """COCO's rasteriser on a canvas of the target's size."""
+    """[size, size] bool: the polygons inside the box, by COCO's rasteriser."""
     scale = size / (box[2:] - box[:2])
     moved = [((polygon - box[:2]) * scale).ravel().tolist() for polygon in polygons]
-    runs = coco_mask.merge(coco_mask.frPyObjects(moved, size, size))
-    return coco_mask.decode(runs).astype(bool)
+    rle = coco_mask.merge(coco_mask.frPyObjects(moved, size, size))
+    return coco_mask.decode(rle).astype(bool)
 
 
-def centre_rule(polygons: Any, image_size: tuple[int, int], box: np.ndarray) -> np.ndarray:
-    """Whether the centres of the target's cells lie inside, all but exactly."""
-    fine = polygon_oracle(polygons, image_size, box, TARGET_SIZE * EXACT)
-    return fine[EXACT // 2 :: EXACT, EXACT // 2 :: EXACT]
+def cell_centre_target(polygons: Any, image_size: tuple[int, int], box: np.ndarray) -> np.ndarray:
+    """Mask target whose cells are 1 if their centre is inside the polygons, up to the supersampling resolution."""
+    fine = polygon_oracle(polygons, image_size, box, TARGET_SIZE * SUPERSAMPLING)
+    return fine[SUPERSAMPLING // 2 :: SUPERSAMPLING, SUPERSAMPLING // 2 :: SUPERSAMPLING]
 
 
-def bitmap_oracle(runs: bytes, image_size: tuple[int, int], box: np.ndarray) -> np.ndarray:
-    """RoIAlign on the whole bitmap."""
-    bitmap = coco_mask.decode({"size": list(image_size), "counts": runs})
+def bitmap_oracle(counts: bytes, image_size: tuple[int, int], box: np.ndarray) -> np.ndarray:
+    """Mask target of a run-length mask, by RoIAlign on the full bitmap."""
+    bitmap = coco_mask.decode({"size": list(image_size), "counts": counts})
     pixels = torch.from_numpy(bitmap.astype(np.float32))[None, None]
     boxes = [torch.from_numpy(box.astype(np.float32))[None]]
     return (roi_align(pixels, boxes, TARGET_SIZE, sampling_ratio=0, aligned=True)[0, 0] >= 0.5).numpy()
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Of two bitmaps; 1 where both are empty."""
+    """IoU of two bitmaps; 1 if both are empty."""
     union = (first | second).sum()
     return float((first & second).sum() / union) if union else 1.0
 
 
 def measure(candidate: Candidate, all_cases: list[Case]) -> tuple[np.ndarray, float]:
-    """The IoU with the oracle of each case, and the seconds that a grid took to make."""
+    """IoU with the oracle for each case, and the mean seconds to make a grid."""
     start = time.process_time()
     grids = [mask_grid(c.mask, c.image_size, size=candidate.size, finer=candidate.finer) for c in all_cases]
     seconds = (time.process_time() - start) / len(all_cases)
@@ -156,29 +156,30 @@ def measure(candidate: Candidate, all_cases: list[Case]) -> tuple[np.ndarray, fl
 
 
 def main() -> None:
-    """Print a table for each data set."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="+", type=Path, help="folders of data sets, COCO's layout")
-    parser.add_argument("--objects", type=int, default=2000, help="of each data set, at most")
+    """Print a table for each dataset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=Path, help="dataset folders in COCO layout")
+    parser.add_argument("--objects", type=int, default=2000, help="maximum number of objects per dataset")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for folder in options.data:
-        found = cases(folder, options.objects, np.random.default_rng(0))
-        print(f"\n{folder.name}: {len(found) // NUM_BOXES} objects, {NUM_BOXES} boxes each\n")
+        sampled = cases(folder, options.objects, np.random.default_rng(0))
+        print(f"\n{folder.name}: {len(sampled) // NUM_BOXES} objects, {NUM_BOXES} boxes per object\n")
         print(
-            "| grid | cells | bytes | us to make | mean IoU | 5th percentile |\n| --- | --- | --- | --- | --- | --- |"
+            "| grid size | cell values | bytes | us to make | mean IoU | 5th percentile |\n"
+            "| --- | --- | --- | --- | --- | --- |"
         )
         for candidate in CANDIDATES:
-            ious, seconds = measure(candidate, found)
-            form = "on or off" if candidate.binary else f"share, from {candidate.finer} x {candidate.finer}"
+            ious, seconds = measure(candidate, sampled)
+            values = "binary" if candidate.binary else f"fraction, {candidate.finer} x {candidate.finer} supersampling"
             print(
-                f"| {candidate.size} | {form} | {candidate.num_bytes} | {seconds * 1e6:.0f} | {ious.mean():.4f} "
+                f"| {candidate.size} | {values} | {candidate.num_bytes} | {seconds * 1e6:.0f} | {ious.mean():.4f} "
                 f"| {np.quantile(ious, 0.05):.3f} |"
             )
-        polygons = [case for case in found if isinstance(case.mask, list)]
-        if polygons:
-            ious = np.array([iou(centre_rule(c.mask, c.image_size, c.box), c.oracle) for c in polygons])
-            print(f"| the cells' centres, exactly | | | | {ious.mean():.4f} | {np.quantile(ious, 0.05):.3f} |")
+        polygon_cases = [case for case in sampled if isinstance(case.mask, list)]
+        if polygon_cases:
+            ious = np.array([iou(cell_centre_target(c.mask, c.image_size, c.box), c.oracle) for c in polygon_cases])
+            print(f"| exact mask at cell centres | | | | {ious.mean():.4f} | {np.quantile(ious, 0.05):.3f} |")
     packages = ("numpy", "opencv-python-headless", "hotcoco", "pycocotools", "torch")
     print(f"\nPython {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages))
 

@@ -1,8 +1,9 @@
-"""Our NMS, matching and multi-level RoIAlign beside torchvision's, and Soft-NMS beside its hard NMS, on one machine.
+"""Compare the speed of NMS, matching and multi-level RoIAlign with torchvision's; Soft-NMS with torchvision's hard NMS.
 
     python benchmarks/ops.py --out ops.json
 
-Both sides take turns within each round, so that a busy machine hurts them alike; a figure is the median over rounds.
+Both implementations run in alternation within each round, so that other load on the machine affects them alike. Each
+result is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -36,23 +37,26 @@ Case = tuple[Callable[[], object], Callable[[], object]]
 
 
 def random_boxes(num_images: int, num_boxes: int, device: str) -> Tensor:
-    """Boxes of 16 to 512 pixels a side, anywhere on the canvas."""
+    """Boxes at random positions with log-uniform sides from 16 to 512 pixels."""
     height, width = CANVAS
     corner = torch.rand(num_images, num_boxes, 2) * torch.tensor([width * 0.8, height * 0.8])
     return torch.cat([corner, corner + 2 ** (4 + 5 * torch.rand(num_images, num_boxes, 2))], -1).to(device)
 
 
 def clustered_boxes(num_images: int, num_boxes: int, device: str) -> Tensor:
-    """What a trained network answers with: many boxes about each of 50 objects."""
-    centres = random_boxes(num_images, 50, "cpu").repeat(1, -(-num_boxes // 50), 1)[:, :num_boxes]
-    sides = (centres[..., 2:] - centres[..., :2]).repeat(1, 1, 2)
-    return (centres + 0.15 * sides * torch.randn_like(centres)).to(device)
+    """Boxes like predictions of a trained detector: many around each of 50 objects."""
+    objects = random_boxes(num_images, 50, "cpu").repeat(1, -(-num_boxes // 50), 1)[:, :num_boxes]
+    sizes = (objects[..., 2:] - objects[..., :2]).repeat(1, 1, 2)
+    return (objects + 0.15 * sizes * torch.randn_like(objects)).to(device)
 
 
 def nms_case(
     boxes: Tensor, num_groups: int, share_valid: float, max_keep: int, threshold: float, *, soft: bool = False
 ) -> Case:
-    """One candidate list a group; torchvision gets the valid ones only, as its own models do, and is always hard."""
+    """NMS within groups (levels or classes).
+
+    torchvision receives only valid boxes, as in its models, and always runs hard NMS.
+    """
     num_images, num_boxes, _ = boxes.shape
     device = boxes.device
     scores = torch.rand(num_images, num_boxes).to(device)
@@ -61,8 +65,8 @@ def nms_case(
 
     def ours() -> object:
         if soft:
-            rule: dict[str, Any] = {"decay": "linear", "sigma": 0.5, "min_score": 0.05}
-            return soft_nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep, **rule)
+            options: dict[str, Any] = {"decay": "linear", "sigma": 0.5, "min_score": 0.05}
+            return soft_nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep, **options)
         return nms(boxes, scores, groups, valid, iou_threshold=threshold, max_keep=max_keep)
 
     def theirs() -> object:
@@ -75,15 +79,15 @@ def nms_case(
 
 
 def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: int, backward: bool) -> Case:
-    """Four levels of 256 channels; ours is unaligned here to do the same work."""
+    """RoIAlign on four levels with 256 channels. Boxwright runs unaligned, as torchvision's pooler does."""
     height, width = CANVAS
-    plain = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
-    # Each side gets the order in memory that its own models have: channels last in ours, first in torchvision's.
-    features = [feature.to(memory_format=torch.channels_last).requires_grad_(backward) for feature in plain]
-    plain = [feature.requires_grad_(backward) for feature in plain]
+    contiguous = [torch.randn(num_images, 256, height // s, width // s, device=device) for s in STRIDES]
+    # Each implementation receives the memory format of its models: channels last (Boxwright), contiguous (torchvision).
+    features = [feature.to(memory_format=torch.channels_last).requires_grad_(backward) for feature in contiguous]
+    contiguous = [feature.requires_grad_(backward) for feature in contiguous]
     boxes = random_boxes(num_images, num_boxes, device)
     valid = torch.ones(num_images, num_boxes, dtype=torch.bool, device=device)
-    named = OrderedDict((str(index), feature) for index, feature in enumerate(plain))
+    named = OrderedDict((str(index), feature) for index, feature in enumerate(contiguous))
     pooler = MultiScaleRoIAlign(list(named), output_size, 2)
 
     def ours() -> Tensor:
@@ -97,11 +101,11 @@ def roi_align_case(device: str, num_images: int, num_boxes: int, output_size: in
     def with_backward(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward().sum(), inputs)
 
-    return (with_backward(ours, features), with_backward(theirs, plain)) if backward else (ours, theirs)
+    return (with_backward(ours, features), with_backward(theirs, contiguous)) if backward else (ours, theirs)
 
 
 def matcher_case(device: str, num_objects: int) -> Case:
-    """All anchors of an RPN on strides 4 to 64 with the objects of two images."""
+    """Matching of all RPN anchors (strides 4 to 64) to the objects of two images."""
     height, width = CANVAS
     strides = [*STRIDES, 64]
     base = [base_anchors([8.0 * stride], [0.5, 1.0, 2.0]) for stride in strides]
@@ -121,7 +125,7 @@ def matcher_case(device: str, num_objects: int) -> Case:
 
 
 def cases(device: str) -> dict[str, Case]:
-    """The shapes of Faster R-CNN at 800 x 1344 with two images, in training and in test."""
+    """Cases by name, with the shapes of Faster R-CNN for two images of 800 x 1344, in training and inference."""
     return {
         "NMS, RPN: 2 x 5 levels x 2000, keep 2000": nms_case(random_boxes(2, 10000, device), 5, 1.0, 2000, 0.7),
         "NMS, RPN: the same, 50 clusters": nms_case(clustered_boxes(2, 10000, device), 5, 1.0, 2000, 0.7),
@@ -140,31 +144,31 @@ def cases(device: str) -> dict[str, Case]:
     }
 
 
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Wall-clock time of one call, the device's work included."""
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Wall-clock time of one call, including the work on the device."""
     start = time.perf_counter()
-    call()
+    function()
     if device == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1000
 
 
 def main() -> None:
-    """Time all cases, print a Markdown table, write the figures."""
+    """Time all cases, print a Markdown table and write all times to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     device = arguments.device
     torch.manual_seed(0)
 
     rows = {}
-    print("| work | ours, ms | torchvision, ms | torchvision / ours |\n| --- | --- | --- | --- |")
-    for name, sides in cases(device).items():
-        for call in sides:
-            milliseconds(call, device)
-        rounds = [[milliseconds(call, device) for call in sides] for _ in range(arguments.rounds)]
+    print("| operation | Boxwright, ms | torchvision, ms | torchvision / Boxwright |\n| --- | --- | --- | --- |")
+    for name, functions in cases(device).items():
+        for function in functions:
+            milliseconds(function, device)
+        rounds = [[milliseconds(function, device) for function in functions] for _ in range(arguments.rounds)]
         ours, theirs = (list(times) for times in zip(*rounds, strict=True))
         rows[name] = {"ours_ms": ours, "torchvision_ms": theirs}
         cells = [f"{statistics.median(t):.1f} ({min(t):.1f}-{max(t):.1f})" for t in (ours, theirs)]

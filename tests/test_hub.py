@@ -1,4 +1,4 @@
-"""What is pushed to the hub is the published folder, whole, and loads back by its URL; a refusal is told and mended."""
+"""A published folder is pushed to the hub completely and loads by its URL; failed pushes are reported with a remedy."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ constants = pytest.importorskip("huggingface_hub.constants")
 
 
 @dataclass
-class StandIn:
-    """The part of the hub's interface that a push uses."""
+class FakeHub:
+    """State of a fake hub."""
 
     url: str
     private: dict[str, bool] = field(default_factory=dict)
-    """Whether a repository is private, by its name."""
+    """Whether each repository is private, by name."""
     commits: list[dict[str, bytes]] = field(default_factory=list)
-    """The files of each commit by name."""
+    """Files of each commit by name."""
     messages: list[str] = field(default_factory=list)
-    """What each commit says of itself."""
+    """Commit messages."""
     tokens: set[str] = field(default_factory=set)
-    """Those that came with a request that changes something."""
+    """Authorization headers of all POST requests."""
     refuses: bool = False
-    """Whether no token is good."""
+    """Whether all requests are answered with status 401."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the hub does, for repositories that take every file in the commit itself."""
+    """Implements the part of the hub's API that a push uses, without LFS: a commit contains all files."""
 
-    hub: StandIn
+    hub: FakeHub
 
     def do_POST(self) -> None:
-        """Make a repository, say how files are to come, take a commit."""
+        """Create a repository, answer the preupload request, or receive a commit."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.tokens.add(self.headers.get("Authorization", ""))
         if self.hub.refuses:
@@ -55,11 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self.send(200, {"warnings": []})
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            there = repo in self.hub.private
-            self.hub.private.setdefault(repo, asked.get("private") or asked.get("visibility") == "private")
-            return self.send(409 if there else 200, {"url": f"{self.hub.url}/{repo}"})
+            payload = json.loads(body)
+            repo = f"{payload['organization']}/{payload['name']}"
+            exists = repo in self.hub.private
+            self.hub.private.setdefault(repo, payload.get("private") or payload.get("visibility") == "private")
+            return self.send(409 if exists else 200, {"url": f"{self.hub.url}/{repo}"})
         assert self.path.startswith("/api/models/owner/cells/")
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"commitUrl": f"{self.hub.url}/owner/cells/commit/{oid}", "commitOid": oid, "success": True})
 
     def do_GET(self) -> None:
-        """Give what is known of a repository, or a file of it."""
+        """Send the description of a repository, or one of its files."""
         if self.hub.refuses:
             return self.send(401, {"error": "Invalid username or password."})
         path = self.path.lstrip("/")
@@ -85,10 +85,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send(404, {}) if content is None else self.send(200, content)
 
     def log_message(self, *_: Any) -> None:
-        """Stay silent."""
+        """Print no log."""
 
     def send(self, code: int, answer: dict | bytes) -> None:
-        """Send a file, or a page of JSON."""
+        """Send a file, or a dict as JSON."""
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(content)))
@@ -97,19 +97,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     for name in ("BOXWRIGHT_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "cache"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    stand_in = StandIn(f"http://127.0.0.1:{server.server_address[1]}")
-    server.RequestHandlerClass = type("HubHandler", (Handler,), {"hub": stand_in})
-    monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+    fake = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
+    server.RequestHandlerClass = type("HubHandler", (Handler,), {"hub": fake})
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
     monkeypatch.setenv("HF_TOKEN", "of the environment")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    yield stand_in
+    yield fake
     server.shutdown()
     server.server_close()
     thread.join()
@@ -123,11 +123,11 @@ def run(tmp_path: Path) -> Path:
 
 
 def publish(run: Path, *words: str) -> Any:
-    fixed = ["zoo", "publish", str(run), "--data", "BCCD", "--licence", "MIT", "--out", str(run.with_name("out"))]
-    return CliRunner().invoke(app, [*fixed, *words])
+    command = ["zoo", "publish", str(run), "--data", "BCCD", "--licence", "MIT", "--out", str(run.with_name("out"))]
+    return CliRunner().invoke(app, [*command, *words])
 
 
-def test_the_folder_is_pushed_in_one_commit_and_loads_by_the_url_that_is_printed(hub: StandIn, run: Path) -> None:
+def test_the_folder_is_pushed_in_one_commit_and_loads_by_the_printed_url(hub: FakeHub, run: Path) -> None:
     result = publish(run, "--to", "hf:owner/cells")
     assert result.exit_code == 0, result.output
     *files, url = result.stdout.splitlines()
@@ -140,29 +140,29 @@ def test_the_folder_is_pushed_in_one_commit_and_loads_by_the_url_that_is_printed
     assert boxwright.load(url).metadata["name"] == "cells"
 
 
-def test_private_makes_a_private_repository(hub: StandIn, run: Path) -> None:
+def test_private_creates_a_private_repository(hub: FakeHub, run: Path) -> None:
     assert publish(run, "--to", "hf:owner/cells", "--private").exit_code == 0
     assert hub.private == {"owner/cells": True}
     assert len(hub.commits) == 1
 
 
-def test_a_repository_that_is_there_keeps_what_it_is(hub: StandIn, tmp_path: Path) -> None:
+def test_pushing_to_an_existing_repository_keeps_its_visibility(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("A card", "utf-8")
     hub.private["owner/cells"] = True
     assert push(tmp_path, "owner/cells") == f"{hub.url}/owner/cells"
     assert hub.private == {"owner/cells": True}
     hub.private["owner/cells"] = False
-    with pytest.raises(ValueError, match="there already and public, and --private is given"):
+    with pytest.raises(ValueError, match="--private: owner/cells already exists and is public"):
         push(tmp_path, "owner/cells", private=True)
     assert len(hub.commits) == 1
 
 
-def test_a_refusal_leaves_the_folder_and_tells_how_to_go_on(hub: StandIn, run: Path) -> None:
+def test_after_a_denied_push_the_folder_remains_and_the_error_has_the_next_command(hub: FakeHub, run: Path) -> None:
     hub.refuses = True
     result = publish(run, "--to", "hf:owner/cells")
     out = run.with_name("out")
     assert result.exit_code == 1
-    assert f"{out} is made, but was not pushed to owner/cells" in result.stderr
+    assert f"{out} was written but not pushed to owner/cells" in result.stderr
     assert "401" in result.stderr
     assert f"hf upload owner/cells {out}" in result.stderr
     assert "of the environment" not in result.stderr
@@ -170,34 +170,36 @@ def test_a_refusal_leaves_the_folder_and_tells_how_to_go_on(hub: StandIn, run: P
     assert hub.commits == []
 
 
-def test_a_host_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(OSError, match=r"was not pushed to owner/cells \(Connect"):
+    with pytest.raises(OSError, match=r"not pushed to owner/cells \(Connect"):
         push(tmp_path, "owner/cells")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--to", "owner/cells"), "'owner/cells' is no place to push to: give hf:owner/name"),
-        (("--to", "hf:cells"), "'hf:cells' is no place to push to"),
-        (("--to", "hf:owner/cells/more"), "is no place to push to"),
-        (("--to", "hf:owner/a--b"), "'hf:owner/a--b' cannot be a repository"),
+        (("--to", "owner/cells"), "cannot push to 'owner/cells'. Give a repository"),
+        (("--to", "hf:cells"), "cannot push to 'hf:cells'"),
+        (("--to", "hf:owner/cells/more"), "cannot push to 'hf:owner/cells/more'"),
+        (("--to", "hf:owner/a--b"), "'hf:owner/a--b' is not a valid repository name"),
         (("--private",), "give --to too"),
     ],
 )
-def test_what_is_no_place_is_told_before_anything_is_made(run: Path, words: tuple[str, ...], message: str) -> None:
+def test_an_invalid_repository_is_rejected_before_anything_is_written(
+    run: Path, words: tuple[str, ...], message: str
+) -> None:
     result = publish(run, *words)
     assert result.exit_code == 1
     assert message in result.stderr
     assert not run.with_name("out").exists()
 
 
-def test_without_the_library_or_the_network_it_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_or_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOXWRIGHT_OFFLINE", "1")
     with pytest.raises(ValueError, match="BOXWRIGHT_OFFLINE is set"):
         repository("hf:owner/cells")
     for name in ("huggingface_hub", "huggingface_hub.utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'boxwright\[hub\]'"):
+    with pytest.raises(ValueError, match=r"not installed. Run pip install 'boxwright\[hub\]'"):
         repository("hf:owner/cells")

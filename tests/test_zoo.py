@@ -1,4 +1,4 @@
-"""The zoo's list is sound and agrees with its sources; a list of one's own is checked, and faults are named."""
+"""The zoo's list is valid and agrees with its sources; invalid zoo files are rejected with the name of the entry."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TORCHVISION = {
 }
 MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
-OWN = """
+ZOO = """
 [[collections]]
 title = "Ours"
 licence = "CC-BY-4.0"
@@ -45,27 +45,27 @@ models = [
 
 
 @pytest.fixture(autouse=True)
-def no_zoo_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def default_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BOXWRIGHT_ZOO", raising=False)
 
 
-def own_zoo(folder: Path, second: str = 'file = "second-1a1b2c3d.pth"') -> Path:
+def write_zoo(folder: Path, second: str = 'file = "second-1a1b2c3d.pth"') -> Path:
     path = folder / "own.toml"
-    path.write_text(OWN.format(second=second), "utf-8")
+    path.write_text(ZOO.format(second=second), "utf-8")
     return path
 
 
-def test_torchvisions_entries_are_torchvisions() -> None:
+def test_torchvisions_entries_equal_its_weights_metadata() -> None:
     zoo = load_zoo()
     for name, weights in TORCHVISION.items():
-        entry, facts = zoo[name], weights.COCO_V1
-        assert entry.remote.urls == (facts.url,)
-        measured = facts.meta["_metrics"]["COCO-val2017"]
-        assert entry.model.figures["box AP"] == measured["box_map"]
-        assert entry.model.figures.get("mask AP") == measured.get("mask_map")
+        entry, published = zoo[name], weights.COCO_V1
+        assert entry.remote.urls == (published.url,)
+        metrics = published.meta["_metrics"]["COCO-val2017"]
+        assert entry.model.figures["box AP"] == metrics["box_map"]
+        assert entry.model.figures.get("mask AP") == metrics.get("mask_map")
 
 
-def test_every_recipe_of_the_list_exists_and_is_of_its_family() -> None:
+def test_every_recipe_in_the_zoo_exists_and_has_the_models_family() -> None:
     recipes = built_in_recipes()
     for name, entry in load_zoo().items():
         model = entry.model
@@ -76,8 +76,8 @@ def test_every_recipe_of_the_list_exists_and_is_of_its_family() -> None:
         assert entry.collection.licence
 
 
-def test_figures_of_the_2018_toolbox_are_those_of_the_models_page() -> None:
-    """Both were copied from its tables, each by itself."""
+def test_figures_of_mmdetection_0_equal_the_models_page() -> None:
+    """The zoo and the page were copied from mmdetection's tables independently."""
     zoo, num_compared = load_zoo(), 0
     for line in MODELS_PAGE.read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.split("|")]
@@ -85,16 +85,16 @@ def test_figures_of_the_2018_toolbox_are_those_of_the_models_page() -> None:
         if name not in zoo or "V100" not in zoo[name].collection.source:
             continue
         figures = zoo[name].model.figures
-        wanted = [figures.get("AR1000", figures.get("box AP")), figures.get("mask AP")]
-        numbers = {float(number) for number in re.findall(r"(?<![\d.])\d+\.\d+", line)}
-        assert {number for number in wanted if number is not None} <= numbers, name
-        if "(2019:" not in line:  # of RetinaNet, the page has the AP of 2019 and nothing else
-            assert {figures[key] for key in ("GB", "s/iter") if key in figures} <= numbers, name
+        accuracy = [figures.get("AR1000", figures.get("box AP")), figures.get("mask AP")]
+        values_on_page = {float(number) for number in re.findall(r"(?<![\d.])\d+\.\d+", line)}
+        assert {value for value in accuracy if value is not None} <= values_on_page, name
+        if "(2019:" not in line:  # for RetinaNet, the page only has the AP of 2019
+            assert {figures[key] for key in ("GB", "s/iter") if key in figures} <= values_on_page, name
         num_compared += 1
     assert num_compared >= 40
 
 
-def test_the_2018_toolboxs_files_have_the_mirrors_that_it_named() -> None:
+def test_files_of_mmdetection_0_have_its_mirrors() -> None:
     entry = load_zoo()["mask_rcnn_r50_fpn_1x"]
     file = "models/mask_rcnn_r50_fpn_1x_20181010-069fa190.pth"
     assert entry.remote.sha256 == "069fa190"
@@ -103,17 +103,17 @@ def test_the_2018_toolboxs_files_have_the_mirrors_that_it_named() -> None:
     assert entry.model.results == "results/mask_rcnn_r50_fpn_1x_20181010_results.pkl.json"
 
 
-def test_mmdetections_files_are_named_after_their_models_and_figures() -> None:
-    """Some of the files have their AP in their names."""
-    found = [entry for entry in load_zoo().values() if entry.collection.title == "mmdetection 2.x"]
-    assert Counter(entry.model.family for entry in found) == {
+def test_mmdetection_2_files_match_their_models_and_figures() -> None:
+    """Some file names contain the AP."""
+    entries = [entry for entry in load_zoo().values() if entry.collection.title == "mmdetection 2.x"]
+    assert Counter(entry.model.family for entry in entries) == {
         "rpn": 8,
         "faster_rcnn": 12,
         "mask_rcnn": 12,
         "retinanet": 11,
     }
     num_compared = 0
-    for entry in found:
+    for entry in entries:
         model = entry.model
         name = re.fullmatch(r"(.+_fpn)_(?:mstrain(?:-poly)?_)?([123]x)_coco", model.name)
         assert name, model.name
@@ -129,9 +129,9 @@ def test_mmdetections_files_are_named_after_their_models_and_figures() -> None:
     assert num_compared == 9
 
 
-def test_mmdetections_further_files_carry_their_names_and_figures() -> None:
-    found = [entry for entry in load_zoo().values() if entry.collection.title.startswith("mmdetection 2.x, caffe")]
-    assert Counter(entry.model.family for entry in found) == {
+def test_mmdetection_2_caffe_files_match_their_models_and_figures() -> None:
+    entries = [entry for entry in load_zoo().values() if entry.collection.title.startswith("mmdetection 2.x, caffe")]
+    assert Counter(entry.model.family for entry in entries) == {
         "faster_rcnn": 6,
         "mask_rcnn": 8,
         "retinanet": 3,
@@ -139,7 +139,7 @@ def test_mmdetections_further_files_carry_their_names_and_figures() -> None:
         "cascade_mask_rcnn": 17,
     }
     num_compared = 0
-    for entry in found:
+    for entry in entries:
         model = entry.model
         folder = model.family.replace("cascade_mask", "cascade")
         name = re.escape(f"{folder}/{model.name}/{model.name}_")
@@ -153,11 +153,11 @@ def test_mmdetections_further_files_carry_their_names_and_figures() -> None:
     assert num_compared >= 15
 
 
-def test_detectron2s_files_end_in_digits_of_their_md5_hash() -> None:
-    """As its list of models says of all its files."""
-    found = [entry for entry in load_zoo().values() if entry.collection.title == "Detectron2"]
-    assert len(found) == 15
-    for entry in found:
+def test_detectron2_file_names_end_with_the_md5_prefix() -> None:
+    """Its MODEL_ZOO.md states this for all its files."""
+    entries = [entry for entry in load_zoo().values() if entry.collection.title == "Detectron2"]
+    assert len(entries) == 15
+    for entry in entries:
         model = entry.model
         assert re.fullmatch(rf"[\w-]+/{model.name}/\d{{8,9}}/model_final_{model.md5_prefix}\.pkl", model.file)
         assert entry.remote.urls == (f"https://dl.fbaipublicfiles.com/detectron2/{model.file}",)
@@ -165,14 +165,14 @@ def test_detectron2s_files_end_in_digits_of_their_md5_hash() -> None:
         name = re.fullmatch(r"(\w+?)_(R_50|R_101|X_101_32x8d)_FPN_[13]x", model.name)
         assert name, model.name
         assert name[1] == model.family
-        # No recipe has the last body, nor one mask head behind three box heads.
-        body = {"R_50": "r50", "R_101": "r101"}.get(name[2]) if "cascade" not in name[1] else None
-        assert model.recipe == ("" if body is None else f"{model.family}_{body}_caffe_fpn_1x")
+        # No recipe has the X-101-32x8d backbone, or a cascade with a single mask head.
+        backbone = {"R_50": "r50", "R_101": "r101"}.get(name[2]) if "cascade" not in name[1] else None
+        assert model.recipe == ("" if backbone is None else f"{model.family}_{backbone}_caffe_fpn_1x")
 
 
-def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zoo_file_is_loaded_by_path_or_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = "1a1b2c3d" + "0" * 56
-    path = own_zoo(tmp_path, f'file = "second-1a1b2c3d.pth", sha256 = "{full}"')
+    path = write_zoo(tmp_path, f'file = "second-1a1b2c3d.pth", sha256 = "{full}"')
     zoo = load_zoo(path)
     assert list(zoo) == ["first", "second"]
     urls = ("https://a.example/models/second-1a1b2c3d.pth", "https://b.example/second-1a1b2c3d.pth")
@@ -184,7 +184,7 @@ def test_a_zoo_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         find_model(zoo, "fist")
 
 
-def test_the_example_on_the_page_is_sound(tmp_path: Path) -> None:
+def test_the_example_on_the_zoo_page_is_valid(tmp_path: Path) -> None:
     page = MODELS_PAGE.with_name("zoo.md").read_text("utf-8")
     (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "zoo.toml").write_text(example, "utf-8")
@@ -193,9 +193,9 @@ def test_the_example_on_the_page_is_sound(tmp_path: Path) -> None:
     assert entry.model.figures == {"box AP": 41.2, "mask AP": 37.0}
 
 
-def test_a_zoo_at_a_url(tmp_path: Path) -> None:
+def test_a_zoo_is_loaded_from_a_url(tmp_path: Path) -> None:
     with serve() as host:
-        url = host.answer("own.toml", whole(own_zoo(tmp_path).read_bytes()))
+        url = host.answer("own.toml", whole(write_zoo(tmp_path).read_bytes()))
         assert list(load_zoo(url)) == ["first", "second"]
         with pytest.raises(OSError, match="HTTP 500"):
             load_zoo(host.answer("broken.toml", status(500)))
@@ -208,18 +208,18 @@ def test_a_zoo_at_a_url(tmp_path: Path) -> None:
         ("file = 3", r"model 'second': Expected `str`, got `int` - at `\$.collections\[0\].models\[1\].file`"),
         ('file = "a-1a1b2c3d.pth", figures = { AP = "high" }', "model 'second': Expected `float`, got `str`"),
         ('recipe = "x"', "model 'second': .*missing required field `file`"),
-        ('file = "a.pth"', "model 'second': nothing tells the file's SHA-256 hash"),
-        ('file = "a-20181010.pth"', "model 'second': nothing tells the file's SHA-256 hash"),
-        ('file = "a.pth", sha256 = "0A1B2C3D"', "model 'second': sha256 '0A1B2C3D' is no hash"),
-        ('file = "a-1a1b2c3d.pth", sha256 = "00000000"', "model 'second': sha256 '00000000' is not the '1a1b2c3d'"),
-        ('file = "a.pth", md5_prefix = "0a1b2"', "model 'second': md5_prefix '0a1b2' is none"),
-        ('file = "a.pth", md5_prefix = "0A1B2C"', "model 'second': md5_prefix '0A1B2C' is none"),
-        ('file = "../a-1a1b2c3d.pth"', "model 'second': '../a-1a1b2c3d.pth' is no path"),
-        ('file = "a-1a1b2c3d.pth", results = "/b"', "model 'second': '/b' is no path"),
+        ('file = "a.pth"', "model 'second': no hash"),
+        ('file = "a-20181010.pth"', "model 'second': no hash"),
+        ('file = "a.pth", sha256 = "0A1B2C3D"', "model 'second': sha256: expected 8 to 64 .*, got '0A1B2C3D'"),
+        ('file = "a-1a1b2c3d.pth", sha256 = "00000000"', "'second': sha256 '00000000' contradicts the hash '1a1b2c3d'"),
+        ('file = "a.pth", md5_prefix = "0a1b2"', "model 'second': md5_prefix: expected 6 to 32 .*, got '0a1b2'"),
+        ('file = "a.pth", md5_prefix = "0A1B2C"', "model 'second': md5_prefix: expected 6 to 32 .*, got '0A1B2C'"),
+        ('file = "../a-1a1b2c3d.pth"', "model 'second': '../a-1a1b2c3d.pth' is not a relative path"),
+        ('file = "a-1a1b2c3d.pth", results = "/b"', "model 'second': '/b' is not a relative path"),
     ],
 )
-def test_faults_name_the_entry(tmp_path: Path, second: str, message: str) -> None:
-    path = own_zoo(tmp_path, second)
+def test_errors_name_the_invalid_model(tmp_path: Path, second: str, message: str) -> None:
+    path = write_zoo(tmp_path, second)
     with pytest.raises(ValueError, match=message) as caught:
         load_zoo(path)
     assert str(path) in str(caught.value)
@@ -228,18 +228,22 @@ def test_faults_name_the_entry(tmp_path: Path, second: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"second", f', '"first", f', "model 'first': there is another of this name"),
-        ('"second", f', '"a/b", f', "model 'a/b': a name has letters"),
-        ('"https://b.example/"', '"https://b.example"', "'Ours' has 'https://b.example': give http"),
-        ('"https://b.example/"', '"ftp://b.example/"', "'Ours' has 'ftp://b.example/': give http"),
+        ('"second", f', '"first", f', "model 'first': duplicate name"),
+        ('"second", f', '"a/b", f', "model 'a/b': a name may only contain letters"),
+        (
+            '"https://b.example/"',
+            '"https://b.example"',
+            "'Ours' has the invalid mirror 'https://b.example'. Mirrors are",
+        ),
+        ('"https://b.example/"', '"ftp://b.example/"', "'Ours' has the invalid mirror 'ftp://b.example/'. Mirrors are"),
         ('"https://a.example/models/", "https://b.example/"', "", "'Ours' has no mirror"),
         ('licence = "CC-BY-4.0"\n', "", "collection 'Ours': .*missing required field `licence`"),
         ("[[collections]]", "[[collection]]", "unknown field `collection`"),
-        ("[[collections]]", "[[collections", "is no TOML file"),
+        ("[[collections]]", "[[collections", "is not a TOML file"),
     ],
 )
-def test_faults_of_a_collection(tmp_path: Path, old: str, new: str, message: str) -> None:
-    path = own_zoo(tmp_path)
+def test_errors_name_the_invalid_collection(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write_zoo(tmp_path)
     text = path.read_text("utf-8")
     assert old in text
     path.write_text(text.replace(old, new), "utf-8")

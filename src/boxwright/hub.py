@@ -1,4 +1,4 @@
-"""Published folders on the Hugging Face hub."""
+"""Push published models to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from pathlib import Path
 from boxwright.weights.fetch import is_offline
 
 
-def repository(place: str) -> str:
-    """The `owner/name` of `hf:owner/name`, where it can be pushed to from here; nobody is asked.
+def repository(uri: str) -> str:
+    """Return the repository `owner/name` of `hf:owner/name`, after local checks that do not access the network.
 
     Raises:
-        ValueError: It is no such place, huggingface_hub is not installed, or nothing may be asked of the network.
+        ValueError: the URI is invalid, huggingface_hub is not installed, or `BOXWRIGHT_OFFLINE` is set.
     """
-    scheme, _, repo = place.partition(":")
+    scheme, _, repo = uri.partition(":")
     if scheme != "hf" or repo.count("/") != 1:
-        raise ValueError(f"{place!r} is no place to push to: give hf:owner/name, a repository of the Hugging Face hub")
+        raise ValueError(f"cannot push to {uri!r}. Give a repository of the Hugging Face Hub as hf:owner/name.")
     try:
         from huggingface_hub.utils import validate_repo_id
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"to push to {place} needs huggingface_hub, which is not installed: pip install 'boxwright[hub]'"
+            f"cannot push to {uri}: huggingface_hub is not installed. Run pip install 'boxwright[hub]'."
         ) from error
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise ValueError(f"{place!r} cannot be a repository of the Hugging Face hub: {error}") from error
+        raise ValueError(f"{uri!r} is not a valid repository name: {error}") from error
     if is_offline():
-        raise ValueError(f"nothing can be pushed to {place}, because BOXWRIGHT_OFFLINE is set: unset it")
+        raise ValueError(f"cannot push to {uri}: BOXWRIGHT_OFFLINE is set. Unset it to use the network.")
     return repo
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Put the files of a folder into a model repository, in one commit.
+    """Upload the files of a folder to a model repository in one commit.
 
-    The repository is made unless it is there; what else is in it stays. The token and the host are those that
-    huggingface_hub finds: `HF_TOKEN`, or what `hf auth login` left, and `HF_ENDPOINT`.
+    The repository is created if it does not exist; its other files are kept. huggingface_hub takes the token from
+    `HF_TOKEN` or `hf auth login`, and the host from `HF_ENDPOINT`.
 
     Args:
-        folder: What `publish` made.
+        folder: folder that `publish` wrote.
         repo: `owner/name`.
-        private: Only for its owner to see.
+        private: create a private repository.
 
     Returns:
-        The repository's URL.
+        URL of the repository.
 
     Raises:
-        ValueError: The repository is public where `private` is asked for; nothing has been put there.
-        OSError: The hub refused or cannot be reached; the commit has not been made.
+        ValueError: `private` is True but the repository is public; nothing was uploaded.
+        OSError: the hub denied the upload or cannot be reached; no commit was made.
     """
     from huggingface_hub import HfApi
 
@@ -57,11 +57,14 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         exposed = private and not api.model_info(repo).private
         if not exposed:
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Publish {folder.name}")
-    except Exception as error:  # those of its HTTP client too, which is another in each version
+    except Exception as error:  # includes the exceptions of its HTTP client, which differ between versions
         raise OSError(
-            f"{folder} is made, but was not pushed to {repo} ({type(error).__name__}: {str(error).strip()}): "
-            f"mend that, then run: hf upload {repo} {folder}"
+            f"{folder} was written but not pushed to {repo} ({type(error).__name__}: {str(error).strip()}). "
+            f"Fix the cause, then run: hf upload {repo} {folder}"
         ) from error
     if exposed:
-        raise ValueError(f"{repo} is there already and public, and --private is given: {folder} was not pushed")
+        raise ValueError(
+            f"--private: {repo} already exists and is public, so {folder} was not pushed. Make the repository private, "
+            "use another name, or remove --private."
+        )
     return url

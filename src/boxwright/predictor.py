@@ -28,7 +28,7 @@ from boxwright.precision import Precision, autocast, check_precision
 from boxwright.structures import to_device
 from boxwright.training.experiment import Experiment, build, from_json, not_pretrained
 from boxwright.weights.fetch import fetch, is_url, remote_file
-from boxwright.weights.hub import hub_file, is_hub_place
+from boxwright.weights.hub import hub_file, is_hub_uri
 from boxwright.weights.ours import load_weights
 from boxwright.zoo import fetch_weights, load_zoo
 
@@ -308,7 +308,7 @@ def weights_file(place: str | Path) -> Path:
     """
     if isinstance(place, str) and is_url(place):
         return fetch(remote_file(place))
-    if isinstance(place, str) and is_hub_place(place):
+    if isinstance(place, str) and is_hub_uri(place):
         return fetch(hub_file(place))
     path = Path(place)
     if not path.exists():

@@ -1,7 +1,7 @@
-"""Public models: where their weights are, what they measured and who says so.
+"""Model zoo: public models with the locations of their weights, their published metrics and their sources.
 
-The list is `zoo.toml` beside this file. A zoo of one's own is a file or a URL of the same form: collections, each with
-models that share their mirrors, licence and source of figures.
+Boxwright's list is `zoo.toml` in this folder. Another zoo is a file or URL in the same format: collections, each with
+models that share mirrors, licence and source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from boxwright import __version__
 from boxwright.importers.convert import convert
 from boxwright.training.experiment import nearest
-from boxwright.weights.fetch import Remote, fetch, hash_in_name, is_file_name, is_hash, is_url, read_page
+from boxwright.weights.fetch import Remote, fetch, hash_in_name, is_file_name, is_hash, is_url, read_remote
 from boxwright.weights.foreign import read_foreign
 from boxwright.weights.ours import is_ours
 
@@ -27,43 +27,43 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One weights file."""
 
     name: str
-    """What `zoo show` and `zoo download` call it; letters, digits, `_`, `-`, `+` and dots."""
+    """Name of the model in `zoo show` and `zoo download`: letters, digits, `_`, `-`, `+` and dots."""
     file: str
-    """Its path behind a mirror's URL."""
+    """Path of the file, relative to a mirror's URL."""
     family: str
-    """The kind of model, such as mask_rcnn."""
+    """Model family, such as mask_rcnn."""
     recipe: str = ""
-    """The recipe that has the same architecture; empty if none has."""
+    """Recipe with the same architecture; empty if there is none."""
     sha256: str = ""
-    """The file's hash, in full or its first 8 digits or more; empty if the file's name carries it."""
+    """SHA-256 hash, complete or at least the first 8 digits; empty if the file name contains it."""
     md5_prefix: str = ""
-    """The MD5 hash's first 6 digits or more, where those who published the file state nothing better. It tells damage
-    and mix-ups; whoever wants to can make another file of the same."""
+    """First 6 or more digits of the MD5 hash, if the publisher states no SHA-256 hash. It detects damaged and wrong
+    files, but not files that were forged on purpose."""
     results: str = ""
-    """The path of what it detected, a COCO results file, behind a mirror's URL; empty if there is none."""
+    """Path of the model's detections, a COCO results file, relative to a mirror's URL; empty if there is none."""
     figures: dict[str, float] = {}
-    """What was measured, by name; AP and AR in percent."""
+    """Published metrics by name; AP and AR in percent."""
 
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Models that come from one place."""
+    """Models of the same publisher."""
 
     title: str
-    """What they are."""
+    """Title of the collection."""
     licence: str
-    """The licence of the weights, as an SPDX identifier where there is one."""
+    """Licence of the weights, as an SPDX identifier if there is one."""
     source: str
-    """Who measured the figures, and how."""
+    """Where the metrics were published, and how they were measured."""
     mirrors: list[str]
-    """URLs that end with a slash, the first to ask first."""
+    """URLs that end with a slash, in order of preference."""
     models: list[Model]
     """The models."""
     licence_note: str = ""
-    """What else is to be known of the licence."""
+    """Remarks on the licence."""
     data: str = ""
-    """What they were trained and measured on."""
+    """Training and validation data."""
     note: str = ""
-    """What else is to be known."""
+    """Other remarks."""
 
 
 class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,16 +71,16 @@ class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A model with the collection that it is in."""
+    """A model and its collection."""
 
     model: Model
-    """The weights file."""
+    """The model."""
     collection: Collection
-    """What it shares with others."""
+    """The collection that holds it."""
 
     @property
     def remote(self) -> Remote:
-        """The weights file, to fetch."""
+        """The weights file, as an argument for `fetch`."""
         return Remote(
             name=self.model.file.rpartition("/")[2],
             urls=tuple(mirror + self.model.file for mirror in self.collection.mirrors),
@@ -90,41 +90,41 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 def load_zoo(source: str | Path | None = None) -> dict[str, Entry]:
-    """The models of a zoo by name, in the order of its file.
+    """Load the models of a zoo by name, in the order of its file.
 
     Args:
-        source: A TOML file or its URL; left out, what `BOXWRIGHT_ZOO` names, or else Boxwright's own list.
+        source: path or URL of a TOML file; by default the value of `BOXWRIGHT_ZOO`, or Boxwright's list.
 
     Raises:
-        ValueError: It is no such list; the message names the entry.
-        OSError: It cannot be read.
+        ValueError: the file is not TOML, or an entry is invalid; the message names the entry.
+        OSError: the file cannot be read.
     """
-    place = str(source or os.environ.get("BOXWRIGHT_ZOO") or BUILT_IN)
-    content = read_page(place) if is_url(place) else Path(place).read_bytes()
+    path = str(source or os.environ.get("BOXWRIGHT_ZOO") or BUILT_IN)
+    content = read_remote(path) if is_url(path) else Path(path).read_bytes()
     try:
-        page = msgspec.toml.decode(content)
+        document = msgspec.toml.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{place} is no TOML file: {error}") from None
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
     try:
-        zoo = msgspec.convert(page, _Zoo)
+        zoo = msgspec.convert(document, _Zoo)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{place}: {_with_names(str(error), page)}") from None
+        raise ValueError(f"{path}: {_name_entry(str(error), document)}") from None
     entries: dict[str, Entry] = {}
     for collection in zoo.collections:
-        _check_mirrors(place, collection)
+        _check_mirrors(path, collection)
         for model in collection.models:
-            fault = _fault(model) or ("there is another of this name" if model.name in entries else "")
-            if fault:
-                raise ValueError(f"{place}: model {model.name!r}: {fault}")
+            error_text = _model_error(model) or ("duplicate name" if model.name in entries else "")
+            if error_text:
+                raise ValueError(f"{path}: model {model.name!r}: {error_text}")
             entries[model.name] = Entry(model, collection)
     return entries
 
 
 def find_model(zoo: dict[str, Entry], name: str) -> Entry:
-    """A model by name.
+    """Look up a model by name.
 
     Raises:
-        ValueError: There is none; the message names the nearest.
+        ValueError: there is no model of this name; the message suggests similar names.
     """
     if name not in zoo:
         raise ValueError(f"the zoo has no model {name!r}{nearest(name, zoo)}")
@@ -132,61 +132,63 @@ def find_model(zoo: dict[str, Entry], name: str) -> Entry:
 
 
 def fetch_weights(entry: Entry) -> Path:
-    """A model's weights in a file that `boxwright.load` opens: fetched, and brought into that form the first time.
+    """Download a model's weights and return a file that `boxwright.load` can open.
+
+    Weights in another format are converted on first use; the converted file is cached.
 
     Raises:
-        ValueError: The file is none that can be brought into our form (see `importers.convert`).
-        OSError: It cannot be fetched.
+        ValueError: the file is in a format that cannot be converted (see `importers.convert`).
+        OSError: the file cannot be downloaded.
     """
     fetched = fetch(entry.remote)
     if fetched.suffix == ".safetensors" and is_ours(fetched):
         return fetched
-    # A later version may read the same file otherwise.
-    ours = fetched.with_name(f"{fetched.stem}.boxwright-{__version__}.safetensors")
-    if not ours.exists():
-        convert(read_foreign(fetched)).save(ours)
-    return ours
+    # The name contains the version, since another version of Boxwright may convert the file differently.
+    converted = fetched.with_name(f"{fetched.stem}.boxwright-{__version__}.safetensors")
+    if not converted.exists():
+        convert(read_foreign(fetched)).save(converted)
+    return converted
 
 
-def _check_mirrors(place: str, collection: Collection) -> None:
-    wrong = [mirror for mirror in collection.mirrors if not is_url(mirror) or not mirror.endswith("/")]
-    if wrong or not collection.mirrors:
-        found = repr(wrong[0]) if wrong else "no mirror"
+def _check_mirrors(path: str, collection: Collection) -> None:
+    invalid = [mirror for mirror in collection.mirrors if not is_url(mirror) or not mirror.endswith("/")]
+    if invalid or not collection.mirrors:
+        fault = f"the invalid mirror {invalid[0]!r}" if invalid else "no mirror"
         raise ValueError(
-            f"{place}: collection {collection.title!r} has {found}: give http or https URLs that end with a slash"
+            f"{path}: collection {collection.title!r} has {fault}. Mirrors are http or https URLs that end with /."
         )
 
 
-def _fault(model: Model) -> str:
-    """What is wrong with a model; empty if nothing is."""
+def _model_error(model: Model) -> str:
+    """Error message for an invalid model; empty if the model is valid."""
     if not is_file_name(model.name):
-        return "a name has letters, digits, _, -, + and dots alone, and begins with a letter, digit or _"
+        return "a name may only contain letters, digits, _, -, + and dots, and starts with a letter, digit or _"
     for path in filter(None, (model.file, model.results)):
         if not all(map(is_file_name, path.split("/"))):
-            return f"{path!r} is no path of a file behind a mirror: give one such as models/name.pth"
-    stated, carried = model.sha256, hash_in_name(model.file)
+            return f"{path!r} is not a relative path. Give a path below the mirror's URL, such as models/name.pth."
+    sha256, sha256_in_name = model.sha256, hash_in_name(model.file)
     if model.md5_prefix and not re.fullmatch(r"[0-9a-f]{6,32}", model.md5_prefix):
-        return f"md5_prefix {model.md5_prefix!r} is none: give the first 6 to 32 lower-case hexadecimal digits"
-    if not stated and not carried and not model.md5_prefix:
+        return f"md5_prefix: expected 6 to 32 lower-case hexadecimal digits, got {model.md5_prefix!r}"
+    if not sha256 and not sha256_in_name and not model.md5_prefix:
         return (
-            "nothing tells the file's SHA-256 hash: give sha256, or let the file's name end in -<8 digits of it>; or "
-            "where its makers state an MD5 hash alone, md5_prefix"
+            "no hash. Set sha256, or use a file name that ends with - and the first 8 digits of the hash. If the "
+            "publisher only states an MD5 hash, set md5_prefix."
         )
-    if stated and not is_hash(stated):
-        return f"sha256 {stated!r} is no hash: give 64 lower-case hexadecimal digits, or at least the first 8"
-    if stated and carried and not (stated.startswith(carried) or carried.startswith(stated)):
-        return f"sha256 {stated!r} is not the {carried!r} that the file's name ends in"
+    if sha256 and not is_hash(sha256):
+        return f"sha256: expected 8 to 64 lower-case hexadecimal digits, got {sha256!r}"
+    if sha256 and sha256_in_name and not (sha256.startswith(sha256_in_name) or sha256_in_name.startswith(sha256)):
+        return f"sha256 {sha256!r} contradicts the hash {sha256_in_name!r} in the file name"
     return ""
 
 
-def _with_names(message: str, page: Any) -> str:
-    """A fault that msgspec found, with the title and the name of the entry that it is in."""
-    found = re.search(r"collections\[(\d+)\](?:\.models\[(\d+)\])?", message)
-    if found is None:
+def _name_entry(message: str, document: Any) -> str:
+    """Prefix msgspec's error message with the title or name of the invalid entry."""
+    match = re.search(r"collections\[(\d+)\](?:\.models\[(\d+)\])?", message)
+    if match is None:
         return message
-    entry = page["collections"][int(found[1])]
+    entry = document["collections"][int(match[1])]
     key, kind = "title", "collection"
-    if found[2] is not None:
-        entry, key, kind = entry["models"][int(found[2])], "name", "model"
+    if match[2] is not None:
+        entry, key, kind = entry["models"][int(match[2])], "name", "model"
     name = entry.get(key) if isinstance(entry, dict) else None
     return message if name is None else f"{kind} {name!r}: {message}"

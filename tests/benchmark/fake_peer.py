@@ -1,4 +1,4 @@
-"""An adapter for `benchmarks/peers/serve.py` of a code base that is one convolution, and checks what it is given."""
+"""Adapter of a fake peer for `benchmarks/peers/serve.py`: its model is one convolution, and it checks its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BACKGROUND = "layer"
 
 
 class Model(nn.Module):
-    """A layer and a norm."""
+    """A convolution and a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 
 def versions() -> dict[str, str]:
-    sys.stdout.write("what a code base prints does no harm\n")
+    sys.stdout.write("output of the peer's library, which must not be mistaken for an answer\n")
     return {"fake": "1.0"}
 
 
@@ -37,23 +37,23 @@ def build(family: str, depth: int, num_classes: int, device: str) -> nn.Module:
     return Model()
 
 
-def inputs(pictures: Sequence[Any], device: str) -> Sequence[Any]:
-    for picture in pictures:
-        assert picture.image.dtype == torch.uint8
-        assert picture.boxes.shape == (len(picture.labels), 4)
-        assert picture.masks is None or picture.masks.shape == (len(picture.labels), *picture.image.shape[1:])
-    return pictures
+def inputs(samples: Sequence[Any], device: str) -> Sequence[Any]:
+    for sample in samples:
+        assert sample.image.dtype == torch.uint8
+        assert sample.boxes.shape == (len(sample.labels), 4)
+        assert sample.masks is None or sample.masks.shape == (len(sample.labels), *sample.image.shape[1:])
+    return samples
 
 
-def losses(model: nn.Module, given: Sequence[Any]) -> Tensor:
-    assert all(len(picture.boxes) and picture.masks is not None for picture in given), "objects and masks to learn"
-    return sum(model(picture.image.float()).square().mean() for picture in given)
+def losses(model: nn.Module, inputs: Sequence[Any]) -> Tensor:
+    assert all(len(sample.boxes) and sample.masks is not None for sample in inputs), "training needs boxes and masks"
+    return sum(model(sample.image.float()).square().mean() for sample in inputs)
 
 
-def infer(model: Any, given: Sequence[Any]) -> None:
+def infer(model: Any, inputs: Sequence[Any]) -> None:
     with torch.no_grad():
-        spread = model.layer(given[0].image[None].float() / 255).std((2, 3))
-    # The first call settles the weights, all later ones find them settled.
+        spread = model.layer(inputs[0].image[None].float() / 255).std((2, 3))
+    # serve.py scales the random weights with the first call. All later calls must see scaled weights.
     if hasattr(model, "called"):
         assert model.norm.weight[0] == 0.2 * torch.ones(())
         assert model.layer.bias[-1] == 4.5

@@ -1,4 +1,4 @@
-"""Parts sum to the whole, get the time that is theirs, and leave no trace."""
+"""Parts sum to the total, their times are exclusive, and all wrappers are removed afterwards."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ EXPECTED = {
 }
 
 
-def system(kind: str, task: str) -> BoxwrightSystem:
+def make_system(family: str, task: str) -> BoxwrightSystem:
     experiment = replace(find_recipe("rpn_r18_fpn_small")(), precision="float32")
-    return BoxwrightSystem(small_detector(kind), experiment, device=CPU, training=task == "train", compiled=False)
+    return BoxwrightSystem(small_detector(family), experiment, device=CPU, training=task == "train", compiled=False)
 
 
-@pytest.mark.parametrize(("kind", "task"), EXPECTED)
-def test_every_part_is_found_and_all_sum_to_the_whole(kind: str, task: str) -> None:
-    whole, parts = time_parts(system(kind, task), random_batch(), task, iterations=2, warmup=0, device=CPU)
-    assert set(parts) == EXPECTED[kind, task]
+@pytest.mark.parametrize(("family", "task"), EXPECTED)
+def test_every_part_is_timed_and_all_sum_to_the_total(family: str, task: str) -> None:
+    whole, parts = time_parts(make_system(family, task), random_batch(), task, iterations=2, warmup=0, device=CPU)
+    assert set(parts) == EXPECTED[family, task]
     assert len(whole) == 2
-    for number, seconds in enumerate(whole):
-        assert all(part[number] >= 0 for part in parts.values())
-        assert sum(part[number] for part in parts.values()) == pytest.approx(seconds)
+    for iteration, seconds in enumerate(whole):
+        assert all(part[iteration] >= 0 for part in parts.values())
+        assert sum(part[iteration] for part in parts.values()) == pytest.approx(seconds)
 
 
-def test_a_part_gets_its_own_time_alone() -> None:
-    given = system("faster_rcnn", "infer")
-    proposals = given.detector.rpn.proposals
+def test_a_slow_method_counts_to_its_part_only() -> None:
+    system = make_system("faster_rcnn", "infer")
+    proposals = system.detector.rpn.proposals
 
     def slow(*args: object, **kwargs: object) -> object:
         time.sleep(0.3)
         return proposals(*args, **kwargs)
 
-    given.detector.rpn.proposals = slow
-    whole, parts = time_parts(given, random_batch(), "infer", iterations=1, warmup=1, device=CPU)
+    system.detector.rpn.proposals = slow
+    whole, parts = time_parts(system, random_batch(), "infer", iterations=1, warmup=1, device=CPU)
     assert parts["proposals"][0] >= 0.3
     assert sum(seconds[0] for name, seconds in parts.items() if name != "proposals") == pytest.approx(
         whole[0] - parts["proposals"][0]
     )
 
 
-def test_nothing_stays_wrapped() -> None:
-    given = system("mask_rcnn", "train")
-    before = (torch.autograd.backward, boxwright.heads.box_head.multilevel_roi_align, given.optimizer.step)
-    time_parts(given, random_batch(), "train", iterations=1, warmup=0, device=CPU)
-    assert (torch.autograd.backward, boxwright.heads.box_head.multilevel_roi_align, given.optimizer.step) == before
-    for module in given.detector.modules():
+def test_all_wrappers_are_removed() -> None:
+    system = make_system("mask_rcnn", "train")
+    before = (torch.autograd.backward, boxwright.heads.box_head.multilevel_roi_align, system.optimizer.step)
+    time_parts(system, random_batch(), "train", iterations=1, warmup=0, device=CPU)
+    assert (torch.autograd.backward, boxwright.heads.box_head.multilevel_roi_align, system.optimizer.step) == before
+    for module in system.detector.modules():
         assert not vars(module).keys() & {"forward", "losses", "losses_of", "sample", "proposals", "detect"}
 
 
-def test_what_is_inside_counts_to_itself() -> None:
+def test_nested_parts_have_exclusive_times() -> None:
     watch = Stopwatch(CPU)
     with watch.part("outer"):
         time.sleep(0.01)

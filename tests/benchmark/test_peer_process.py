@@ -1,4 +1,4 @@
-"""A peer of another interpreter is built, given batches, told to work, and tells what it lacks."""
+"""A peer process builds a detector, receives batches, trains and infers, and reports its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from boxwright.benchmark import peer_process
-from boxwright.benchmark.peer_process import PeerProcess, find_serve
+from boxwright.benchmark.peer_process import PeerProcess, find_serve_script
 from boxwright.recipes import find_recipe
 from factory import random_batch
 
@@ -38,51 +38,49 @@ def peer(recipe: str = "mask_rcnn_r18_fpn_small", name: str = "fake", **changes:
     return PeerProcess(name, options.pop("python"), find_recipe(recipe)().model, **options)
 
 
-def test_it_trains_and_infers_and_tells_its_memory() -> None:
-    with closing(peer()) as given:
-        assert given.versions == {"torch": str(torch.__version__), "fake": "1.0"}
-        batches = [given.prepare(random_batch()) for _ in range(2)]
+def test_a_peer_trains_infers_and_reports_its_memory() -> None:
+    with closing(peer()) as system:
+        assert system.versions == {"torch": str(torch.__version__), "fake": "1.0"}
+        batches = [system.prepare(random_batch()) for _ in range(2)]
         assert batches == [0, 1]
-        given.train_step(1)
-        given.infer(0)
-        assert 50e6 < given.memory()["peak_rss"] < 50e9
-        with pytest.raises(ValueError, match="fake could not infer: IndexError"):
-            given.infer(7)
-        given.infer(1)  # a fault does not end it
-    assert given._process.returncode == 0
+        system.train_step(1)
+        system.infer(0)
+        assert 50e6 < system.memory()["peak_rss"] < 50e9
+        with pytest.raises(ValueError, match="fake failed at 'infer': IndexError"):
+            system.infer(7)
+        system.infer(1)  # the process goes on after an error
+    assert system._process.returncode == 0
 
 
-def test_what_the_interpreter_lacks_is_told() -> None:
+def test_a_package_missing_in_the_interpreter_is_reported() -> None:
     with pytest.raises(ValueError, match=r"cannot run detectron2: .*No module named 'detectron2'"):
         peer(name="detectron2")
 
 
-def test_a_process_that_ends_before_its_first_order_is_told_and_left_behind_by_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_that_ends_before_its_first_request_is_reported_and_reaped(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     def ended(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
         started.append(subprocess.Popen(*arguments, **options))
-        time.sleep(0.5)  # It has ended, and nobody has asked it how.
+        time.sleep(0.5)  # The process has ended but has not been waited for.
         return started[-1]
 
     monkeypatch.setattr(peer_process, "subprocess", SimpleNamespace(Popen=ended, PIPE=subprocess.PIPE))
-    with pytest.raises(ValueError, match="ended when it was to build"):
+    with pytest.raises(ValueError, match="ended during 'build'"):
         peer(python="/bin/true")
     assert started[0].returncode == 0
 
 
-def test_an_interpreter_that_is_none_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be started: No such file"):
+def test_a_path_that_is_not_a_python_interpreter_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot start the interpreter: No such file"):
         peer(python=str(tmp_path / "python"))
-    with pytest.raises(ValueError, match="ended when it was to build"):
+    with pytest.raises(ValueError, match="ended during 'build'"):
         peer(python="/bin/true")
 
 
-def test_an_installed_package_says_where_the_adapters_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_serve().is_file()
+def test_a_missing_serve_script_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_serve_script().is_file()
     monkeypatch.setattr(peer_process.boxwright, "__file__", str(tmp_path / "site-packages" / "boxwright" / "x.py"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="clone of the repository"):
-        find_serve()
+    with pytest.raises(ValueError, match="clone of Boxwright's repository"):
+        find_serve_script()

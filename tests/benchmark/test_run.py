@@ -1,4 +1,4 @@
-"""A whole measurement: its counts, its JSON, its tables, and the page that is made of it."""
+"""A complete benchmark run: its measurements, JSON report, tables and benchmark page."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def report() -> Report:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operations, "_SHAPES", ((32, 32, 3, 40, 40),))
-        found = measure([PLAN], PHASES, command="boxwright benchmark ...", say=lambda _: None)
+        result = measure([PLAN], PHASES, command="boxwright benchmark ...", log=lambda _: None)
     torch.set_num_threads(threads)
-    return found
+    return result
 
 
-def test_everything_is_measured_as_often_as_asked_for(report: Report) -> None:
+def test_every_phase_has_the_requested_number_of_times(report: Report) -> None:
     measured = [(t.case.system, t.case.task, t.loading) for t in report.timings]
     assert measured == [
         ("boxwright", "train", False),
@@ -53,26 +53,26 @@ def test_everything_is_measured_as_often_as_asked_for(report: Report) -> None:
     assert all(0 < wait < seconds for wait, seconds in zip(training.data_wait, training.seconds, strict=True))
 
 
-def test_ratios_are_of_times_in_the_same_round(report: Report) -> None:
+def test_ratios_compare_times_of_the_same_round(report: Report) -> None:
     for ratio, ours, theirs in zip(report.ratios, report.timings[0:4:2], report.timings[1:4:2], strict=True):
         assert ratio.case == theirs.case
         assert ratio.each == [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
         assert ratio.median == statistics.median(ratio.each)
 
 
-def test_training_is_more_operations_than_inference(report: Report) -> None:
+def test_training_has_two_to_three_times_the_operations_of_inference(report: Report) -> None:
     training, inference = report.operations
     assert training.case.task == "train"
     assert 2 * inference.operations < training.operations <= 3 * inference.operations
     assert training.floor == training.operations / training.rate
 
 
-def test_its_file_reads_as_it_was_written(report: Report, tmp_path: Path) -> None:
+def test_a_report_survives_its_file(report: Report, tmp_path: Path) -> None:
     write_report(tmp_path / "deep" / "x.json", report)
     assert read_report(tmp_path / "deep" / "x.json") == report
 
 
-def test_tables_show_medians_and_rates(report: Report) -> None:
+def test_tables_show_median_times_and_images_per_second(report: Report) -> None:
     text = markdown(report)
     timing = report.timings[0]
     assert f"{timing.median:.3f} (" in text
@@ -84,7 +84,7 @@ def test_tables_show_medians_and_rates(report: Report) -> None:
     assert text.endswith("```\nboxwright benchmark ...\n```\n")
 
 
-def test_the_page_shows_what_is_stored_and_leaves_the_rest_empty(report: Report, tmp_path: Path) -> None:
+def test_the_page_shows_stored_figures_and_leaves_other_cells_empty(report: Report, tmp_path: Path) -> None:
     peaks = [
         Memory(case=timing.case, peak_rss=size, start_rss=1)
         for timing, size in zip(report.timings[:2], (1_230_000_000, 2_460_000_000), strict=True)
@@ -109,7 +109,7 @@ def test_the_page_shows_what_is_stored_and_leaves_the_rest_empty(report: Report,
     assert "| 1.23 | torchvision | 2.46 | 0.50 |" in page
 
 
-def test_a_floor_may_be_another_reports_of_the_machine(report: Report, tmp_path: Path) -> None:
+def test_the_floor_may_come_from_another_report_of_the_same_machine(report: Report, tmp_path: Path) -> None:
     timings = msgspec.structs.replace(report, operations=[])
     counted = msgspec.structs.replace(report, timings=[], ratios=[])
     write_report(tmp_path / "one.json", timings)
@@ -118,22 +118,22 @@ def test_a_floor_may_be_another_reports_of_the_machine(report: Report, tmp_path:
     assert f"| {report.operations[0].floor:.3f} |" in write_page(tmp_path, load_zoo())
 
 
-def test_a_file_that_is_no_measurement_is_named(tmp_path: Path) -> None:
+def test_a_json_file_that_is_not_a_report_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"command": 3}')
-    with pytest.raises(ValueError, match=r"x\.json is no measurement"):
+    with pytest.raises(ValueError, match=r"x\.json is not a report"):
         write_page(tmp_path, load_zoo())
 
 
-def test_memory_is_that_of_a_fresh_process() -> None:
-    # What this process holds is no part of it.
-    held = torch.ones(2**27, dtype=torch.float32)
+def test_memory_is_measured_in_a_new_process() -> None:
+    # 512 MiB of this process, which must not be part of the result.
+    ballast = torch.ones(2**27, dtype=torch.float32)
     peak = measure_memory(PLAN, "train", "boxwright")
     assert 50 * 2**20 < peak.start_rss < peak.peak_rss
     assert peak.peak_rss < memory.peak_rss() - 2**28
-    assert held[-1] == 1
+    assert ballast[-1] == 1
 
 
-def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no memory left >&2\nexit 3\n")
     broken.chmod(0o755)
@@ -146,17 +146,17 @@ def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     ("changes", "message"),
     [
         ({"peer": "torchvison"}, "did you mean 'torchvision'"),
-        ({"peer": "detectron2"}, "give --peer-python, an interpreter that has detectron2"),
-        ({"peer_python": "python3"}, "leave --peer-python out"),
-        ({"peer": "", "peer_precision": "bfloat16"}, "name it with --against"),
-        ({"recipe": "fast_rcnn_r18_fpn_small"}, "not with fast_rcnn"),
-        ({"weights": "missing.safetensors"}, "there is no such weights file"),
+        ({"peer": "detectron2"}, "set --peer-python to an interpreter that has detectron2"),
+        ({"peer_python": "python3"}, "Remove --peer-python"),
+        ({"peer": "", "peer_precision": "bfloat16"}, "Name it with --against"),
+        ({"recipe": "fast_rcnn_r18_fpn_small"}, "no equivalent of fast_rcnn"),
+        ({"weights": "missing.safetensors"}, "weights file not found: missing.safetensors"),
         ({"recipe": "faster"}, "there is no recipe 'faster'"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is(changes: dict[str, Any], message: str) -> None:
-    said: list[str] = []
-    given = {name: getattr(PLAN, name) for name in PLAN.__struct_fields__} | changes
+def test_an_invalid_plan_is_rejected_before_the_first_measurement(changes: dict[str, Any], message: str) -> None:
+    log: list[str] = []
+    invalid = Plan(**({name: getattr(PLAN, name) for name in PLAN.__struct_fields__} | changes))
     with pytest.raises(ValueError, match=message):
-        measure([PLAN, Plan(**given)], PHASES, command="", say=said.append)
-    assert not said
+        measure([PLAN, invalid], PHASES, command="", log=log.append)
+    assert not log

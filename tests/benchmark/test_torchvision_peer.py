@@ -1,4 +1,4 @@
-"""torchvision's model has our architecture and weights: it computes what ours computes."""
+"""The torchvision peer has the same architecture and weights, so that its layers compute the same outputs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from boxwright.benchmark.torchvision_peer import (
     TorchvisionDetector,
     TorchvisionSystem,
     object_bitmaps,
-    pictures_of,
     torchvision_peer,
+    unpadded_images,
 )
 from boxwright.detectors.proposal_network import proposal_network
 from boxwright.detectors.rcnn import fast_rcnn, faster_rcnn, mask_rcnn
@@ -43,7 +43,7 @@ MODELS: dict[str, Any] = {
         backbone=partial(resnet_fpn, depth=50, channels=32, style="caffe", groups=32, width_per_group=4),
         pixel_stats=CAFFE,
         rpn=SMALL_RPN,
-        # Low, so that some of few classes pass.
+        # Low, so that some detections pass with only 3 classes.
         box=replace(SMALL_BOX, score_threshold=0.001),
         mask=SMALL_MASK,
     ),
@@ -71,47 +71,51 @@ def pair(name: str, batch: Batch) -> tuple[nn.Module, TorchvisionDetector]:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_every_layer_computes_the_same(name: str, batch: Batch) -> None:
+def test_every_layer_computes_the_same_as_torchvision(name: str, batch: Batch) -> None:
     ours, peer = pair(name, batch)
     model = peer.model
-    images, _ = model.transform(pictures_of(batch))
-    features = list(model.backbone(images.tensors).values())
-    wanted = ours.backbone(ours.normalize(batch.images, batch.image_sizes))
-    if ours.backbone.extra == "c5":  # torchvision has a ReLU between P6 and P7, which 2018's did not
-        wanted[-1] = ours.backbone.extra_output[1](wanted[-2].relu())
-    close(features, wanted)
+    images, _ = model.transform(unpadded_images(batch))
+    peer_features = list(model.backbone(images.tensors).values())
+    features = ours.backbone(ours.normalize(batch.images, batch.image_sizes))
+    if ours.backbone.extra == "c5":  # torchvision has a ReLU between P6 and P7; mmdetection 0.5 and Boxwright do not
+        features[-1] = ours.backbone.extra_output[1](features[-2].relu())
+    assert_close(peer_features, features)
     if name.startswith("retinanet"):
-        answer, theirs = ours.head(wanted, (64, 96)), model.head(features)
-        close([theirs["cls_logits"]], [torch.cat(answer.logits, 1)])
-        close([theirs["bbox_regression"]], [answer.deltas])
+        output, peer_output = ours.head(features, (64, 96)), model.head(peer_features)
+        assert_close([peer_output["cls_logits"]], [torch.cat(output.logits, 1)])
+        assert_close([peer_output["bbox_regression"]], [output.deltas])
         return
-    objectness, _ = model.rpn.head(features)
-    close(
-        [torch.cat([o.permute(0, 2, 3, 1).flatten(1) for o in objectness], 1)], [ours.rpn(wanted, (64, 96)).objectness]
+    objectness, _ = model.rpn.head(peer_features)
+    assert_close(
+        [torch.cat([o.permute(0, 2, 3, 1).flatten(1) for o in objectness], 1)],
+        [ours.rpn(features, (64, 96)).objectness],
     )
     if name == "rpn":
         return
-    grids = torch.rand(5, 32, 7, 7)
-    logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(grids))
-    hidden = ours.box_head.fc2(ours.box_head.fc1(grids).relu()).relu()
-    close([logits.roll(-1, 1), deltas[:, 4:]], [ours.box_head.class_logits(hidden), ours.box_head.box_deltas(hidden)])
+    rois = torch.rand(5, 32, 7, 7)
+    logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(rois))
+    hidden = ours.box_head.fc2(ours.box_head.fc1(rois).relu()).relu()
+    assert_close(
+        [logits.roll(-1, 1), deltas[:, 4:]], [ours.box_head.class_logits(hidden), ours.box_head.box_deltas(hidden)]
+    )
     if name == "mask_rcnn":
-        hidden = grids
+        hidden = rois
         for conv in ours.mask_head.convs:
             hidden = conv(hidden).relu()
-        wanted_masks = ours.mask_head.mask_logits(ours.mask_head.upsample(hidden).relu())
-        close([model.roi_heads.mask_predictor(model.roi_heads.mask_head(grids))[:, 1:]], [wanted_masks])
+        mask_logits = ours.mask_head.mask_logits(ours.mask_head.upsample(hidden).relu())
+        assert_close([model.roi_heads.mask_predictor(model.roi_heads.mask_head(rois))[:, 1:]], [mask_logits])
 
 
-def close(given: list[Tensor], wanted: list[Tensor]) -> None:
-    assert len(given) == len(wanted)
-    for one, other in zip(given, wanted, strict=True):
-        assert other.std() > 0
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        assert expected_tensor.std() > 0
+        atol = 1e-3 * expected_tensor.abs().max().item()
+        torch.testing.assert_close(actual_tensor, expected_tensor, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["rpn", "mask_rcnn", "retinanet"])
-def test_it_trains_and_infers_and_learns_nothing(name: str, batch: Batch) -> None:
+def test_training_steps_compute_gradients_but_change_no_weights(name: str, batch: Batch) -> None:
     _, peer = pair(name, batch)
     system = TorchvisionSystem(peer, SGD(), device=CPU, precision="float32", training=True)
     before = {key: tensor.clone() for key, tensor in peer.state_dict().items()}
@@ -124,44 +128,44 @@ def test_it_trains_and_infers_and_learns_nothing(name: str, batch: Batch) -> Non
     assert peer.detect(batch).valid.any()
 
 
-def test_detections_go_back_to_the_pixels_of_the_files(batch: Batch) -> None:
+def test_detections_are_in_pixel_coordinates_of_the_files(batch: Batch) -> None:
     _, peer = pair("mask_rcnn", batch)
     with torch.inference_mode():
-        peer.model.transform.file_sizes = [(112, 160)] * 2  # twice the picture's 56 x 80
-        found = peer.model(pictures_of(batch))
+        peer.model.transform.file_sizes = [(112, 160)] * 2  # twice the resized image, 56 x 80
+        in_file = peer.model(unpadded_images(batch))
         peer.model.transform.file_sizes = None
-        plain = peer.model(pictures_of(batch))
-    assert found[0]["masks"].shape[-2:] == (112, 160)
-    torch.testing.assert_close(found[0]["boxes"], 2 * plain[0]["boxes"])
+        resized = peer.model(unpadded_images(batch))
+    assert in_file[0]["masks"].shape[-2:] == (112, 160)
+    torch.testing.assert_close(in_file[0]["boxes"], 2 * resized[0]["boxes"])
 
 
-def test_masks_cover_the_pixels_of_their_grids(batch: Batch) -> None:
+def test_object_bitmaps_cover_the_frames_of_their_grids(batch: Batch) -> None:
     masks, targets = batch.targets.masks, batch.targets
     masks.bitmaps[0, 0] = 255
     masks.frames[0, 0] = torch.tensor([8.0, 16.0, 40.0, 32.0])
     masks.bitmaps[1, 0] = 0
-    found = object_bitmaps(batch, targets.valid)
-    wanted = torch.zeros(56, 80, dtype=torch.uint8)
-    wanted[16:32, 8:40] = 1
-    assert (found[0][0] != wanted).sum() <= 4  # but for corners
-    assert not found[1][0].any()
-    assert found[0].shape[0] == targets.valid[0].sum()
+    bitmaps = object_bitmaps(batch, targets.valid)
+    expected = torch.zeros(56, 80, dtype=torch.uint8)
+    expected[16:32, 8:40] = 1
+    assert (bitmaps[0][0] != expected).sum() <= 4  # only the corners may differ
+    assert not bitmaps[1][0].any()
+    assert bitmaps[0].shape[0] == targets.valid[0].sum()
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (partial(fast_rcnn, backbone=R18), "not with fast_rcnn"),
-        (partial(faster_rcnn, backbone=R18, box=BoxConfig(class_agnostic=True)), "all classes at once"),
-        (partial(faster_rcnn, backbone=partial(R18, extra=None)), "levels above the last map"),
+        (partial(fast_rcnn, backbone=R18), "no equivalent of fast_rcnn"),
+        (partial(faster_rcnn, backbone=R18, box=BoxConfig(class_agnostic=True)), "class_agnostic=True"),
+        (partial(faster_rcnn, backbone=partial(R18, extra=None)), "always has an extra level"),
     ],
 )
-def test_what_torchvision_has_not_is_told(model: Any, message: str) -> None:
+def test_models_without_a_torchvision_equivalent_are_rejected(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchvision_peer(model, build(model, num_classes=3))
 
 
-def test_families_are_told_by_the_model() -> None:
+def test_the_family_follows_from_the_model_factory() -> None:
     assert [family_of(model) for model in MODELS.values()] == [name.partition(" ")[0] for name in MODELS]
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark can be started: what it takes from the package is there."""
+"""Every benchmark script can be imported, so that the names it uses exist in the package."""
 
 import importlib
 import pkgutil
@@ -13,17 +13,19 @@ from benchmarks import compile as compile_benchmark
 SCRIPTS = [
     module.name
     for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")
-    # They start at once where they are imported; of peers, an interpreter that has the peer imports them.
+    # Importing a __main__ module runs it. Peer adapters need an interpreter that has the peer installed.
     if not module.name.endswith("__main__") and not module.name.startswith("benchmarks.peers")
 ]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_imports(name: str) -> None:
+def test_script_can_be_imported(name: str) -> None:
     importlib.import_module(name)
 
 
-def test_compile_tells_steps_and_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_prints_step_times_and_counters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

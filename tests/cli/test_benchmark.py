@@ -37,8 +37,8 @@ def test_prints_tables_and_writes_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", "big"), "--size big"),
-        (("--phases", "training"), "there is no 'training'"),
+        (("--size", "big"), "--size: expected HEIGHTxWIDTH"),
+        (("--phases", "training"), "there is no phase 'training'"),
         (("--precision", "half"), "there is no precision 'half'"),
         (("--against", "detectron2"), "--peer-python"),
         (("--set", "optimizer.speed=3"), "speed"),

@@ -69,6 +69,6 @@ def test_a_download_shows_its_file_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     output = io.StringIO()
     terminal = Console(file=output, force_terminal=True, width=120)
     monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
-    with fetch._bar("weights[/bold].pth") as show:
-        show(1, 2)
+    with fetch._progress_bar("weights[/bold].pth") as progress:
+        progress(1, 2)
     assert "weights[/bold].pth" in output.getvalue()

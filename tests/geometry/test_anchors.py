@@ -12,9 +12,9 @@ SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
 
 
-# 100 x 140 does not divide by the strides, so that torchvision's strides are not powers of two.
+# 100 x 140 is not divisible by the strides, so that torchvision's strides are not powers of two.
 @pytest.mark.parametrize(("height", "width"), [(128, 192), (100, 140)])
-def test_equals_torchvision(height: int, width: int) -> None:
+def test_grid_anchors_equal_torchvision(height: int, width: int) -> None:
     shapes = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
     theirs = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)(
         ImageList(torch.zeros(1, 3, height, width), [(height, width)]), [torch.zeros(1, 1, *shape) for shape in shapes]
@@ -24,7 +24,7 @@ def test_equals_torchvision(height: int, width: int) -> None:
     assert torch.equal(torch.cat(ours), theirs)
 
 
-def test_several_sizes_a_level_equal_torchvision() -> None:
+def test_several_sizes_per_level_equal_torchvision() -> None:
     theirs = AnchorGenerator(((32, 40, 50),), (RATIOS,)).cell_anchors[0]
     assert torch.equal(base_anchors((32, 40, 50), RATIOS, "torchvision"), theirs)
 
@@ -37,30 +37,30 @@ def test_unrounded_anchors_keep_area_and_ratio() -> None:
     assert torch.equal(boxes[:, :2], -boxes[:, 2:])
 
 
-def test_2018_anchors() -> None:
-    # P2, by hand: 45.25 x 22.63, 32 x 32 and 22.63 x 45.25 pixels around (1.5, 1.5).
+def test_detectron_rounding_equals_a_calculation_by_hand() -> None:
+    # P2: 45.25 x 22.63, 32 x 32 and 22.63 x 45.25 pixels, centred on (1.5, 1.5).
     boxes = base_anchors([32], RATIOS, "detectron", stride=4)
     assert boxes.tolist() == [[-21, -9, 24, 12], [-14, -14, 17, 17], [-9, -21, 12, 24]]
 
 
-def test_detectrons_anchors_are_the_published_ones() -> None:
-    """The table that Faster R-CNN was first published with, whose pixels count from 1; and one more by hand."""
+def test_cell_rounding_equals_the_published_anchors_of_faster_rcnn() -> None:
+    """The table in the original Faster R-CNN code, whose pixel coordinates start at 1, and one anchor by hand."""
     published = [
         [-83, -39, 100, 56], [-175, -87, 192, 104], [-359, -183, 376, 200],
         [-55, -55, 72, 72], [-119, -119, 136, 136], [-247, -247, 264, 264],
         [-35, -79, 52, 96], [-79, -167, 96, 184], [-167, -343, 184, 360],
     ]  # fmt: skip
     assert base_anchors([128, 256, 512], RATIOS, "cell", stride=16).add(1).tolist() == published
-    # 4 x 4 becomes 6 x 3, times 8 is 48 x 24, last pixel included.
+    # A 4 x 4 cell at ratio 0.5 is rounded to 6 x 3 and scaled by 8 to 48 x 24 pixels, including the last pixel.
     assert base_anchors([32], [0.5], "cell", stride=4).tolist() == [[-22, -10, 25, 13]]
 
 
-def test_2018_anchors_need_a_stride() -> None:
+def test_detectron_rounding_requires_a_stride() -> None:
     with pytest.raises(ValueError, match="stride"):
         base_anchors([32], RATIOS, "detectron")
 
 
-def test_order_is_anchor_then_x_then_y() -> None:
+def test_the_anchor_varies_fastest_then_x_then_y() -> None:
     base = base_anchors([32], RATIOS)
     (level,) = grid_anchors([(2, 3)], [16], [base])
     assert torch.equal(level[:3], base)
@@ -68,7 +68,7 @@ def test_order_is_anchor_then_x_then_y() -> None:
     assert torch.equal(level[9:12], base + torch.tensor([0, 16, 0, 16]))
 
 
-def test_traces_whole_and_runs_on_fake_tensors() -> None:
+def test_grid_anchors_compile_to_one_graph_and_run_on_fake_tensors() -> None:
     base = [base_anchors([32], RATIOS), base_anchors([64], RATIOS)]
     shapes, strides = [(4, 6), (2, 3)], [8, 16]
     compiled = torch.compile(grid_anchors, fullgraph=True, backend="aot_eager")(shapes, strides, base)

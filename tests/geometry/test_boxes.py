@@ -29,14 +29,14 @@ def test_iou_equals_torchvision() -> None:
         assert torch.equal(ours[image], box_iou(a[image], b[image]))
 
 
-def test_iou_broadcasts_anchors_shared_by_a_batch() -> None:
+def test_iou_broadcasts_anchors_over_a_batch() -> None:
     a, b = random_boxes(2, 5), random_boxes(7, seed=1)
     assert torch.equal(iou(a, b)[1], iou(a[1], b))
 
 
 @pytest.mark.parametrize("plus_one", [0.0, 1.0])
-def test_overlaps_count_pixels(plus_one: float) -> None:
-    # With whole-pixel boxes the 2018 geometry counts the pixels x1..x2, ours those x1..x2 - 1.
+def test_area_and_iou_equal_pixel_counts(plus_one: float) -> None:
+    # Boxes with integer corners cover pixels x1..x2 with plus_one=1, and x1..x2 - 1 with plus_one=0.
     generator = torch.Generator().manual_seed(3)
     corners = torch.randint(0, 20, (12, 2, 2), generator=generator)
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=-1)
@@ -52,12 +52,12 @@ def test_overlaps_count_pixels(plus_one: float) -> None:
     assert torch.equal(intersection(boxes, boxes, plus_one), shared)
 
 
-def test_boxes_without_area_have_no_overlap() -> None:
+def test_boxes_of_zero_area_have_iou_0() -> None:
     point = torch.tensor([[5.0, 5.0, 5.0, 5.0]])
     assert iou(point, point).item() == 0.0
 
 
-def test_coder_equals_torchvision() -> None:
+def test_encode_and_decode_equal_torchvision() -> None:
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
     boxes, anchors = random_boxes(100), random_boxes(100, seed=1)
     deltas = encode(boxes, anchors, STDS)
@@ -69,11 +69,11 @@ def test_coder_equals_torchvision() -> None:
 @pytest.mark.parametrize("plus_one", [0.0, 1.0])
 def test_decode_inverts_encode(plus_one: float) -> None:
     boxes, anchors = random_boxes(100, dtype=torch.float64), random_boxes(100, seed=1, dtype=torch.float64)
-    back = decode(encode(boxes, anchors, STDS, plus_one=plus_one), anchors, STDS, plus_one=plus_one)
-    torch.testing.assert_close(back, boxes)
+    decoded = decode(encode(boxes, anchors, STDS, plus_one=plus_one), anchors, STDS, plus_one=plus_one)
+    torch.testing.assert_close(decoded, boxes)
 
 
-def test_2018_coder_by_hand() -> None:
+def test_plus_one_encoding_equals_a_calculation_by_hand() -> None:
     anchor = torch.tensor([[0.0, 0.0, 15.0, 31.0]], dtype=torch.float64)  # 16 x 32 pixels around (7.5, 15.5)
     box = torch.tensor([[8.0, 0.0, 39.0, 31.0]], dtype=torch.float64)  # 32 x 32 pixels around (23.5, 15.5)
     deltas = encode(box, anchor, (1, 1, 1, 1), plus_one=1)
@@ -81,15 +81,15 @@ def test_2018_coder_by_hand() -> None:
     assert torch.equal(decode(torch.zeros(1, 4, dtype=torch.float64), anchor, STDS, plus_one=1), anchor)
 
 
-def test_decode_bounds_growth_and_in_2018_shrinking() -> None:
+def test_decode_clamps_large_scales_and_with_plus_one_small_scales() -> None:
     anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
-    grown = decode(torch.tensor([[0.0, 0.0, 1e4, 1e4]]), anchor, STDS)
-    torch.testing.assert_close(grown[:, 2:] - grown[:, :2], torch.full((1, 2), 1000.0))
-    shrunk = decode(torch.tensor([[0.0, 0.0, -1e4, -1e4]]), anchor - torch.tensor([0, 0, 1, 1]), STDS, plus_one=1)
-    torch.testing.assert_close(shrunk[:, 2:] - shrunk[:, :2] + 1, torch.full((1, 2), 0.256))
+    largest = decode(torch.tensor([[0.0, 0.0, 1e4, 1e4]]), anchor, STDS)
+    torch.testing.assert_close(largest[:, 2:] - largest[:, :2], torch.full((1, 2), 1000.0))
+    smallest = decode(torch.tensor([[0.0, 0.0, -1e4, -1e4]]), anchor - torch.tensor([0, 0, 1, 1]), STDS, plus_one=1)
+    torch.testing.assert_close(smallest[:, 2:] - smallest[:, :2] + 1, torch.full((1, 2), 0.256))
 
 
-def test_clip() -> None:
+def test_clip_equals_torchvision() -> None:
     boxes = torch.tensor([[-5.0, -5.0, 700.0, 700.0], [10.0, 20.0, 30.0, 40.0]])
     sizes = torch.tensor([[480, 640], [32, 16]])
     batch = clip(boxes.expand(2, 2, 4), sizes)
@@ -99,16 +99,16 @@ def test_clip() -> None:
     assert clip(boxes, sizes[0], plus_one=1)[0].tolist() == [0, 0, 639, 479]
 
 
-def geometry_of(deltas: Tensor, anchors: Tensor, targets: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+def all_operations(deltas: Tensor, anchors: Tensor, targets: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
     boxes = clip(decode(deltas, anchors, STDS), sizes)
     return iou(boxes, targets), encode(boxes, anchors, STDS), intersection(boxes, targets, plus_one=1)
 
 
-def test_traces_whole_and_runs_on_fake_tensors() -> None:
+def test_box_operations_compile_to_one_graph_and_run_on_fake_tensors() -> None:
     arguments = (torch.randn(2, 9, 4), random_boxes(9), random_boxes(2, 3), torch.tensor([[400, 500], [600, 700]]))
-    compiled = torch.compile(geometry_of, fullgraph=True, backend="aot_eager")(*arguments)
-    for ours, theirs in zip(geometry_of(*arguments), compiled, strict=True):
+    compiled = torch.compile(all_operations, fullgraph=True, backend="aot_eager")(*arguments)
+    for ours, theirs in zip(all_operations(*arguments), compiled, strict=True):
         torch.testing.assert_close(ours, theirs)
     with FakeTensorMode() as mode:
-        shapes = [out.shape for out in geometry_of(*(mode.from_tensor(argument) for argument in arguments))]
+        shapes = [out.shape for out in all_operations(*(mode.from_tensor(argument) for argument in arguments))]
     assert shapes == [(2, 9, 3), (2, 9, 4), (2, 9, 3)]

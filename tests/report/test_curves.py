@@ -1,4 +1,4 @@
-"""Charts are well-formed SVG and stay so with odd data."""
+"""Charts are well-formed SVG, also for long, empty and non-finite data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from boxwright.report.curves import MAX_POINTS, Curve, line_chart, matrix_chart,
         (3, 3, [3, 3.2, 3.4, 3.6, 3.8, 4]),
     ],
 )
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
 
 
-def test_line_chart() -> None:
+def test_line_chart_is_valid_svg_and_skips_non_finite_points() -> None:
     long = Curve("a < b", range(5000), np.sin(np.arange(5000) / 500))
     gaps = Curve("gaps", [0, 1, 2], [float("nan"), 1, 0.5])
     figure = ElementTree.fromstring(
@@ -35,11 +35,11 @@ def test_line_chart() -> None:
     ElementTree.fromstring(line_chart([Curve("none", [], [])], title="Empty"))
     single = ElementTree.fromstring(line_chart([Curve("one", [645], [1])], title="One", size=(360, 220)))
     below = [text for text in single.iter("text") if text.get("text-anchor") == "middle"]
-    assert [text.text for text in below] == ["645"], "no steps between, which there are none of"
+    assert [text.text for text in below] == ["645"], "a single x value should have a single tick"
     assert below[0].get("x") == single.find(".//circle").get("cx")
 
 
-def test_matrix_chart() -> None:
+def test_matrix_chart_has_tooltips_with_counts_and_shares() -> None:
     counts = np.array([[3, 1], [0, 0]])
     svg = ElementTree.fromstring(matrix_chart(counts, ["<one>", "nothing"], row_title="is", column_title="was"))
     titles = [title.text for title in svg.iter("title")]

@@ -1,4 +1,4 @@
-"""The report holds what it promises and needs nothing from elsewhere."""
+"""The report has all its sections, the right values, and no references to other files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
 
     assert "run &lt;1&gt;" in page
     assert f"<b>{100 * metrics.summary['AP']:.1f}</b>" in page
-    for heading in ("Numbers", "Training", "Classes", "Precision and recall", "Confusion", "Worst images"):
+    for heading in ("Metrics", "Training", "Classes", "Precision and recall", "Confusion", "Worst images"):
         assert f"<h2>{heading}</h2>" in page
     assert page.count('<th scope="row">') == 80
     assert page.count("data:image/jpeg;base64,") == 6
@@ -42,17 +42,17 @@ def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
 
 
 def test_report_of_masks(data_dir: Path, tmp_path: Path) -> None:
-    """On COCO's pictures: the annotated objects of half of the images as results."""
+    """The results are the annotated objects of half of COCO's images."""
     folder = data_dir / "coco_mini"
     dataset = IndexedDataset(*find_layout(folder)["val"], cache_dir=tmp_path / "cache")
     truth = GroundTruth(dataset)
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids[::2].tolist(), iscrowd=False))
     labels = {category.id: label for label, category in enumerate(dataset.categories)}
     results = Results(
-        image_ids=np.array([thing["image_id"] for thing in objects]),
-        boxes=np.array([thing["bbox"] for thing in objects]),
+        image_ids=np.array([annotation["image_id"] for annotation in objects]),
+        boxes=np.array([annotation["bbox"] for annotation in objects]),
         scores=np.linspace(1, 0.4, len(objects)),
-        labels=np.array([labels[thing["category_id"]] for thing in objects]),
+        labels=np.array([labels[annotation["category_id"]] for annotation in objects]),
         evaluated=dataset.image_ids,
         masks=truth.masks(objects),
     )
@@ -83,18 +83,18 @@ def test_report_of_proposals(data_dir: Path, tmp_path: Path) -> None:
     assert "<b>-</b>" in page
     assert "<h2>Classes</h2>" not in page
     assert "AR on the validation split, %" in page
-    assert page.count("ARs@100") == 1, "the curves are of all sizes"
+    assert page.count("ARs@100") == 1, "the training curves should only have AR over all sizes"
     assert "precision" not in page
 
 
-def test_a_class_without_masks_leaves_the_curve_of_the_others(data_dir: Path, tmp_path: Path) -> None:
-    """On COCO's pictures, where all that is annotated but the persons' masks was found."""
+def test_a_class_without_masks_is_excluded_from_the_mask_curve(data_dir: Path, tmp_path: Path) -> None:
+    """The results are all annotated objects of COCO's images; the masks of class person are removed beforehand."""
     folder = data_dir / "coco_mini"
     source = find_layout(folder)["val"]
     document = json.loads(source.annotations.read_text())
-    for thing in document["annotations"]:
-        if thing["category_id"] == 1:
-            del thing["segmentation"]
+    for annotation in document["annotations"]:
+        if annotation["category_id"] == 1:
+            del annotation["segmentation"]
     annotations = tmp_path / "instances_val.json"
     annotations.write_text(json.dumps(document))
     dataset = IndexedDataset(annotations, source.images, cache_dir=tmp_path / "cache")
@@ -102,10 +102,10 @@ def test_a_class_without_masks_leaves_the_curve_of_the_others(data_dir: Path, tm
     objects = truth.coco.load_anns(truth.coco.get_ann_ids(img_ids=dataset.image_ids.tolist(), iscrowd=False))
     labels = {category.id: label for label, category in enumerate(dataset.categories)}
     results = Results(
-        image_ids=np.array([thing["image_id"] for thing in objects]),
-        boxes=np.array([thing["bbox"] for thing in objects]),
+        image_ids=np.array([annotation["image_id"] for annotation in objects]),
+        boxes=np.array([annotation["bbox"] for annotation in objects]),
         scores=np.linspace(1, 0.4, len(objects)),
-        labels=np.array([labels[thing["category_id"]] for thing in objects]),
+        labels=np.array([labels[annotation["category_id"]] for annotation in objects]),
         evaluated=dataset.image_ids,
         masks=truth.masks(objects),
     )
@@ -115,5 +115,5 @@ def test_a_class_without_masks_leaves_the_curve_of_the_others(data_dir: Path, tm
     page = write_report(tmp_path, dataset, results, metrics, num_pictures=0).read_text()
     chart = page.split("mean over the classes: masks")[-1].split("</svg>")[0]
     for points in re.findall(r'points="([^"]*)"', chart):
-        assert {point.split(",")[1] for point in points.split()} == {"8.0"}, "precision is 1 for any recall"
+        assert {point.split(",")[1] for point in points.split()} == {"8.0"}, "precision should be 1 at every recall"
     assert "<polyline" in chart

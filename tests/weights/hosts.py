@@ -1,4 +1,4 @@
-"""A web server on this machine that behaves as badly as it is told to."""
+"""A local web server whose answers, including faulty ones, are set by the test."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Answer = Callable[["Handler"], None]
 
 @dataclass
 class Host:
-    """What the server holds, and what it was asked."""
+    """The answers of the server and the requests that it received."""
 
     url: str
-    """Where it is, with a slash at the end."""
+    """URL of the server with a trailing slash."""
     answers: dict[str, list[Answer]] = field(default_factory=dict)
-    """For each path, what to do with each request in turn; the last stays."""
+    """Answers to successive requests for each path; the last one is repeated."""
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """Path and headers of each request that came."""
+    """Path and headers of each received request."""
 
     def answer(self, path: str, *answers: Answer) -> str:
-        """Set what a path answers, and return its URL."""
+        """Set the answers of a path and return its URL."""
         self.answers[path] = list(answers)
         return self.url + path
 
@@ -36,13 +36,13 @@ class Host:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Does what the host's answers say."""
+    """Sends the host's answers."""
 
     protocol_version = "HTTP/1.1"
     host: Host
 
     def do_GET(self) -> None:
-        """Give the next answer of the path; of a whole URL, which a proxy is asked for, that of its last part."""
+        """Send the next answer of the path. For a full URL, as sent to a proxy, the path is its last component."""
         self.close_connection = True
         path = self.path.rpartition("/")[2] if "://" in self.path else self.path.lstrip("/")
         self.host.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}))
@@ -50,10 +50,10 @@ class Handler(BaseHTTPRequestHandler):
         (answers.pop(0) if len(answers) > 1 else answers[0])(self)
 
     def log_message(self, *_: Any) -> None:
-        """Stay silent."""
+        """Print no log."""
 
     def send(self, code: int, content: bytes = b"", **headers: str | int) -> None:
-        """Send an answer; header names have _ for -."""
+        """Send an answer. In the names of headers, _ stands for -."""
         self.send_response(code)
         for name, value in {"Content_Length": len(content), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -63,40 +63,39 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def whole(content: bytes, etag: str = '"1"', ranges: bool = True, **headers: str | int) -> Answer:
-    """The file, or the part that was asked for, as a good server sends it."""
+    """Answer of a correct server: the file or the requested range of it."""
 
     def answer(handler: Handler) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         condition = handler.headers.get("If-Range", etag)
-        if not asked or not ranges or condition != etag:
+        if not match or not ranges or condition != etag:
             return handler.send(200, content, **{"ETag": etag, **headers})
-        start = int(asked[1])
+        start = int(match[1])
         if start >= len(content):
             return handler.send(416, Content_Range=f"bytes */{len(content)}")
-        span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        handler.send(206, content[start:], **{"Content_Range": span, "ETag": etag, **headers})
+        content_range = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        handler.send(206, content[start:], **{"Content_Range": content_range, "ETag": etag, **headers})
 
     return answer
 
 
 def cut(content: bytes, after: int, etag: str = '"1"') -> Answer:
-    """A connection that is reset after some bytes of the answer."""
+    """Answer whose connection is reset after `after` bytes of content."""
 
     def answer(handler: Handler) -> None:
-        inner = handler.wfile
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
-        span = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if asked else {}
-        handler.send(206 if asked else 200, b"", **{"Content_Length": len(content) - start, "ETag": etag, **span})
-        inner.write(content[start : start + after])
-        inner.flush()
+        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        headers = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if match else {}
+        handler.send(206 if match else 200, b"", **{"Content_Length": len(content) - start, "ETag": etag, **headers})
+        handler.wfile.write(content[start : start + after])
+        handler.wfile.flush()
         handler.connection.shutdown(socket.SHUT_RDWR)
 
     return answer
 
 
 def stall(content: bytes, after: int, released: threading.Event) -> Answer:
-    """Some bytes, and then silence."""
+    """Answer that sends `after` bytes of content and then nothing until `released` is set."""
 
     def answer(handler: Handler) -> None:
         handler.send(200, b"", Content_Length=len(content), ETag='"1"')
@@ -108,18 +107,18 @@ def stall(content: bytes, after: int, released: threading.Event) -> Answer:
 
 
 def status(code: int) -> Answer:
-    """An error page."""
+    """Error answer with an HTML body."""
     return lambda handler: handler.send(code, b"<html>no</html>")
 
 
 def redirect(url: str) -> Answer:
-    """Somewhere else."""
+    """Redirect (302) to a URL."""
     return lambda handler: handler.send(302, Location=url)
 
 
 @contextmanager
 def serve() -> Iterator[Host]:
-    """A server on a free port of this machine."""
+    """Run a server on a free local port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     host = Host(f"http://127.0.0.1:{server.server_address[1]}/")

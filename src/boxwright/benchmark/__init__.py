@@ -1,1 +1,1 @@
-"""What a recipe costs in time and memory, alone or beside a peer, and the page of all that was measured."""
+"""Measure the time and memory of recipes, alone or compared with a peer, and write the benchmark page."""

@@ -1,4 +1,4 @@
-"""All that the measurements of one recipe share: device, pictures, batches, and the systems on them."""
+"""Device, dataset, batches and systems that the measurements of one recipe share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from boxwright.benchmark.peer_process import PEERS, PeerProcess, find_serve
-from boxwright.benchmark.pictures import given_proposals, kept_batches, open_pictures
-from boxwright.benchmark.plan import Plan, computes_in, require_file
+from boxwright.benchmark.inputs import make_batches, open_dataset, random_proposals
+from boxwright.benchmark.peer_process import PEERS, PeerProcess, find_serve_script
+from boxwright.benchmark.plan import Plan, require_file, resolve_precision
 from boxwright.benchmark.report import Case
 from boxwright.benchmark.system import BoxwrightSystem, System, build_detector
 from boxwright.benchmark.torchvision_models import family_of
@@ -27,66 +27,68 @@ OURS = "boxwright"
 
 
 class Bench:
-    """A recipe on its bench. Within its context there are pictures."""
+    """One recipe, ready to be measured. Use it as a context manager: the dataset is open inside the context."""
 
     def __init__(self, plan: Plan) -> None:
-        """Resolve the plan.
+        """Resolve the recipe, the device and the peer of a plan.
 
         Raises:
-            ValueError: something that it names is not there.
+            ValueError: the weights file, the GPU, the peer or the peer's interpreter does not exist.
         """
         require_file(plan.weights, "weights file")
         self.plan = plan
         self.experiment = plan.experiment()
         self.device = check_device(plan.device)
-        self.experiment = replace(self.experiment, precision=computes_in(self.device, self.experiment.precision))
-        self.peer_precision: Precision = computes_in(self.device, plan.peer_precision or self.experiment.precision)
+        self.experiment = replace(self.experiment, precision=resolve_precision(self.device, self.experiment.precision))
+        self.peer_precision: Precision = resolve_precision(
+            self.device, plan.peer_precision or self.experiment.precision
+        )
         self._check_peer()
         self._batches: dict[bool, list[Batch]] = {}
         self.peer_versions: dict[str, str] = {}
-        """Of a peer in another process, once it was built."""
+        """Versions of the peer and its libraries, set when a peer process has built its detector."""
 
     def _check_peer(self) -> None:
-        """Find out before any work whether there can be a peer."""
+        """Check the options of the peer before anything is measured."""
         plan = self.plan
         if not plan.peer:
             if plan.peer_python or plan.peer_precision:
-                raise ValueError("--peer-python and --peer-precision are of a peer: name it with --against")
+                raise ValueError("--peer-python and --peer-precision need a peer. Name it with --against.")
             return
         if plan.peer not in ("torchvision", *PEERS):
-            raise ValueError(f"--against {plan.peer}{nearest(plan.peer, ('torchvision', *PEERS))}")
+            raise ValueError(f"--against: there is no peer {plan.peer!r}{nearest(plan.peer, ('torchvision', *PEERS))}")
         if (plan.peer == "torchvision") == bool(plan.peer_python):
             raise ValueError(
-                "--against torchvision runs in this process: leave --peer-python out"
+                "--against torchvision runs in this process. Remove --peer-python."
                 if plan.peer_python
-                else f"--against {plan.peer}: give --peer-python, an interpreter that has {plan.peer}"
+                else f"--against {plan.peer}: set --peer-python to an interpreter that has {plan.peer} installed."
             )
         family_of(self.experiment.model)
         if plan.peer_python:
-            find_serve()
+            find_serve_script()
 
     def __enter__(self) -> Bench:
         self._stack = ExitStack()
         if self.plan.threads is not None:
             self._stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.plan.threads)
-        self.dataset: Dataset = self._stack.enter_context(open_pictures(self.plan))
+        self.dataset: Dataset = self._stack.enter_context(open_dataset(self.plan))
         with torch.device("meta"):
-            shape = as_detector(build(self.experiment.model, num_classes=len(self.dataset.categories)))
-        self.masks = shape.needs_masks
-        self.proposals: ProposalFile | None = self._stack.enter_context(
-            given_proposals(self.dataset, self.experiment, shape.needs_proposals)
-        )
+            detector = as_detector(build(self.experiment.model, num_classes=len(self.dataset.categories)))
+        self.masks = detector.needs_masks
+        self.proposals: ProposalFile | None = None
+        if detector.needs_proposals:
+            self.proposals = self._stack.enter_context(random_proposals(self.dataset, self.experiment))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def batches(self, *, training: bool) -> list[Batch]:
-        """A few batches in memory."""
+        """The `NUM_BATCHES` batches in memory, built at the first call."""
         if training not in self._batches:
             self._batches[training] = list(
-                kept_batches(
+                make_batches(
                     self.plan,
                     self.experiment,
                     self.dataset,
@@ -98,15 +100,15 @@ class Bench:
         return self._batches[training]
 
     def system(self, name: str, *, training: bool, compiled: bool | None = None) -> System:
-        """A system on the device, set up for one task.
+        """Build a system on the device, set up for training or for inference.
 
         Args:
-            name: boxwright, or a peer.
-            training: whether it will train or infer.
-            compiled: whether ours is compiled; None leaves it to the recipe.
+            name: "boxwright" or the name of a peer.
+            training: True for training steps, False for inference.
+            compiled: whether Boxwright's training step is compiled; None follows the recipe. Peers ignore it.
 
         Raises:
-            ValueError: there is no such peer, or it has no such model.
+            ValueError: the peer has no equivalent of the model, or its process cannot be started.
         """
         if name in PEERS:
             peer = PeerProcess(
@@ -139,7 +141,7 @@ class Bench:
         )
 
     def case(self, system: str, *, training: bool) -> Case:
-        """What a measurement of a system is of."""
+        """The recipe, settings and conditions under which `system` is measured."""
         ours = system == OURS
         batch = self.batches(training=training)[0]
         height, width = batch.images.shape[-2:]
@@ -153,6 +155,6 @@ class Bench:
             asked_size=self.plan.size,
             precision=self.experiment.precision if ours else self.peer_precision,
             compiled=ours and training and self.experiment.compile,
-            pictures=Path(self.plan.data).resolve().name if self.plan.data else "generated",
+            dataset=Path(self.plan.data).resolve().name if self.plan.data else "generated",
             weights=Path(self.plan.weights).name if self.plan.weights and system not in PEERS else "random",
         )

@@ -1,4 +1,7 @@
-"""Times what systems do, in turns, so that a machine that is now fast and now slow is so to all of them."""
+"""Time training steps and inference.
+
+Systems that are compared take turns, so that a change in the speed of the machine affects all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ Task = Literal["train", "infer"]
 
 
 class Times(NamedTuple):
-    """What the clock said of one system."""
+    """Measured times of one system, in seconds."""
 
     seconds: list[float]
-    """Of one step or batch, a time each."""
+    """Time of one step or batch, one value per measurement."""
     first: float
-    """The very first one's."""
+    """Time of the very first step or batch."""
     data_wait: list[float]
-    """Of each, the wait for the loader; none without one."""
+    """Part of each value of `seconds` that was spent waiting for the training loader; empty if none was used."""
 
 
 def alternate(
@@ -39,36 +42,36 @@ def alternate(
     steps_per_time: int,
     device: torch.device,
 ) -> list[Times]:
-    """Let systems do the same batches in turns: A, B, A, B, ...
+    """Time systems on the same batches in alternation: A, B, A, B, ...
 
     Args:
-        systems: of which each takes its turn in each round.
-        batches: the round's batch is the next of these, from the first again after the last.
-        task: what they do.
-        iterations: rounds that count.
-        warmup: rounds before them.
-        steps_per_time: steps in a turn, at whose end the host waits for the device.
-        device: that it waits for.
+        systems: each system has one turn per round.
+        batches: each round uses the next batch, starting again after the last.
+        task: "train" or "infer".
+        iterations: number of measured rounds.
+        warmup: number of unmeasured rounds before them.
+        steps_per_time: steps per turn; the host synchronizes with the device only at the end of a turn.
+        device: the device that the systems run on.
     """
     prepared = [[system.prepare(batch) for batch in batches] for system in systems]
     firsts: list[float] = []
     turns: list[list[float]] = [[] for _ in systems]
-    for number in range(-warmup, iterations):
-        for which, system in enumerate(systems):
-            given = prepared[which][number % len(batches)]
-            work = system.train_step if task == "train" else system.infer
-            if len(firsts) == which:
-                firsts.append(_seconds(work, given, 1, device))
-            seconds = _seconds(work, given, steps_per_time, device)
-            if number >= 0:
-                turns[which].append(seconds)
+    for round_index in range(-warmup, iterations):
+        for index, system in enumerate(systems):
+            inputs = prepared[index][round_index % len(batches)]
+            step = system.train_step if task == "train" else system.infer
+            if len(firsts) == index:
+                firsts.append(_seconds_per_call(step, inputs, 1, device))
+            seconds = _seconds_per_call(step, inputs, steps_per_time, device)
+            if round_index >= 0:
+                turns[index].append(seconds)
     return [Times(seconds, first, []) for seconds, first in zip(turns, firsts, strict=True)]
 
 
 def train_with_loader(
     system: BoxwrightSystem, loader: TrainingLoader, *, iterations: int, warmup: int, device: torch.device
 ) -> Times:
-    """Steps as a training run does them: the loader's processes build the next batches meanwhile."""
+    """Time training steps including the wait for the loader, whose worker processes run at the same time."""
     seconds, waits = [], []
     batches = loader.batches()
     try:
@@ -93,27 +96,27 @@ def infer_with_loader(
     device: torch.device,
     precision: Precision,
 ) -> Times:
-    """`detect_dataset` over a loader, which is passed over again where it has too few batches."""
+    """Time `detect_dataset` over a loader, which is restarted when it runs out of batches."""
     clock = _Clock()
 
     def batches() -> Any:
         while True:
             yield from loader
 
-    found = islice(batches(), 1 + warmup + iterations)
-    detect_dataset(system.detector, found, device=device, precision=precision, progress=clock.mark)
+    measured = islice(batches(), 1 + warmup + iterations)
+    detect_dataset(system.detector, measured, device=device, precision=precision, progress=clock.mark)
     seconds = clock.seconds
     return Times(seconds[1 + warmup :], seconds[0], [])
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _Clock:
-    """The seconds from mark to mark."""
+    """Records the seconds between calls of `mark`."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -125,11 +128,11 @@ class _Clock:
         self._last = now
 
 
-def _seconds(work: Callable[[Any], None], given: Any, times: int, device: torch.device) -> float:
-    """Of one of several calls in a row."""
+def _seconds_per_call(step: Callable[[Any], None], inputs: Any, num_calls: int, device: torch.device) -> float:
+    """Mean seconds per call over `num_calls` calls without synchronization in between."""
     synchronize(device)
     start = time.perf_counter()
-    for _ in range(times):
-        work(given)
+    for _ in range(num_calls):
+        step(inputs)
     synchronize(device)
-    return (time.perf_counter() - start) / times
+    return (time.perf_counter() - start) / num_calls

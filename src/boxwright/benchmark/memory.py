@@ -1,4 +1,7 @@
-"""Peak memory, each task in a fresh process: `python -m boxwright.benchmark.memory` reads what to do from its input."""
+"""Measure peak memory, each system and task in a fresh process.
+
+`python -m boxwright.benchmark.memory` reads a `Job` as JSON from standard input and prints a `Peak` as JSON.
+"""
 
 from __future__ import annotations
 
@@ -21,39 +24,38 @@ from boxwright.structures import Batch
 _STEPS = 3
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process is to do."""
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """The measurement that a process is started for."""
 
     plan: Plan
     """The recipe and how to measure it."""
     task: str
-    """train or infer."""
+    """`train` or `infer`."""
     system: str
-    """boxwright or torchvision."""
+    """`boxwright` or `torchvision`."""
 
 
 class Peak(msgspec.Struct, frozen=True, kw_only=True):
-    """What it found, in bytes."""
+    """Peak memory of a process, in bytes."""
 
     peak_rss: int
-    """Resident memory at most."""
+    """Peak resident set size (RSS) on the host."""
     start_rss: int
-    """The same before the detector was built."""
+    """Peak RSS before the batches and the detector are built. In a peer's process, its detector is already built."""
     cuda_allocated: int | None = None
-    """On the GPU, what tensors took at most."""
+    """Peak GPU memory allocated by tensors (`torch.cuda.max_memory_allocated`); None on a CPU."""
     cuda_reserved: int | None = None
-    """On the GPU, what was reserved at most."""
+    """Peak GPU memory reserved by torch's allocator (`torch.cuda.max_memory_reserved`); None on a CPU."""
 
 
 def peak_rss() -> int:
-    """The most memory of this process that was resident at once, in bytes.
+    """Peak resident set size of this process, in bytes.
 
-    Linux counts what a process held before it became this program into `ru_maxrss`, so that its own table is asked
-    first.
+    On Linux the value is `VmHWM`: `ru_maxrss` also counts the memory of the parent process before exec.
     """
-    table = Path("/proc/self/status")
-    if table.exists():
-        for line in table.read_text("utf-8").splitlines():
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import resource  # not on Windows
@@ -63,49 +65,51 @@ def peak_rss() -> int:
 
 
 def measure_memory(plan: Plan, task: str, system: str) -> Peak:
-    """Let a process of its own do a few steps or batches.
+    """Run a few steps or batches of Boxwright or torchvision in a new process and return its peak memory.
 
     Raises:
-        RuntimeError: it failed; the message is what it said.
+        RuntimeError: the process failed; the message holds its standard error.
     """
-    order = msgspec.json.encode(Order(plan=plan, task=task, system=system))
-    # A recipe of the user's may lie anywhere that this process imports from.
+    job = msgspec.json.encode(Job(plan=plan, task=task, system=system))
+    # The new process must be able to import the user's recipe, which may be anywhere on this process's sys.path.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-m", "boxwright.benchmark.memory"], input=order, capture_output=True, env=environment
+    process = subprocess.run(
+        [sys.executable, "-m", "boxwright.benchmark.memory"], input=job, capture_output=True, env=environment
     )
-    if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed:\n{done.stderr.decode(errors='replace')}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Peak)
+    if process.returncode:
+        raise RuntimeError(
+            f"the process that measures the memory of {system} ({plan.recipe}, {task}) failed with exit code "
+            f"{process.returncode}:\n{process.stderr.decode(errors='replace')}"
+        )
+    return msgspec.json.decode(process.stdout.splitlines()[-1], type=Peak)
 
 
-def measure_process(bench: Bench, task: str) -> Peak:
-    """The same of a peer, which is a process of its own anyway."""
+def measure_peer_memory(bench: Bench, task: str) -> Peak:
+    """Peak memory of a peer that already runs in its own process."""
     training = task == "train"
     peer = bench.system(bench.plan.peer, training=training)
     assert isinstance(peer, PeerProcess)
     with closing(peer):
         start = peer.memory()["peak_rss"]
-        _work(peer, bench.batches(training=training), training=training)
+        _run_steps(peer, bench.batches(training=training), training=training)
         return Peak(start_rss=start, **peer.memory())
 
 
-def _work(system: System, batches: Sequence[Batch], *, training: bool) -> None:
-    """A few steps or batches."""
-    work = system.train_step if training else system.infer
-    for number in range(_STEPS):
-        work(system.prepare(batches[number % len(batches)]))
+def _run_steps(system: System, batches: Sequence[Batch], *, training: bool) -> None:
+    """Run `_STEPS` training steps or inferences."""
+    step = system.train_step if training else system.infer
+    for index in range(_STEPS):
+        step(system.prepare(batches[index % len(batches)]))
 
 
 def main() -> None:
-    """Do the order on the standard input and print the peak."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    plan = order.plan
-    with Bench(plan) as bench:
+    """Run the job given on standard input and print its peak memory."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    with Bench(job.plan) as bench:
         start = peak_rss()
-        training = order.task == "train"
+        training = job.task == "train"
         batches = bench.batches(training=training)
-        _work(bench.system(order.system, training=training), batches, training=training)
+        _run_steps(bench.system(job.system, training=training), batches, training=training)
         cuda: dict[str, int] = {}
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)

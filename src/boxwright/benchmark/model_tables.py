@@ -1,4 +1,4 @@
-"""The page's tables of models, one a family: what Boxwright measured, and beside it what others published."""
+"""Model tables of the benchmark page, one per family: Boxwright's measurements and the figures of published models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from boxwright.benchmark.report import Case, Memory, Timing
-from boxwright.benchmark.stored import GB, Stored, peak_bytes, setting
+from boxwright.benchmark.stored import GB, StoredReport, conditions, peak_bytes
 from boxwright.benchmark.table import table
 from boxwright.recipes import built_in_recipes
 from boxwright.training.experiment import Experiment, arguments_of, call_name
@@ -18,61 +18,64 @@ FAMILIES = {
     "rpn": "RPN",
     "faster_rcnn": "Faster R-CNN",
     "mask_rcnn": "Mask R-CNN",
-    "fast_rcnn": "Fast R-CNN (with proposals computed before)",
-    "fast_mask_rcnn": "Mask R-CNN (with proposals computed before)",
+    "fast_rcnn": "Fast R-CNN (with precomputed proposals)",
+    "fast_mask_rcnn": "Mask R-CNN (with precomputed proposals)",
     "cascade_rcnn": "Cascade R-CNN",
     "cascade_mask_rcnn": "Cascade Mask R-CNN",
     "retinanet": "RetinaNet",
 }
-_ACCURACY = {"rpn": ("AR1000",)}
-_MASKS = ("box AP", "mask AP")
 
 
-def family_of(recipe: str) -> str:
-    """The kind of model that a built-in recipe makes."""
+def recipe_family(recipe: str) -> str:
+    """The family of the model that a built-in recipe builds: a key of `FAMILIES`."""
     return call_name(built_in_recipes()[recipe]().model).rpartition(".")[2].replace("proposal_network", "rpn")
 
 
-def accuracy(family: str) -> Sequence[str]:
-    """The figures of accuracy that a family has."""
-    return _ACCURACY.get(family, _MASKS if "mask" in family else ("box AP",))
+def accuracy_metrics(family: str) -> Sequence[str]:
+    """The accuracy metrics reported for a family."""
+    if family == "rpn":
+        return ("AR1000",)
+    return ("box AP", "mask AP") if "mask" in family else ("box AP",)
 
 
-def looks(experiment: Experiment) -> tuple[str, str, str]:
-    """Backbone, style and schedule as the 2018 tables name them."""
-    given = arguments_of(arguments_of(experiment.model)["backbone"])
-    kind = "R" if given["groups"] == 1 else "X"
-    width = "" if given["groups"] == 1 else f"-{given['groups']}x{given['width_per_group']}d"
+def backbone_and_schedule(experiment: Experiment) -> tuple[str, str, str]:
+    """Backbone, style and schedule, named as in mmdetection's MODEL_ZOO.md: ("R-50-FPN", "pytorch", "1x")."""
+    arguments = arguments_of(arguments_of(experiment.model)["backbone"])
+    kind = "R" if arguments["groups"] == 1 else "X"
+    width = "" if arguments["groups"] == 1 else f"-{arguments['groups']}x{arguments['width_per_group']}d"
     schedule = {12: "1x", 24: "2x"}.get(experiment.epochs, f"{experiment.epochs} epochs")
-    return f"{kind}-{given['depth']}{width}-FPN", given["style"], schedule
+    return f"{kind}-{arguments['depth']}{width}-FPN", arguments["style"], schedule
 
 
 def schedule_of(entry: Entry) -> str:
-    """How long a published model was trained, where its name says so: its recipe has its architecture alone."""
-    stated = re.search(r"_(\d+)(x|e)(_|$)", entry.model.name)
-    return "" if stated is None else f"{stated[1]}x" if stated[2] == "x" else f"{stated[1]} epochs"
+    """The schedule in a published model's name, such as "1x" or "20 epochs"; empty if the name has none.
+
+    The entry's recipe describes only the architecture, not how the model was trained.
+    """
+    match = re.search(r"_(\d+)(x|e)(_|$)", entry.model.name)
+    return "" if match is None else f"{match[1]}x" if match[2] == "x" else f"{match[1]} epochs"
 
 
-def model_tables(stored: Sequence[Stored], zoo: Mapping[str, Entry], sources: Sequence[str]) -> list[str]:
-    """A section for each family.
+def model_tables(stored: Sequence[StoredReport], zoo: Mapping[str, Entry], sources: Sequence[str]) -> list[str]:
+    """One section with a heading and a table for each family.
 
     Args:
-        stored: what was measured.
-        zoo: what others published.
-        sources: the titles of their collections, which the table calls A, B, ...
+        stored: Boxwright's measurements.
+        zoo: published models by name.
+        sources: titles of the collections in the zoo, in the order of the letters A, B, ... that refer to them.
     """
-    recipes = {name: family_of(name) for name in built_in_recipes()}
+    recipes = {name: recipe_family(name) for name in built_in_recipes()}
     sections = []
     for family, title in FAMILIES.items():
-        figures = accuracy(family)
+        figures = accuracy_metrics(family)
         head = ["Backbone", "Style", "Lr schd", "Mem (GB)", "Train time (s/iter)", "Inf time (img/s)", *figures]
         rows: list[list[str]] = []
         for name in (name for name, kind in recipes.items() if kind == family):
-            backbone, style, schedule = looks(built_in_recipes()[name]())
-            own = _measured_rows(name, stored, len(figures))
+            backbone, style, schedule = backbone_and_schedule(built_in_recipes()[name]())
+            measured = _measured_rows(name, stored, len(figures))
             rows += [
                 [backbone, style, schedule, *row]
-                for row in own or [["", "", "", *[""] * len(figures), "", f"`{name}`"]]
+                for row in measured or [["", "", "", *[""] * len(figures), "", f"`{name}`"]]
             ]
             entries = [entry for entry in zoo.values() if entry.model.recipe == name]
             rows += [
@@ -82,12 +85,15 @@ def model_tables(stored: Sequence[Stored], zoo: Mapping[str, Entry], sources: Se
     return sections
 
 
-def _measured_rows(recipe: str, stored: Sequence[Stored], num_figures: int) -> list[list[str]]:
-    """A row for each way in which the recipe was measured, ending with it; of several files the first one counts."""
+def _measured_rows(recipe: str, stored: Sequence[StoredReport], num_figures: int) -> list[list[str]]:
+    """Rows for all conditions under which a recipe was measured.
+
+    If several files hold the same measurement, the first one is used.
+    """
     groups: dict[tuple[object, ...], _Group] = {}
 
     def group(case: Case, machine: int) -> _Group:
-        key = (machine, tuple(case.settings), case.asked_size, case.precision, case.pictures, case.weights)
+        key = (machine, tuple(case.settings), case.asked_size, case.precision, case.dataset, case.weights)
         return groups.setdefault(key, _Group(machine, {}, {}, {}))
 
     for _, machine, report in stored:
@@ -99,11 +105,11 @@ def _measured_rows(recipe: str, stored: Sequence[Stored], num_figures: int) -> l
         for peak in report.memory:
             if (peak.case.recipe, peak.case.system, peak.case.task) == (recipe, "boxwright", "train"):
                 group(peak.case, machine).memory.setdefault(peak.case.batch, peak)
-    return [row for one in groups.values() for row in one.rows(recipe, num_figures)]
+    return [row for group in groups.values() for row in group.rows(recipe, num_figures)]
 
 
 class _Group(NamedTuple):
-    """What was measured in one way, by images at a time."""
+    """Measurements of one recipe under the same conditions; the keys are batch sizes."""
 
     machine: int
     train: dict[int, Timing]
@@ -111,22 +117,23 @@ class _Group(NamedTuple):
     memory: dict[int, Memory]
 
     def rows(self, recipe: str, num_figures: int) -> Iterator[list[str]]:
-        """A number of images in training and one in inference a row."""
-        batches = sorted(self.train.keys() | self.memory.keys())
-        for batch, images in zip_longest(batches, sorted(self.infer)):
-            train, memory, infer = self.train.get(batch), self.memory.get(batch), self.infer.get(images)
-            cases = [one.case for one in (train or memory, infer) if one is not None]
-            under = "; ".join(f"{case.task} {setting(case, self.machine)}" for case in cases)
+        """Rows that pair training and inference batch sizes, both in ascending order."""
+        train_batches = sorted(self.train.keys() | self.memory.keys())
+        for train_batch, infer_batch in zip_longest(train_batches, sorted(self.infer)):
+            train, memory = self.train.get(train_batch), self.memory.get(train_batch)
+            infer = self.infer.get(infer_batch)
+            cases = [measured.case for measured in (train or memory, infer) if measured is not None]
+            text = "; ".join(f"{case.task} {conditions(case, self.machine)}" for case in cases)
             mem = "" if memory is None else f"{peak_bytes(memory) / GB:.2f}"
             time = "" if train is None else f"{train.median:.3f}"
             rate = "" if infer is None else f"{infer.images_per_second:.2f}"
-            yield [mem, time, rate, *[""] * num_figures, "", f"`{recipe}`: {under}"]
+            yield [mem, time, rate, *[""] * num_figures, "", f"`{recipe}`: {text}"]
 
 
 def _published_row(entry: Entry, figures: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Somebody else's figures, and whose they are."""
-    known, model = entry.model.figures, entry.model
-    cells = [f"{known[name]:g}" if name in known else "" for name in ("GB", "s/iter", "images/s", *figures)]
+    """Cells of a published model, ending with its name and the letter of its source."""
+    published, model = entry.model.figures, entry.model
+    cells = [f"{published[name]:g}" if name in published else "" for name in ("GB", "s/iter", "images/s", *figures)]
     mirror = entry.collection.mirrors[0]
     links = [f"[model]({mirror}{model.file})", *([f"[result]({mirror}{model.results})"] if model.results else [])]
     letter = chr(ord("A") + sources.index(entry.collection.title))

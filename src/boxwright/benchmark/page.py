@@ -1,4 +1,4 @@
-"""Writes the page "Benchmark and Model Zoo" from stored measurements and published figures, and from nothing else."""
+"""Write the page "Benchmark and Model Zoo" from the stored reports and the published figures of the zoo."""
 
 from __future__ import annotations
 
@@ -12,59 +12,68 @@ from boxwright.zoo import Entry
 
 _HEAD = """# Benchmark and Model Zoo
 
-`boxwright zoo page --out docs/benchmark.md` writes this page from the files in `{folder}`, which `boxwright benchmark`
-wrote ([how it measures](measuring.md)), and from the figures that others published with their models ([the
-zoo](zoo.md)). A cell that was never measured is empty."""
+`boxwright zoo page --out docs/benchmark.md` generates this page. Boxwright's figures come from the reports of
+`boxwright benchmark` in `{folder}` ([how they are measured](measuring.md)); the other figures were published with the
+models ([zoo](zoo.md)). Cells without a measurement are empty."""
 
 _SETTINGS = """## Common settings
 
-- 1x is 12 epochs of COCO train2017 and 2x is 24, in batches of 16 images. Boxwright's models are those of the recipes
-  that the last column names; a number in brackets is the machine, a letter the source of figures that are not ours.
-- "Mem" is the peak of training: on a GPU what torch had reserved, on the CPU the resident memory of the whole process,
-  its libraries included; in a process of its own.
-- "Train time" is the median of steps on pictures that are in memory: losses, gradients, clipping, optimizer.
-- "Inf time" is images/s with all of it: decoding and scaling pictures, forward, and post-processing to boxes and
-  run-length encoded masks in the pixels of the file.
-- Unless the file says otherwise, pictures are generated (640 pixels long, 1 to 8 objects), and weights are random,
-  scaled so that as many boxes pass the thresholds as with a trained model.
-- What others published was measured on their machines and is not comparable in speed."""
+- 1x is 12 epochs on COCO train2017 and 2x is 24 epochs, with batch size 16. The last column names the recipe of a
+  Boxwright model or the published model. In that column, a number in brackets is the machine and a letter is the source
+  of published figures.
+- "Mem" is the peak memory of training, measured in a separate process: on a GPU the memory reserved by torch, on a CPU
+  the resident set size of the process, including its libraries.
+- "Train time" is the median time of a training step on images in memory: losses, gradients, clipping and optimizer.
+- "Inf time" is images/s for the whole pipeline: decoding, resizing, forward pass, and post-processing to boxes and
+  run-length encoded masks in the pixel coordinates of the image file.
+- Unless a report names a dataset or a weights file, images are generated (long side 640 pixels, 1 to 8 objects) and
+  weights are random, scaled so that about as many boxes pass the thresholds as with a trained model.
+- Published speeds were measured on other machines and are not comparable with Boxwright's."""
 
 _COMPARISON = """## Comparison with peers
 
-Peers are measured with the same architecture and pictures, in turns with ours on the same machine; a ratio is the
-median over these turns (least to most). torchvision has our weights too. It keeps its own frozen normalisation, whose
-scale and bias do not learn as ours do, and its masks are pasted but not encoded as ours are. Detectron2 and mmdetection
-run in processes of their own, with their published numbers and random weights that are settled as ours are.
+Each peer has the same architecture and images as Boxwright and runs in alternation with it on the same machine. A ratio
+is the median over the rounds (min-max). torchvision also has Boxwright's weights. Its frozen batch norm does not train
+the scale and bias, which Boxwright's does, and it pastes masks but does not run-length encode them. Detectron2 and
+mmdetection run in separate processes, with their published hyperparameters and with random weights scaled in the same
+way as Boxwright's.
 
 ### Performance
 
-Of R-50-FPN, as published by each source: box AP (and mask AP), AR1000 of RPN."""
+Published accuracy of R-50-FPN models: box AP (& mask AP), and AR1000 for RPN."""
 
 _SPEED = """### Training speed
 
-Seconds a step, the lower the better. The floor is what the operations of convolutions and matrix products would take at
-the best rate that a convolution reached on the machine."""
+Seconds per step; lower is better. The floor is the time that the operations of convolutions and matrix products would
+take at the best rate that a convolution reached on the machine."""
+
+
+_INFERENCE_SPEED = """### Inference speed
+
+Seconds per batch for the forward pass and post-processing, without data loading; lower is better."""
 
 
 def write_page(folder: Path, zoo: Mapping[str, Entry]) -> str:
-    """The page as Markdown.
+    """Return the page as Markdown.
 
     Args:
-        folder: of the stored measurements.
-        zoo: the published models.
+        folder: folder of the stored reports.
+        zoo: published models by name.
 
     Raises:
-        ValueError: a file of the folder is no measurement.
+        ValueError: a JSON file of the folder is not a report.
     """
     stored = read_stored(folder)
-    sources = list(dict.fromkeys(entry.collection.title for entry in zoo.values()))
-    described = {entry.collection.title: entry.collection.source for entry in zoo.values()}
-    letters = [f"- [{chr(ord('A') + number)}] {title}: {described[title]}" for number, title in enumerate(sources)]
+    sources = {entry.collection.title: entry.collection.source for entry in zoo.values()}
+    titles = list(sources)
+    letters = [
+        f"- [{chr(ord('A') + index)}] {title}: {source}" for index, (title, source) in enumerate(sources.items())
+    ]
     machines: dict[str, None] = {}
     software: dict[str, None] = {}
-    for one in stored:
-        machines[f"- [{one.machine}] {_listed(one.report.machine)}"] = None
-        software[f"- {_listed(one.report.versions)}"] = None
+    for item in stored:
+        machines[f"- [{item.machine}] {_joined(item.report.machine)}"] = None
+        software[f"- {_joined(item.report.versions)}"] = None
     sections = [
         _HEAD.format(folder=folder.as_posix()),
         "## Environment",
@@ -76,20 +85,20 @@ def write_page(folder: Path, zoo: Mapping[str, Entry]) -> str:
         "\n".join(letters),
         _SETTINGS,
         "## Baselines",
-        *model_tables(stored, zoo, sources),
+        *model_tables(stored, zoo, titles),
         _COMPARISON,
-        performance(zoo, sources),
+        performance(zoo, titles),
         _SPEED,
         speed(stored, "train"),
-        "### Inference speed\n\nSeconds a batch of forward and post-processing, without loading; the lower the better.",
+        _INFERENCE_SPEED,
         speed(stored, "infer"),
         "### Training memory",
         memory(stored),
         "## Commands",
-        "\n\n".join(f"`{one.name}.json`:\n\n```\n{one.report.command}\n```" for one in stored),
+        "\n\n".join(f"`{item.name}.json`:\n\n```\n{item.report.command}\n```" for item in stored),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _listed(facts: Mapping[str, str]) -> str:
+def _joined(facts: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())

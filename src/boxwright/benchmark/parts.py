@@ -1,7 +1,8 @@
-"""Where a step or an inference spends its time: parts are timed by wrapping them while it is measured.
+"""Profile a training step or inference by part: backbone, RPN head, NMS and so on.
 
-A part's seconds are those within it and within no other part inside it, so that all of them and "rest" sum to the
-whole. The backward pass is one part: it runs the parts of the forward pass in another order.
+The methods and functions of the parts are wrapped with a timer during the measurement. Times are exclusive: the time of
+a part does not include parts that it calls, so that all parts and "rest" sum to the total. The backward pass is a
+single part, since autograd does not run it part by part.
 """
 
 from __future__ import annotations
@@ -43,37 +44,38 @@ _METHODS = (
     ("mask_head*", "forward", "mask head"),
     ("mask_head*", "losses", "mask targets and losses"),
 )
-"""Modules of a detector by name, a method of each, and the part that it is; a detector has some of them."""
+"""(module name pattern, method, part). A detector has only some of these modules."""
 _FUNCTIONS: tuple[tuple[Callable[..., Any], str], ...] = ((multilevel_roi_align, "RoIAlign"), (nms, "NMS"))
-"""Functions, wherever Boxwright calls them by their names."""
+"""(function, part). A function is wrapped in every Boxwright module that imports it."""
 
 
 class Stopwatch:
-    """Nested parts and the seconds of each."""
+    """Exclusive seconds of nested parts."""
 
     def __init__(self, device: torch.device) -> None:
-        """Every boundary waits for `device`."""
+        """Synchronize with `device` at the start and end of each part."""
         self.seconds: dict[str, float] = {}
         self._device = device
-        self._inside: list[float] = []
+        self._nested: list[float] = []
+        """For each open part, the seconds spent in parts inside it."""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block to a part, less what parts within it take."""
+        """Add the time of the block to a part, excluding nested parts."""
         synchronize(self._device)
-        self._inside.append(0.0)
+        self._nested.append(0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
             synchronize(self._device)
             elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += elapsed
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._nested.pop()
+            if self._nested:
+                self._nested[-1] += elapsed
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, counted to a part."""
+        """Return a function that adds its time to a part."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
@@ -85,26 +87,29 @@ class Stopwatch:
 def time_parts(
     system: BoxwrightSystem, batch: Batch, task: Task, *, iterations: int, warmup: int, device: torch.device
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds of several steps or batches, and of their parts.
+    """Time training steps or inferences and their parts.
 
     Args:
-        system: not compiled, since a graph has no parts.
-        batch: the same each time.
-        task: what it does.
-        iterations: times that count.
-        warmup: times before them.
-        device: that it runs on.
+        system: must not be compiled, since wrapped methods do not run inside a compiled graph.
+        batch: used in every iteration.
+        task: "train" or "infer".
+        iterations: number of measured steps or inferences.
+        warmup: number of unmeasured ones before them.
+        device: the device that the system runs on.
+
+    Returns:
+        Seconds of each iteration, and for each part its exclusive seconds in each iteration.
     """
-    given = system.prepare(batch)
-    work = system.train_step if task == "train" else system.infer
-    # What surrounds the detector in an inference brings its detections to the files' pixels.
-    around = REST if task == "train" else "post-processing"
+    inputs = system.prepare(batch)
+    step = system.train_step if task == "train" else system.infer
+    # In inference, the code around `detector.detect` is the conversion to the pixel coordinates of the files.
+    outermost = REST if task == "train" else "post-processing"
     rounds: list[dict[str, float]] = []
-    for number in range(warmup + iterations):
+    for index in range(warmup + iterations):
         watch = Stopwatch(device)
-        with _wrapped(system, watch), watch.part(around):
-            work(given)
-        if number >= warmup:
+        with _wrapped(system, watch), watch.part(outermost):
+            step(inputs)
+        if index >= warmup:
             rounds.append(watch.seconds)
     names = dict.fromkeys(name for seconds in rounds for name in seconds)
     parts = {name: [seconds.get(name, 0.0) for seconds in rounds] for name in names}
@@ -113,38 +118,40 @@ def time_parts(
 
 @contextmanager
 def _wrapped(system: BoxwrightSystem, watch: Stopwatch) -> Iterator[None]:
-    """While it lasts, the parts of a system count their time."""
-    places: list[tuple[Any, str, str]] = [(system.detector, "detect", REST), (torch.autograd, "backward", "backward")]
+    """Inside the context, `watch` times the parts of a system."""
+    targets: list[tuple[Any, str, str]] = [(system.detector, "detect", REST), (torch.autograd, "backward", "backward")]
     for path, module in system.detector.named_modules():
         for pattern, method, part in _METHODS:
-            # A head of a cascade has its stage's number behind its list's name.
-            if fnmatchcase(path, pattern) and not isinstance(module, nn.ModuleList) and _depth(path, pattern):
-                places += [(module, method, part)] if hasattr(module, method) else []
+            if fnmatchcase(path, pattern) and not isinstance(module, nn.ModuleList) and _is_part(path, pattern):
+                targets += [(module, method, part)] if hasattr(module, method) else []
     if hasattr(system, "optimizer"):
-        places.append((system.optimizer, "step", "optimizer"))
+        targets.append((system.optimizer, "step", "optimizer"))
     for function, part in _FUNCTIONS:
-        places += [(module, name, part) for module, name in _uses(function)]
-    undo: list[Callable[[], None]] = []
+        targets += [(module, name, part) for module, name in _importers(function)]
+    restorers: list[Callable[[], None]] = []
     try:
-        for owner, name, part in places:
+        for owner, name, part in targets:
             if isinstance(owner, nn.Module) and name not in vars(owner):
-                undo.append(_time_method(owner, name, watch, part))
+                restorers.append(_time_method(owner, name, watch, part))
             else:
-                undo.append(_replace(owner, name, watch.wrap(getattr(owner, name), part)))
+                restorers.append(_replace(owner, name, watch.wrap(getattr(owner, name), part)))
         yield
     finally:
-        for back in reversed(undo):
-            back()
+        for restore in reversed(restorers):
+            restore()
 
 
-def _depth(path: str, pattern: str) -> bool:
-    """Whether a module is the part itself rather than a layer in it."""
-    stages = pattern.endswith("*") and path.rpartition(".")[2].isdigit()
-    return path.count(".") == pattern.count(".") + stages
+def _is_part(path: str, pattern: str) -> bool:
+    """Whether `path` is the module that `pattern` names, not a layer inside it.
+
+    The heads of a cascade are in a list, so that their path ends with the number of the stage: `box_heads.0`.
+    """
+    in_list = pattern.endswith("*") and path.rpartition(".")[2].isdigit()
+    return path.count(".") == pattern.count(".") + in_list
 
 
-def _uses(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
-    """Where Boxwright's modules have a function under a name of theirs, but for the module that defines it."""
+def _importers(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
+    """Boxwright modules that import a function, each with the name that it has there."""
     return [
         (module, name)
         for path, module in list(sys.modules.items())
@@ -170,7 +177,7 @@ def _time_method(module: nn.Module, name: str, watch: Stopwatch, part: str) -> C
 
 
 def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute; returns what puts things back, an inherited one by taking its cover away."""
-    own = vars(owner).get(name)
+    """Set an attribute and return a function that restores it (by deletion, if the attribute was inherited)."""
+    previous = vars(owner).get(name)
     setattr(owner, name, value)
-    return (lambda: delattr(owner, name)) if own is None else (lambda: setattr(owner, name, own))
+    return (lambda: delattr(owner, name)) if previous is None else (lambda: setattr(owner, name, previous))

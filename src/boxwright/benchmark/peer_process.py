@@ -1,6 +1,7 @@
-"""A peer that another interpreter has: a process that is told what to do in lines of JSON.
+"""Time a peer that is installed in another Python interpreter.
 
-The processes are `benchmarks/peers/serve.py` of Boxwright's source, which says what the lines are.
+The peer runs as a child process that reads requests from standard input and writes answers to standard output, one line
+of JSON each. The script of the process, `benchmarks/peers/serve.py`, documents the requests.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from boxwright.structures import Batch
 from boxwright.training.experiment import arguments_of
 
 PEERS = ("detectron2", "mmdetection")
-"""Those that there are adapters of."""
+"""Peers with an adapter in `benchmarks/peers`."""
 
 
 class PeerProcess:
-    """A detector of a peer as a thing to time. It has its own random weights and its published numbers."""
+    """The system of a peer in a child process, with its published hyperparameters and its own random weights."""
 
     def __init__(
         self,
@@ -42,34 +43,37 @@ class PeerProcess:
         precision: Precision,
         training: bool,
     ) -> None:
-        """Start the process and let it build the detector.
+        """Start the process and build the detector in it.
 
         Args:
-            name: of the peer.
-            python: the interpreter that has it.
-            model: the experiment's, for its kind and depth.
-            num_classes: of the pictures.
-            device: where it runs.
-            precision: of its arithmetic.
-            training: whether it will train or infer.
+            name: name of the peer.
+            python: path of the interpreter that has the peer installed.
+            model: the experiment's model factory, from which the family and the backbone's depth are read.
+            num_classes: number of classes of the dataset.
+            device: device of the detector.
+            precision: precision of the detector.
+            training: True for training steps, False for inference.
 
         Raises:
-            ValueError: the interpreter cannot be started or lacks something, or the peer has no such model.
+            ValueError: the interpreter cannot be started, a package is missing in it, or the peer has no such model.
         """
         self.name = name
         self._masks = training and family_of(model) == "mask_rcnn"
         self._num_batches = 0
-        script = find_serve()
+        script = find_serve_script()
         try:
             self._process = subprocess.Popen(
                 [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         except OSError as error:
-            raise ValueError(f"--peer-python {python} cannot be started: {error.strerror}") from None
+            raise ValueError(
+                f"--peer-python {python}: cannot start the interpreter: {error.strerror}. Give the path of a Python "
+                f"interpreter that has {name} installed."
+            ) from None
         self._folder = TemporaryDirectory()
         backbone = arguments_of(arguments_of(model)["backbone"])
         try:
-            answer = self._order(
+            answer = self._request(
                 "build",
                 family=family_of(model),
                 depth=backbone["depth"],
@@ -81,95 +85,95 @@ class PeerProcess:
             )
         except ValueError as error:
             self.close()
-            raise ValueError(f"--peer-python {python} cannot run {name}: {error}") from None
+            raise ValueError(f"--peer-python {python}: cannot run {name}: {error}") from None
         self.versions: dict[str, str] = answer["versions"]
-        """Of the peer and its libraries."""
+        """Versions of the peer and its libraries."""
 
     def prepare(self, batch: Batch) -> int:
-        """Hand the batch over in a file; it is known by its number."""
+        """Send the batch to the process in a file, and return its number there."""
         path = Path(self._folder.name) / f"{self._num_batches}.npz"
         np.savez(path, **cast("Any", _arrays(batch, masks=self._masks)))
-        number: int = self._order("load", path=str(path))["batch"]
+        number: int = self._request("load", path=str(path))["batch"]
         path.unlink()
         self._num_batches += 1
         return number
 
-    def train_step(self, given: int) -> None:
-        """A step, done when the device is."""
-        self._order("train_step", batch=given)
+    def train_step(self, inputs: int) -> None:
+        """Run a training step and wait until the device has finished it."""
+        self._request("train_step", batch=inputs)
 
-    def infer(self, given: int) -> None:
-        """An inference, done when the device is."""
-        self._order("infer", batch=given)
+    def infer(self, inputs: int) -> None:
+        """Run an inference and wait until the device has finished it."""
+        self._request("infer", batch=inputs)
 
     def memory(self) -> dict[str, int]:
-        """The peaks of the process in bytes, by name."""
-        answer = self._order("memory")
-        return {name: count for name, count in answer.items() if name != "done"}
+        """Peak memory of the process in bytes: `peak_rss` and, on a GPU, `cuda_allocated` and `cuda_reserved`."""
+        answer = self._request("memory")
+        return {name: size for name, size in answer.items() if name != "done"}
 
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # An order that a process which has ended could not take.
+        with suppress(BrokenPipeError):  # A request may still be buffered for a process that has ended.
             self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
         self._folder.cleanup()
 
-    def _order(self, what: str, **details: Any) -> dict[str, Any]:
-        """Give an order and wait for its answer.
+    def _request(self, action: str, **details: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer.
 
         Raises:
-            ValueError: the peer tells an error, or ends.
+            ValueError: the process answers with an error, or ends.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({"do": what, **details}) + "\n")
+            self._process.stdin.write(json.dumps({"do": action, **details}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ValueError(f"the process of {self.name} ended when it was to {what}; what it said stands above")
+            raise ValueError(f"the {self.name} process ended during {action!r}. Its own messages are printed above.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ValueError(f"{self.name} could not {what}: {answer['error']}")
+            raise ValueError(f"{self.name} failed at {action!r}: {answer['error']}")
         return answer
 
 
-def find_serve() -> Path:
-    """The script that peers' processes run.
+def find_serve_script() -> Path:
+    """Path of the script that peer processes run.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the script is not in the repository of this package or in the working directory.
     """
     script = Path("benchmarks") / "peers" / "serve.py"
-    places = [Path(boxwright.__file__).resolve().parents[2], Path.cwd()]
-    for place in places:
-        if (place / script).is_file():
-            return place / script
+    folders = [Path(boxwright.__file__).resolve().parents[2], Path.cwd()]
+    for folder in folders:
+        if (folder / script).is_file():
+            return folder / script
     raise ValueError(
-        f"there is no {script}, which comes with Boxwright's source and not with the installed package: call this in a "
-        "clone of the repository, or compare with torchvision"
+        f"{script} not found in {' or '.join(map(str, folders))}: the installed package does not contain it. Run this "
+        "command in a clone of Boxwright's repository, or use --against torchvision."
     )
 
 
 def _arrays(batch: Batch, *, masks: bool) -> dict[str, np.ndarray]:
-    """What the file of a batch holds."""
+    """The arrays of a batch file, in the format of `read_batch` in `benchmarks/peers/serve.py`."""
     arrays: dict[str, np.ndarray] = {}
     targets = batch.targets
-    wanted = None if targets is None else targets.valid & ~targets.crowd
-    bitmaps = object_bitmaps(batch, wanted) if masks and wanted is not None else None
+    selected = None if targets is None else targets.valid & ~targets.crowd
+    bitmaps = object_bitmaps(batch, selected) if masks and selected is not None else None
     for i, (height, width) in enumerate(batch.image_sizes.tolist()):
         arrays[f"image_{i}"] = batch.images[i, :, :height, :width].numpy()
         arrays[f"file_size_{i}"] = batch.original_sizes[i].numpy()
         arrays[f"boxes_{i}"] = np.zeros((0, 4), np.float32)
         arrays[f"labels_{i}"] = np.zeros(0, np.int64)
-        if targets is not None and wanted is not None:
-            arrays[f"boxes_{i}"] = targets.boxes[i][wanted[i]].numpy()
-            arrays[f"labels_{i}"] = targets.labels[i][wanted[i]].numpy()
+        if targets is not None and selected is not None:
+            arrays[f"boxes_{i}"] = targets.boxes[i][selected[i]].numpy()
+            arrays[f"labels_{i}"] = targets.labels[i][selected[i]].numpy()
         if bitmaps is not None:
             arrays[f"masks_{i}"] = bitmaps[i].numpy()
     return arrays

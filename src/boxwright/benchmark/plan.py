@@ -1,4 +1,4 @@
-"""What is to be measured, as a value that a fresh process can be given."""
+"""Benchmark plan: what to measure, as a value that can be sent to another process."""
 
 from __future__ import annotations
 
@@ -17,126 +17,130 @@ from boxwright.training.experiment import Experiment, nearest
 from boxwright.training.settings import with_settings
 
 PHASES = {
-    "train": "training steps on pictures that are in memory",
-    "infer": "forward and post-processing of pictures that are in memory",
-    "train-loader": "training steps with the loader beside them",
-    "infer-loader": "loading, forward and post-processing",
-    "memory": "peak memory of training and of inference, each in a process of its own",
-    "parts": "how a step and an inference divide into parts",
-    "flops": "floating-point operations of a step and of an inference, and the rate that the device can do",
+    "train": "training steps on images in memory",
+    "infer": "forward pass and post-processing of images in memory",
+    "train-loader": "training steps with data loading",
+    "infer-loader": "data loading, forward pass and post-processing",
+    "memory": "peak memory of training and of inference, each in a separate process",
+    "parts": "time per part of a training step and of an inference",
+    "flops": "floating-point operations of a training step and of an inference, and the device's best rate",
 }
-"""What can be measured, in the order in which it is."""
+"""Measurements by name, in the order in which they run."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One recipe and how to measure it."""
 
     recipe: str
-    """A built-in one, or `package.module:function`."""
+    """Name of a built-in recipe, or `package.module:function`."""
     settings: list[str] = []
-    """Changes of it, `name=value` each."""
+    """Changes of the recipe, each `name=value`."""
     size: tuple[int, int] | None = None
-    """(height, width) that pictures are brought to; None leaves it to the recipe."""
+    """(height, width) that images are resized to; None uses the recipe's resize."""
     batch: int | None = None
-    """Images at a time; None trains with the recipe's number and infers one."""
+    """Batch size; None uses the recipe's batch size for training and 1 for inference."""
     iterations: int = 10
-    """Times that count."""
+    """Number of measured times."""
     warmup: int = 2
-    """Times before them that do not."""
+    """Number of unmeasured iterations before them."""
     precision: Precision | None = None
-    """Of the arithmetic; None leaves it to the recipe."""
+    """Precision of Boxwright's detector; None uses the recipe's."""
     peer_precision: Precision | None = None
-    """The same of a peer; None takes what the recipe has."""
+    """Precision of the peer; None uses the same as Boxwright's."""
     threads: int | None = None
-    """Threads of the arithmetic on the CPU; None leaves it to torch."""
+    """Number of CPU threads of torch; None keeps torch's default."""
     device: str = "cpu"
     """cpu or cuda."""
     workers: int = 2
-    """Processes that load pictures."""
+    """Number of data loading processes."""
     data: str = ""
-    """Folder of a data set; empty for generated pictures."""
+    """Dataset folder; empty for generated images."""
     weights: str = ""
-    """A weights file of the model; empty for random weights."""
+    """Weights file of the model; empty for random weights."""
     peer: str = ""
-    """A peer to measure alternately; empty for none."""
+    """Peer to compare with; empty for none."""
     peer_python: str = ""
-    """The interpreter that has the peer; empty for this one."""
+    """Path of the interpreter that has the peer installed; empty if the peer runs in this interpreter."""
 
     def experiment(self) -> Experiment:
-        """The recipe with all changes.
+        """Build the experiment: the recipe with the plan's settings, size and precision.
 
         Raises:
-            ValueError: there is no such recipe, or a change is none.
+            ValueError: the recipe does not exist, or a setting is invalid.
         """
         experiment = find_recipe(self.recipe)()
         if not isinstance(experiment, Experiment):
-            raise ValueError(f"{self.recipe} is no recipe: it gives {type(experiment).__name__}, not an Experiment")
+            raise ValueError(f"recipe {self.recipe}: expected an Experiment, got {type(experiment).__name__}")
         experiment = with_settings(experiment, self.settings)
         if self.size is not None:
-            # Jitter and crops would change the size again.
-            sides = Resize(short=min(self.size), long=max(self.size))
-            experiment = replace(experiment, resize=sides, scales=None, scale_mode="list", scale_jitter=None, crop=None)
+            # Scale jitter and crops would change the size again.
+            resize = Resize(short=min(self.size), long=max(self.size))
+            experiment = replace(
+                experiment, resize=resize, scales=None, scale_mode="list", scale_jitter=None, crop=None
+            )
         return replace(experiment, precision=self.precision or experiment.precision)
 
     def batch_size(self, experiment: Experiment, *, training: bool) -> int:
-        """Images at a time."""
+        """Number of images per batch."""
         return self.batch or (experiment.images_per_device if training else 1)
 
     @property
     def steps_per_time(self) -> int:
-        """Training steps in one time, at whose end the host waits: on a GPU several, as no training run waits each."""
+        """Training steps per measured time. It is 5 on a GPU, since a training run does not synchronize each step."""
         return 5 if self.device.startswith("cuda") else 1
 
 
-def computes_in(device: torch.device, precision: Precision) -> Precision:
-    """What "auto" comes to on a device."""
+def resolve_precision(device: torch.device, precision: Precision) -> Precision:
+    """The precision that "auto" selects on a device; other precisions are returned unchanged."""
     with autocast(device, precision):
         return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of a text such as 640x640.
+    """Parse (height, width) from a text such as 640x640.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not HEIGHTxWIDTH, or a side is below 32 pixels.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    sides = (int(found[1]), int(found[2])) if found else (0, 0)
-    if min(sides) < 32:
-        raise ValueError(f"--size {text}: give height and width of 32 pixels or more, such as 640x640 or 800x1333")
-    return sides
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    height, width = (int(match[1]), int(match[2])) if match else (0, 0)
+    if min(height, width) < 32:
+        raise ValueError(
+            f"--size: expected HEIGHTxWIDTH with sides of at least 32 pixels, such as 640x640 or 800x1333, got {text!r}"
+        )
+    return height, width
 
 
 def parse_precision(text: str | None) -> Precision | None:
-    """A precision by name; None stays.
+    """Check the name of a precision; None is returned unchanged.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no precision of this name.
     """
-    known = get_args(Precision)
-    if text is not None and text not in known:
-        raise ValueError(f"there is no precision {text!r}{nearest(text, known)}")
+    precisions = get_args(Precision)
+    if text is not None and text not in precisions:
+        raise ValueError(f"there is no precision {text!r}{nearest(text, precisions)}")
     return cast("Precision | None", text)
 
 
 def parse_phases(text: str) -> list[str]:
-    """The phases of a text such as train,infer, in their own order; all of them where it is empty.
+    """Parse phases from a text such as train,infer. They come in the order of `PHASES`; an empty text gives all.
 
     Raises:
-        ValueError: one is none.
+        ValueError: there is no phase of a name.
     """
-    named = [name.strip() for name in text.split(",") if name.strip()]
-    for name in named:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
         if name not in PHASES:
-            raise ValueError(f"--phases: there is no {name!r}{nearest(name, PHASES)}")
-    return [name for name in PHASES if not named or name in named]
+            raise ValueError(f"--phases: there is no phase {name!r}{nearest(name, PHASES)}")
+    return [name for name in PHASES if not names or name in names]
 
 
-def require_file(path: str, what: str) -> None:
-    """Check before the work that a file is there.
+def require_file(path: str, description: str) -> None:
+    """Check that a file exists, unless the path is empty.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the file does not exist.
     """
     if path and not Path(path).exists():
-        raise ValueError(f"{path}: there is no such {what}")
+        raise ValueError(f"{description} not found: {path}")

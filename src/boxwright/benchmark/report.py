@@ -1,4 +1,4 @@
-"""What was measured, in the form that `--json` writes and the zoo's page reads."""
+"""Benchmark reports. `boxwright benchmark --json` writes them, and the benchmark page is generated from them."""
 
 from __future__ import annotations
 
@@ -18,135 +18,135 @@ FORMAT = "boxwright-benchmark-1"
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of what something was measured."""
+    """What was measured, and under which conditions."""
 
     recipe: str
-    """The recipe's name."""
+    """Name of the recipe."""
     settings: list[str] = []
-    """Its changes, `name=value` each."""
+    """Changes of the recipe, each `name=value`."""
     system: str
-    """boxwright, or a peer."""
+    """`boxwright`, or the name of a peer."""
     task: str
-    """train or infer."""
+    """`train` or `infer`."""
     batch: int
-    """Images at a time."""
+    """Batch size."""
     size: tuple[int, int]
     """(height, width) of the canvas of the first batch."""
     asked_size: tuple[int, int] | None = None
-    """(height, width) that was asked for; None for the recipe's."""
+    """(height, width) given with `--size`; None if the recipe's resize was used."""
     precision: str
-    """Of the arithmetic."""
+    """`float32` or `bfloat16`."""
     compiled: bool = False
-    """Whether it ran through torch.compile."""
-    pictures: str
-    """generated, or the name of the data set's folder."""
+    """Whether the training step ran under torch.compile."""
+    dataset: str = msgspec.field(name="pictures")
+    """`generated`, or the name of the dataset folder. The JSON key is `pictures`."""
     weights: str = "random"
-    """random, or the name of the weights file."""
+    """`random`, or the name of the weights file."""
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long it took."""
+    """Times of training steps or of inferences."""
 
     case: Case
     loading: bool = False
-    """Whether pictures were loaded meanwhile."""
+    """Whether data loading is included."""
     seconds: list[float]
-    """Of one step or one batch, each time as measured."""
+    """Seconds of one step or batch, one value per measurement."""
     data_wait: list[float] = []
-    """Of these, how long it waited for the loader."""
+    """Seconds of each measurement that were spent waiting for the loader."""
     first_seconds: float | None = None
-    """The very first step or batch, which also compiles and takes memory."""
+    """Seconds of the very first step or batch, which includes compilation and memory allocation."""
 
     @property
     def median(self) -> float:
-        """Seconds of one step or batch."""
+        """Median seconds of one step or batch."""
         return statistics.median(self.seconds)
 
     @property
     def mean(self) -> float:
-        """The same, as long waits count in full."""
+        """Mean seconds of one step or batch."""
         return statistics.mean(self.seconds)
 
     @property
     def images_per_second(self) -> float:
-        """By the median; with a loader by the mean, since its batches come in bursts."""
+        """Throughput, from the median time; with a loader from the mean, since its batches arrive in bursts."""
         return self.case.batch / (self.mean if self.loading else self.median)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much memory it took at most, in bytes, in a process of its own."""
+    """Peak memory in bytes, measured in a separate process."""
 
     case: Case
     peak_rss: int
-    """Resident memory of the process on the host."""
+    """Peak resident set size (RSS) of the process on the host."""
     start_rss: int
-    """The same before the detector was built: the interpreter and its libraries."""
+    """Peak RSS before the batches and the detector are built. In a peer's process, its detector is already built."""
     cuda_allocated: int | None = None
-    """What tensors took on the GPU; None without one."""
+    """Peak GPU memory allocated by tensors; None on a CPU."""
     cuda_reserved: int | None = None
-    """What was reserved for them on the GPU."""
+    """Peak GPU memory reserved by torch's allocator; None on a CPU."""
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How it divides, measured apart from its timing; always eager."""
+    """Profile by part. It is always measured in eager mode, in a separate pass."""
 
     case: Case
     whole: list[float]
-    """Seconds of one step or batch, each as measured."""
+    """Seconds of one step or batch, one value per measurement."""
     parts: dict[str, list[float]]
-    """Of each the seconds within it and within no part inside it, by name; at the same times as `whole`."""
+    """Exclusive seconds of each part, one value per measurement in `whole`."""
 
 
 class Operations(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many floating-point operations it is, by torch's counter: convolutions and matrix products."""
+    """Floating-point operations of convolutions and matrix products, counted by torch's FLOP counter."""
 
     case: Case
     operations: int
-    """Of one step or batch; a multiplication and an addition are two."""
+    """Operations of one step or batch; a multiply-add counts as two."""
     rate: float
-    """The most that a convolution reached on this device in this precision, operations a second."""
+    """Highest rate of a convolution on this device in this precision, in operations per second."""
 
     @property
     def floor(self) -> float:
-        """Seconds that they take at this rate."""
+        """Seconds that the operations take at this rate."""
         return self.operations / self.rate
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A peer's time over ours, of each round in which both ran."""
+    """A peer's time divided by Boxwright's time in the same round; above 1, Boxwright is faster."""
 
     case: Case
-    """Of the peer."""
+    """The peer's case."""
     each: list[float]
-    """Round by round: above 1 ours is faster."""
+    """One ratio per round."""
     median: float
-    """Of these."""
+    """Median of `each`."""
 
 
 class Report(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """All that one command measured."""
+    """All measurements of one `boxwright benchmark` command."""
 
     format: str = FORMAT
     command: str
-    """That measured it."""
+    """The command line."""
     machine: dict[str, str]
-    """What it ran on."""
+    """Hardware and operating system."""
     versions: dict[str, str]
-    """What it ran with."""
+    """Versions of Python, libraries and peers."""
     timings: list[Timing] = []
-    """Times."""
+    """Times of all systems."""
     ratios: list[Ratio] = []
-    """Peers' times over ours."""
+    """Peers' times divided by Boxwright's."""
     memory: list[Memory] = []
-    """Peaks of memory."""
+    """Peak memory of all systems."""
     parts: list[Parts] = []
-    """Divisions."""
+    """Profiles by part."""
     operations: list[Operations] = []
-    """Counts of operations."""
+    """Counts of floating-point operations."""
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What figures depend on besides the software."""
+    """Processor, cores, threads, operating system and GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     facts = {
         "processor": _processor(),
@@ -161,27 +161,32 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What was in use."""
-    found = {"boxwright": boxwright.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    """Versions of Boxwright, Python, torch and the libraries that affect speed."""
+    by_package = {
+        "boxwright": boxwright.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
     for package in ("torchvision", "opencv-python-headless"):
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # noqa: PERF203, two of them
+            by_package[package] = version(package)
+        except PackageNotFoundError:  # noqa: PERF203, only two packages
             continue
     if device.type == "cuda":
-        found["cuda"] = torch.version.cuda or ""
-        found["cudnn"] = str(torch.backends.cudnn.version() or "")
-    return found
+        by_package["cuda"] = torch.version.cuda or ""
+        by_package["cudnn"] = str(torch.backends.cudnn.version() or "")
+    return by_package
 
 
 def compare(timings: Sequence[Timing], ours: str = "boxwright") -> list[Ratio]:
-    """The ratios of what was measured alternately: the same task, round by round."""
-    own = {timing.case.task: timing for timing in timings if timing.case.system == ours and not timing.loading}
+    """Compute the ratios of systems that were timed in alternation, round by round for each task."""
+    our_timings = {timing.case.task: timing for timing in timings if timing.case.system == ours and not timing.loading}
     ratios = []
     for timing in timings:
-        if timing.case.system == ours or timing.case.task not in own:
+        if timing.case.system == ours or timing.case.task not in our_timings:
             continue
-        each = [peer / our for peer, our in zip(timing.seconds, own[timing.case.task].seconds, strict=True)]
+        our_seconds = our_timings[timing.case.task].seconds
+        each = [peer / our for peer, our in zip(timing.seconds, our_seconds, strict=True)]
         ratios.append(Ratio(case=timing.case, each=each, median=statistics.median(each)))
     return ratios
 
@@ -193,26 +198,26 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Read what `write_report` wrote.
+    """Read a report that `write_report` wrote.
 
     Raises:
-        ValueError: it is no such file; the message says what is wrong with it.
-        OSError: it cannot be read.
+        ValueError: the file is not a report, or has another format version.
+        OSError: the file cannot be read.
     """
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no measurement that boxwright benchmark --json wrote: {error}") from None
+        raise ValueError(f"{path} is not a report of `boxwright benchmark --json`: {error}") from None
     if report.format != FORMAT:
-        raise ValueError(f"{path} is of form {report.format!r}, not {FORMAT!r}: measure anew")
+        raise ValueError(f"{path}: expected format {FORMAT!r}, got {report.format!r}. Run the benchmark again.")
     return report
 
 
 def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text("utf-8", "replace").splitlines():
+    """Model name of the processor; its architecture if the name is not known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8", "replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()

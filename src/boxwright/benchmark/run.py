@@ -1,4 +1,4 @@
-"""Measures recipes phase by phase."""
+"""Run the phases of a benchmark for a list of recipes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 from boxwright.benchmark.bench import OURS, Bench
+from boxwright.benchmark.inputs import inference_loader, training_loader
 from boxwright.benchmark.measure import Task, Times, alternate, infer_with_loader, train_with_loader
-from boxwright.benchmark.memory import measure_memory, measure_process
+from boxwright.benchmark.memory import measure_memory, measure_peer_memory
 from boxwright.benchmark.operations import best_rate, count_operations
 from boxwright.benchmark.parts import time_parts
 from boxwright.benchmark.peer_process import PEERS
-from boxwright.benchmark.pictures import inference_loader, training_loader
 from boxwright.benchmark.plan import Plan
 from boxwright.benchmark.report import (
     Case,
@@ -29,40 +29,40 @@ from boxwright.benchmark.report import (
 )
 from boxwright.benchmark.system import BoxwrightSystem
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def measure(plans: Sequence[Plan], phases: Sequence[str], *, command: str, say: Say) -> Report:
+def measure(plans: Sequence[Plan], phases: Sequence[str], *, command: str, log: Log) -> Report:
     """Measure recipes one after another.
 
     Args:
-        plans: one for each recipe, all for the same device.
-        phases: of `PHASES`, in order.
-        command: what the user called, to be kept with the figures.
-        say: is told what begins.
+        plans: one plan per recipe, all for the same device.
+        phases: keys of `PHASES`, in the order in which they run.
+        command: the command line, stored in the report.
+        log: called with a line at the start of each phase.
 
     Raises:
-        ValueError: a plan cannot be carried out; all are looked at before the first is.
+        ValueError: a plan is invalid. All plans are checked before the first measurement.
     """
     benches = [Bench(plan) for plan in plans]
     device = benches[0].device
     report = Report(command=command, machine={}, versions=versions(device))
     for bench in benches:
         with bench:
-            _measure_one(bench, phases, report, say)
-        # Of torch, too, a peer may have another.
+            _measure_recipe(bench, phases, report, log)
+        # A peer process may have another version of torch than this one.
         report.versions |= {f"{bench.plan.peer}'s {name}": text for name, text in bench.peer_versions.items()}
-    # Threads may have been set meanwhile.
+    # Read last, since a bench may change the number of threads.
     report.machine = machine(device)
     return report
 
 
-def _measure_one(bench: Bench, phases: Sequence[str], report: Report, say: Say) -> None:
+def _measure_recipe(bench: Bench, phases: Sequence[str], report: Report, log: Log) -> None:
     plan = bench.plan
     names = [OURS, *([plan.peer] if plan.peer else [])]
     timings: list[Timing] = []
     for phase in phases:
-        say(f"{plan.recipe}: {phase}")
+        log(f"{plan.recipe}: {phase}")
         if phase in ("train", "infer"):
             timings += _in_memory(bench, names, "train" if phase == "train" else "infer")
         elif phase in ("train-loader", "infer-loader"):
@@ -78,7 +78,7 @@ def _measure_one(bench: Bench, phases: Sequence[str], report: Report, say: Say) 
 
 
 def _in_memory(bench: Bench, names: Sequence[str], task: Task) -> list[Timing]:
-    """Ours and a peer's times of the same batches, in turns."""
+    """Times of Boxwright and of the peer on the same batches in memory, in alternation."""
     training, plan = task == "train", bench.plan
     with ExitStack() as stack:
         systems = [stack.enter_context(closing(bench.system(name, training=training))) for name in names]
@@ -91,21 +91,21 @@ def _in_memory(bench: Bench, names: Sequence[str], task: Task) -> list[Timing]:
             steps_per_time=plan.steps_per_time if training else 1,
             device=bench.device,
         )
-    return [_timing(bench.case(name, training=training), one) for name, one in zip(names, times, strict=True)]
+    return [_timing(bench.case(name, training=training), result) for name, result in zip(names, times, strict=True)]
 
 
 def _with_loader(bench: Bench, *, training: bool) -> Timing:
     plan, system = bench.plan, bench.system(OURS, training=training)
     assert isinstance(system, BoxwrightSystem)
     shared: Any = {"proposals": bench.proposals, "num_workers": plan.workers}
-    turns = {"iterations": plan.iterations, "warmup": plan.warmup}
+    counts = {"iterations": plan.iterations, "warmup": plan.warmup}
     if training:
         loader = training_loader(plan, bench.experiment, bench.dataset, masks=bench.masks, **shared)
-        times = train_with_loader(system, loader, device=bench.device, **turns)
+        times = train_with_loader(system, loader, device=bench.device, **counts)
     else:
         batches = inference_loader(plan, bench.experiment, bench.dataset, **shared)
         precision = bench.experiment.precision
-        times = infer_with_loader(system, batches, device=bench.device, precision=precision, **turns)
+        times = infer_with_loader(system, batches, device=bench.device, precision=precision, **counts)
     return _timing(bench.case(OURS, training=training), times, loading=True)
 
 
@@ -116,7 +116,7 @@ def _timing(case: Case, times: Times, *, loading: bool = False) -> Timing:
 
 def _memory(bench: Bench, name: str, *, training: bool) -> Memory:
     task = "train" if training else "infer"
-    peak = measure_process(bench, task) if name in PEERS else measure_memory(bench.plan, task, name)
+    peak = measure_peer_memory(bench, task) if name in PEERS else measure_memory(bench.plan, task, name)
     return Memory(
         case=bench.case(name, training=training),
         peak_rss=peak.peak_rss,
@@ -142,14 +142,15 @@ def _parts(bench: Bench, *, training: bool) -> Parts:
 
 def _operations(bench: Bench) -> list[Operations]:
     rate = best_rate(bench.device, bench.experiment.precision)
-    found = []
+    results = []
     for training in (True, False):
         system = bench.system(OURS, training=training, compiled=False)
         assert isinstance(system, BoxwrightSystem)
         count = count_operations(system, bench.batches(training=training)[0], "train" if training else "infer")
-        found.append(Operations(case=_eager(bench.case(OURS, training=training)), operations=count, rate=rate))
-    return found
+        results.append(Operations(case=_eager(bench.case(OURS, training=training)), operations=count, rate=rate))
+    return results
 
 
 def _eager(case: Case) -> Case:
+    """The case, marked as not compiled."""
     return msgspec.structs.replace(case, compiled=False)

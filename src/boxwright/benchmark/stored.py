@@ -1,4 +1,4 @@
-"""The measurements that are stored with the source, and the machines that they were made on."""
+"""Read the benchmark reports that are stored in the repository, and number their machines."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from boxwright.benchmark.report import Case, Memory, Report, read_report
 GB = 1e9
 
 
-class Stored(NamedTuple):
-    """A report with the name that the page calls it by."""
+class StoredReport(NamedTuple):
+    """A report with its name and the number of its machine on the benchmark page."""
 
     name: str
-    """The file's name without its ending."""
+    """File name without extension."""
     machine: int
-    """The number of its machine on the page, from 1."""
+    """Number of the machine, from 1."""
     report: Report
-    """What was measured."""
+    """The measurements."""
 
 
-def read_stored(folder: Path) -> list[Stored]:
-    """The reports of a folder's `*.json`, by name; none where there is no folder.
+def read_stored(folder: Path) -> list[StoredReport]:
+    """Read the `*.json` reports of a folder, sorted by name; a missing folder gives an empty list.
 
     Raises:
-        ValueError: a file is no report.
+        ValueError: a file is not a report.
     """
     machines: list[dict[str, str]] = []
-    stored: list[Stored] = []
+    stored: list[StoredReport] = []
     for path in sorted(folder.glob("*.json")):
         report = read_report(path)
         if report.machine not in machines:
             machines.append(report.machine)
-        stored.append(Stored(path.stem, machines.index(report.machine) + 1, report))
+        stored.append(StoredReport(path.stem, machines.index(report.machine) + 1, report))
     return stored
 
 
-def setting(case: Case, machine: int) -> str:
-    """Under which a case was measured, but for its recipe, system and task."""
+def conditions(case: Case, machine: int) -> str:
+    """Text that gives the size, batch size, precision, changed settings and machine of a measurement."""
     height, width = case.size
     images = "1 image" if case.batch == 1 else f"{case.batch} images"
     mode = f"{case.precision}{', compiled' if case.compiled else ''}"
@@ -47,5 +47,5 @@ def setting(case: Case, machine: int) -> str:
 
 
 def peak_bytes(memory: Memory) -> int:
-    """What a GPU had reserved, or else what was resident on the host."""
+    """Peak memory reserved on the GPU, or the peak RSS of the process on a CPU."""
     return memory.peak_rss if memory.cuda_reserved is None else memory.cuda_reserved

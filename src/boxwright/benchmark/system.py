@@ -1,4 +1,7 @@
-"""A detector as the thing that is timed: Boxwright's own here, peers' in `torchvision_peer` and `peer_process`."""
+"""Systems: detectors with a uniform interface for timing.
+
+This module has Boxwright's system; the systems of peers are in `torchvision_peer` and `peer_process`.
+"""
 
 from __future__ import annotations
 
@@ -23,35 +26,35 @@ from boxwright.training.step import TrainStep
 
 
 class System(Protocol):
-    """What can be timed. `train_step` and `infer` may return before the device is done."""
+    """A detector that can be timed. `train_step` and `infer` may return before the device has finished."""
 
     name: str
 
     def prepare(self, batch: Batch) -> Any:
-        """What the two take of a batch, made beforehand and not timed."""
+        """Convert a batch to the inputs of `train_step` or `infer`. This is not timed."""
         ...
 
-    def train_step(self, given: Any) -> None:
-        """Losses, gradients, optimizer. Learns nothing: the rate is 0, so that every step does the same work."""
+    def train_step(self, inputs: Any) -> None:
+        """Compute losses and gradients and run the optimizer with learning rate 0, so that all steps do equal work."""
         ...
 
-    def infer(self, given: Any) -> None:
-        """Forward and post-processing, to boxes and masks in the pixels of the files."""
+    def infer(self, inputs: Any) -> None:
+        """Forward pass and post-processing: boxes and masks in the pixel coordinates of the image files."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds outside of this process."""
+        """Release resources outside this process."""
         ...
 
 
 def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Category], batch: Batch) -> Detector:
-    """The detector on the CPU, with the weights of the plan's file or random ones.
+    """Build the detector on the CPU, with the weights of the plan's file or with random weights.
 
     Args:
-        plan: says where weights come from.
-        experiment: what to build.
-        categories: the classes by label.
-        batch: what random weights are settled on.
+        plan: names the weights file, if any.
+        experiment: holds the model to build.
+        categories: classes in label order.
+        batch: images on which random weights are scaled (see `random_weights.settle`).
     """
     torch.manual_seed(SEED)
     detector = as_detector(build(experiment.model, num_classes=len(categories)))
@@ -63,14 +66,14 @@ def build_detector(plan: Plan, experiment: Experiment, categories: Sequence[Cate
 
 
 class BoxwrightSystem:
-    """The detector in the step that `boxwright train` does and the detection that `boxwright test` does."""
+    """A Boxwright detector with the training step of `boxwright train` and the inference of `boxwright test`."""
 
     name = "boxwright"
 
     def __init__(
         self, detector: nn.Module, experiment: Experiment, *, device: torch.device, training: bool, compiled: bool
     ) -> None:
-        """Set up training or inference, so that the memory of one is not that of both."""
+        """Set up either training or inference, so that the peak memory of each can be measured separately."""
         self.detector = detector.to(device).to(memory_format=torch.channels_last).train(training)
         if not training and device.type == "cpu":
             optimize_for_cpu(self.detector)
@@ -90,18 +93,18 @@ class BoxwrightSystem:
             )
 
     def prepare(self, batch: Batch) -> Batch:
-        """On the device to train; to infer in the memory that a loader would give, since the copy is timed."""
+        """Move a training batch to the device. An inference batch stays in pinned memory: its copy is timed."""
         if self._device.type != "cuda":
             return batch
         return to_device(batch, self._device) if self._training else pin_memory(batch)
 
-    def train_step(self, given: Batch) -> None:
-        """`TrainStep` with a learning rate of 0."""
-        self.step([given], 0.0)
+    def train_step(self, inputs: Batch) -> None:
+        """Run `TrainStep` with learning rate 0."""
+        self.step([inputs], 0.0)
 
-    def infer(self, given: Batch) -> None:
-        """`detect_dataset` of one batch: boxes clipped to the file, masks pasted and run-length encoded."""
-        detect_dataset(self.detector, [given], device=self._device, precision=self._precision)
+    def infer(self, inputs: Batch) -> None:
+        """Run `detect_dataset` on one batch: boxes clipped to the image, masks pasted and run-length encoded."""
+        detect_dataset(self.detector, [inputs], device=self._device, precision=self._precision)
 
     def close(self) -> None:
-        """Nothing is held elsewhere."""
+        """Do nothing: there are no resources outside this process."""

@@ -1,4 +1,4 @@
-"""A report as Markdown."""
+"""Format a report as Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _CASE_HEAD = ("recipe", "system", "task", "images", "canvas", "precision")
 
 
 def markdown(report: Report) -> str:
-    """Tables of all that was measured, and beneath them machine, versions and command."""
+    """Tables of all measurements, followed by the machine, the versions and the command."""
     sections = []
     head: tuple[str, ...]
     if report.timings:
-        head = (*_CASE_HEAD, "loading", "s/iter, median (least-most)", "images/s", "data wait, s", "first, s")
+        head = (*_CASE_HEAD, "loading", "s/iter, median (min-max)", "images/s", "data wait, s", "first, s")
         rows = [
             [
                 *_case(timing.case),
@@ -30,10 +30,10 @@ def markdown(report: Report) -> str:
         ]
         sections.append(table(head, rows))
     if report.ratios:
-        head = (*_CASE_HEAD, "its time / ours, median (least-most)")
+        head = (*_CASE_HEAD, "peer's time / Boxwright's, median (min-max)")
         sections.append(table(head, [[*_case(ratio.case), spread(ratio.each, 2)] for ratio in report.ratios]))
     if report.memory:
-        head = (*_CASE_HEAD, "peak RSS, MiB", "before, MiB", "GPU allocated, MiB", "GPU reserved, MiB")
+        head = (*_CASE_HEAD, "peak RSS, MiB", "start RSS, MiB", "GPU allocated, MiB", "GPU reserved, MiB")
         rows = [
             [*_case(m.case), *map(_mib, (m.peak_rss, m.start_rss, m.cuda_allocated, m.cuda_reserved))]
             for m in report.memory
@@ -41,14 +41,14 @@ def markdown(report: Report) -> str:
         sections.append(table(head, rows))
     sections += [_parts(parts) for parts in report.parts]
     if report.operations:
-        head = (*_CASE_HEAD, "GFLOP", "best GFLOP/s here", "floor, s")
+        head = (*_CASE_HEAD, "GFLOP", "best GFLOP/s of the device", "floor, s")
         rows = [
             [*_case(o.case), f"{o.operations / 1e9:.1f}", f"{o.rate / 1e9:.0f}", f"{o.floor:.3f}"]
             for o in report.operations
         ]
         sections.append(table(head, rows))
-    about = ", ".join(f"{name} {value}" for name, value in [*report.machine.items(), *report.versions.items()])
-    return "\n\n".join([*sections, about, f"```\n{report.command}\n```"]) + "\n"
+    environment = ", ".join(f"{name} {value}" for name, value in [*report.machine.items(), *report.versions.items()])
+    return "\n\n".join([*sections, environment, f"```\n{report.command}\n```"]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -58,7 +58,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median, least and most."""
+    """Text with the median, minimum and maximum: `0.310 (0.300-0.340)`."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
@@ -81,7 +81,7 @@ def _mib(count: int | None) -> str:
 
 
 def _parts(parts: Parts) -> str:
-    """The parts of a step or batch, the dearest first; their medians need not sum to that of the whole."""
+    """Table of the parts of a step or batch, slowest first. Their medians do not sum exactly to the whole's median."""
     whole = statistics.median(parts.whole)
     medians = {name: statistics.median(seconds) for name, seconds in parts.parts.items()}
     rows = [

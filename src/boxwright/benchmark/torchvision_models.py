@@ -1,4 +1,4 @@
-"""torchvision's models of the architecture and with the weights of ours."""
+"""Build torchvision's equivalent of a Boxwright model, with the same architecture and weights."""
 
 from __future__ import annotations
 
@@ -41,55 +41,62 @@ _FAMILIES = {
 
 
 def torchvision_model(model: Callable[..., nn.Module], ours: Detector) -> nn.Module:
-    """Torchvision's detector with the architecture of a recipe's model and its weights.
+    """Build torchvision's detector with the architecture and the weights of a Boxwright detector.
 
-    It keeps torchvision's own conventions (anchors, matching, sampling, RoIAlign, losses) and its own frozen
-    normalisation, whose scale and bias never learn.
+    It keeps torchvision's conventions (anchors, matching, sampling, RoIAlign, losses) and torchvision's frozen batch
+    norm, which trains neither scale nor bias.
 
     Args:
-        model: the experiment's.
-        ours: what it built.
+        model: the experiment's model factory.
+        ours: the detector that the factory built.
 
     Raises:
-        ValueError: torchvision has no such model.
+        ValueError: torchvision has no equivalent model.
     """
     family = family_of(model)
-    given = arguments_of(model)
-    backbone = _backbone(given["backbone"])
+    arguments = arguments_of(model)
+    backbone = _backbone(arguments["backbone"])
     strides = list(cast(Backbone, ours.backbone).strides)
     num_classes = ours.num_classes
     if family == "retinanet":
-        peer: nn.Module = _retinanet(backbone, strides, num_classes, given["retina"])
+        peer: nn.Module = _retinanet(backbone, strides, num_classes, arguments["retina"])
     else:
-        box = given.get("box", BoxConfig())
+        box = arguments.get("box", BoxConfig())
         if box.class_agnostic or box.hard_examples or box.nms != "hard":
-            raise ValueError("torchvision has no boxes for all classes at once, no hard examples and no Soft-NMS")
-        mask = given.get("mask", MaskConfig())
-        if box.num_convs or box.num_fcs != 2 or mask.norm is not None or given["rpn"].num_convs != 1:
             raise ValueError(
-                "torchvision's heads are compared as they were in 2018: without norms, one layer in the RPN"
+                "torchvision has no class-agnostic boxes, hard example mining or Soft-NMS. Compare with a recipe whose "
+                f"box config has the defaults; got class_agnostic={box.class_agnostic}, "
+                f"hard_examples={box.hard_examples}, nms={box.nms!r}."
             )
-        peer = _rcnn(backbone, strides, num_classes, given["rpn"], box, given.get("mask"))
+        mask = arguments.get("mask", MaskConfig())
+        if box.num_convs or box.num_fcs != 2 or mask.norm is not None or arguments["rpn"].num_convs != 1:
+            raise ValueError(
+                "the torchvision peer has an RPN head with 1 convolution, a box head with 2 fully connected layers and "
+                f"a mask head without norms; got rpn.num_convs={arguments['rpn'].num_convs}, "
+                f"box.num_convs={box.num_convs}, box.num_fcs={box.num_fcs}, mask.norm={mask.norm!r}."
+            )
+        peer = _rcnn(backbone, strides, num_classes, arguments["rpn"], box, arguments.get("mask"))
     if family == "rpn":
         peer = ProposalsOnly(peer)
-    stats = given["pixel_stats"]
+    stats = arguments["pixel_stats"]
     order = slice(None, None, -1) if stats.order == "bgr" else slice(None)
-    peer.transform = GivenSizes([mean / 255 for mean in stats.mean[order]], [std / 255 for std in stats.std[order]])
-    copy_weights(ours, peer, reversed_colours=stats.order == "bgr")
+    mean, std = ([value / 255 for value in values[order]] for values in (stats.mean, stats.std))
+    peer.transform = TransformWithoutResize(mean, std)
+    copy_weights(ours, peer, flip_colour_order=stats.order == "bgr")
     return peer
 
 
 def family_of(model: Callable[..., nn.Module]) -> str:
-    """The kind of model, where peers have it.
+    """The family of a model that peers have: a value of `_FAMILIES`.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the peers have no equivalent model.
     """
     family = _FAMILIES.get(call_name(model))
     if family is None:
         raise ValueError(
-            f"peers are compared with {', '.join(_FAMILIES.values())} alone, not with "
-            f"{call_name(model).rpartition('.')[2]}"
+            f"peers have no equivalent of {call_name(model).rpartition('.')[2]}. Supported models: "
+            f"{', '.join(_FAMILIES.values())}."
         )
     replaced = replaced_parts(model)
     if replaced:
@@ -97,93 +104,101 @@ def family_of(model: Callable[..., nn.Module]) -> str:
     return family
 
 
-def copy_weights(ours: nn.Module, peer: nn.Module, *, reversed_colours: bool = False) -> None:
-    """Give torchvision's model our weights; its background is the first class, ours the last."""
+def copy_weights(ours: nn.Module, peer: nn.Module, *, flip_colour_order: bool = False) -> None:
+    """Load Boxwright's weights into torchvision's model, whose background is the first class instead of the last.
+
+    Args:
+        ours: source of the weights.
+        peer: torchvision's model, changed in place.
+        flip_colour_order: reverse the input channels of the first convolution, for a model trained on BGR images.
+    """
     names = ours.state_dict()
     tensors = rename(names, _rules(layers=3 if "head.class_convs.1.weight" in names else 2)).tensors
-    if reversed_colours:
+    if flip_colour_order:
         tensors["backbone.body.conv1.weight"] = tensors["backbone.body.conv1.weight"].flip(1)
     missing, unexpected = peer.load_state_dict(tensors, strict=False)
     assert not unexpected, unexpected
     assert all(name.endswith("num_batches_tracked") for name in missing), missing
 
 
-class GivenSizes(GeneralizedRCNNTransform):
-    """Normalises and pads; the loader has resized already. Boxes and masks go back to the sizes of the files."""
+class TransformWithoutResize(GeneralizedRCNNTransform):
+    """Normalises and pads images that the loader has already resized, and maps detections to the image files."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """`mean` and `std` of pixels in 0..1."""
+        """`mean` and `std` are for pixel values in 0..1."""
         super().__init__(1, 1, list(mean), list(std))
         self.file_sizes: list[tuple[int, int]] | None = None
-        """(height, width) of the next images' files; None leaves boxes on the canvas and pastes masks there."""
+        """(height, width) of the image files of the next batch. If None, detections stay in resized coordinates."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> Any:
-        """Leaves both as they are."""
+        """Return the image and target unchanged."""
         return image, target
 
     def postprocess(self, result: Any, image_shapes: Any, original_image_sizes: Any) -> Any:
-        """Torchvision's own, to the files' sizes."""
+        """Run torchvision's post-processing with the sizes of the image files."""
         return super().postprocess(result, image_shapes, self.file_sizes or original_image_sizes)
 
 
 class ProposalsOnly(nn.Module):
-    """The first stage of a torchvision Faster R-CNN."""
+    """The RPN of a torchvision Faster R-CNN as a detector."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Keep the model's backbone and first stage."""
+        """Use the backbone and the RPN of `model`."""
         super().__init__()
         self.transform: Any = model.transform
         self.backbone: Any = model.backbone
         self.rpn: RegionProposalNetwork = model.rpn
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """Losses in training, else proposals with label 1."""
+        """Losses in training mode; proposals with score 1 and label 1 in evaluation mode."""
         sizes = [tuple(image.shape[-2:]) for image in images]
         padded, targets = self.transform(images, targets)
         proposals, losses = self.rpn(padded, self.backbone(padded.tensors), targets)
         if self.training:
             return losses
         ones = [torch.ones_like(boxes[:, 0]) for boxes in proposals]
-        found = [{"boxes": b, "scores": s, "labels": s.long()} for b, s in zip(proposals, ones, strict=True)]
-        return self.transform.postprocess(found, padded.image_sizes, sizes)
+        detections = [{"boxes": b, "scores": s, "labels": s.long()} for b, s in zip(proposals, ones, strict=True)]
+        return self.transform.postprocess(detections, padded.image_sizes, sizes)
 
 
-def _backbone(call: Callable[..., Any]) -> BackboneWithFPN:
-    if call_name(call) != "boxwright.backbones.fpn.resnet_fpn":
-        raise ValueError(f"torchvision has no backbone like {call_name(call)}: it is compared on resnet_fpn alone")
-    given = arguments_of(call)
-    depth, norm, fpn_norm = given["depth"], given["norm"], given["fpn_norm"]
-    frozen = FrozenBatchNorm2d if norm == "frozen_bn" else partial(make_norm, norm)
+def _backbone(factory: Callable[..., Any]) -> BackboneWithFPN:
+    if call_name(factory) != "boxwright.backbones.fpn.resnet_fpn":
+        raise ValueError(f"torchvision has no equivalent of the backbone {call_name(factory)}. Use resnet_fpn.")
+    arguments = arguments_of(factory)
+    depth, norm, fpn_norm = arguments["depth"], arguments["norm"], arguments["fpn_norm"]
     body = resnet.ResNet(
         resnet.BasicBlock if depth < 50 else resnet.Bottleneck,
         list(BLOCKS_PER_STAGE[depth]),
-        groups=given["groups"],
-        width_per_group=given["width_per_group"],
-        norm_layer=frozen,
+        groups=arguments["groups"],
+        width_per_group=arguments["width_per_group"],
+        norm_layer=FrozenBatchNorm2d if norm == "frozen_bn" else partial(make_norm, norm),
     )
-    if given["style"] == "caffe":
+    if arguments["style"] == "caffe":
         for block in body.modules():
             if isinstance(block, resnet.Bottleneck):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     for name, parameter in body.named_parameters():
         stage = int(name[5]) if name.startswith("layer") else 0
-        if given["frozen_stages"] and stage <= given["frozen_stages"]:
+        if arguments["frozen_stages"] and stage <= arguments["frozen_stages"]:
             parameter.requires_grad_(False)
-    stages, channels = given["out_stages"], given["channels"]
+    stages, channels = arguments["out_stages"], arguments["channels"]
     widths = [body.inplanes // 2 ** (5 - stage) for stage in stages]
     extras = {
         "pool": LastLevelMaxPool,
         "c5": partial(LastLevelP6P7, widths[-1], channels),
         "p5": partial(LastLevelP6P7, channels, channels),
     }
-    if given["extra"] not in extras:
-        raise ValueError(f"torchvision's pyramid always has levels above the last map: extra={given['extra']}")
+    if arguments["extra"] not in extras:
+        raise ValueError(
+            f"torchvision's FPN always has an extra level: backbone.extra must be one of {', '.join(extras)}, got "
+            f"{arguments['extra']!r}."
+        )
     return BackboneWithFPN(
         body,
         {f"layer{stage - 1}": str(index) for index, stage in enumerate(stages)},
         widths,
         channels,
-        extras[given["extra"]](),
+        extras[arguments["extra"]](),
         None if fpn_norm is None else partial(make_norm, fpn_norm),
     )
 
@@ -198,8 +213,8 @@ def _rcnn(
 ) -> FasterRCNN:
     anchors = AnchorGenerator(tuple((int(rpn.anchor_scale * s),) for s in strides), (rpn.ratios,) * len(strides))
     channels = backbone.out_channels
-    kind = FasterRCNN if mask is None else MaskRCNN
-    model = kind(
+    model_class = FasterRCNN if mask is None else MaskRCNN
+    model = model_class(
         backbone,
         num_classes + 1,
         rpn_anchor_generator=anchors,
@@ -251,7 +266,11 @@ def _retinanet(backbone: BackboneWithFPN, strides: Sequence[int], num_classes: i
 
 
 def _rules(layers: int) -> Sequence[Rule]:
-    """Our names to torchvision's; RetinaNet's branches have `layers` of ours a convolution."""
+    """Rules that map Boxwright's parameter names to torchvision's.
+
+    Args:
+        layers: modules per convolution in RetinaNet's branches: 3 with a norm (convolution, norm, ReLU), 2 without.
+    """
     branches = [
         Rule(f"head.{ours}_convs.{layers * index + part}.*", f"head.{theirs}_head.conv.{index}.{part}.*")
         for ours, theirs in (("class", "classification"), ("box", "regression"))
@@ -283,5 +302,5 @@ def _rules(layers: int) -> Sequence[Rule]:
 
 
 def _with_rows(rows: Tensor, count: int) -> Tensor:
-    """Rows of zeros, of a background that ours does not have, before the classes'."""
+    """Prepend `count` rows of zeros for torchvision's background class, which Boxwright's box and mask layers lack."""
     return torch.cat([torch.zeros_like(rows[:count]), rows])

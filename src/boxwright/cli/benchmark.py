@@ -91,7 +91,7 @@ def benchmark(
         [Plan(recipe=recipe, **shared) for recipe in recipes],
         parse_phases(phases),
         command=shlex.join(["boxwright", *sys.argv[1:]]),
-        say=lambda line: typer.echo(line, err=True),
+        log=lambda line: typer.echo(line, err=True),
     )
     text = tables(report)
     typer.echo(text, nl=False)

@@ -88,10 +88,10 @@ def measure(
     from boxwright.training.distributed import process_group, rank, world_size
     from boxwright.weights.download import sha256_of
     from boxwright.weights.fetch import is_url
-    from boxwright.weights.hub import is_hub_place
+    from boxwright.weights.hub import is_hub_uri
     from boxwright.zoo import load_zoo
 
-    if out is None and (is_url(model) or is_hub_place(model) or (not Path(model).exists() and model in load_zoo())):
+    if out is None and (is_url(model) or is_hub_uri(model) or (not Path(model).exists() and model in load_zoo())):
         raise ValueError("a model from elsewhere has no folder for what is measured: give --out")
     if annotations is not None and images is not None and data is None:
         chosen_split = Split(annotations, images)

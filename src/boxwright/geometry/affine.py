@@ -1,6 +1,7 @@
-"""Affine maps of the plane as 2x3 matrices: (x, y) goes to matrix @ (x, y, 1).
+"""2D affine transforms as 2x3 matrices: (x, y) is mapped to matrix @ (x, y, 1).
 
-Sums of products instead of matmul, which autocast would run in bfloat16 and thereby move boxes by pixels.
+The functions use elementwise products and sums instead of matmul: autocast would run a matmul in bfloat16, whose
+rounding errors shift boxes by a pixel or more.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from torch import Tensor
 
 
 def invert(matrices: Tensor) -> Tensor:
-    """The maps that undo `matrices`.
+    """Inverse transforms.
 
     Args:
-        matrices: [..., 2, 3], not singular.
+        matrices: [..., 2, 3].
 
     Returns:
-        [..., 2, 3]; not finite where a map is singular.
+        [..., 2, 3]; inf or NaN where the matrix is singular.
     """
     (a, b, c), (d, e, f) = (row.unbind(-1) for row in matrices.unbind(-2))
     determinant = a * e - b * d
@@ -26,17 +27,17 @@ def invert(matrices: Tensor) -> Tensor:
 
 
 def transform_boxes(boxes: Tensor, matrices: Tensor) -> Tensor:
-    """The smallest axis-aligned boxes around mapped boxes.
+    """Transform boxes and return the smallest axis-aligned boxes that enclose the results.
 
     Args:
         boxes: [B, N, 4] xyxy.
         matrices: [B, 2, 3].
 
     Returns:
-        [B, N, 4] xyxy with x1 <= x2 and y1 <= y2 where the boxes had them.
+        [B, N, 4] xyxy with x1 <= x2 and y1 <= y2. Boxes with NaN stay NaN.
     """
     linear, offset = matrices[:, None, :, :2], matrices[:, None, :, 2]
-    # Each output coordinate is a sum of one term in x and one in y, so its extremes are sums of the terms' extremes.
+    # Each output coordinate is the sum of a term in x and a term in y, so that its minimum is the sum of their minima.
     first, second = linear * boxes[..., None, :2], linear * boxes[..., None, 2:]
     lower = torch.minimum(first, second).sum(-1) + offset
     upper = torch.maximum(first, second).sum(-1) + offset

@@ -1,6 +1,6 @@
-"""Anchors: reference boxes of fixed sizes and aspect ratios, laid on every cell of every feature level.
+"""Anchor generation: boxes of fixed sizes and aspect ratios at every cell of every feature level.
 
-A anchors a cell, H x W cells a level, L levels.
+Shapes: L levels, H x W cells per level, A anchors per cell.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ from boxwright.geometry.conventions import AnchorRounding
 def base_anchors(
     sizes: Sequence[float], ratios: Sequence[float], rounding: AnchorRounding = "none", *, stride: int | None = None
 ) -> Tensor:
-    """The anchors of a level's first cell.
+    """Anchors of the first cell of a level.
 
     Args:
-        sizes: side lengths of the square anchors of one level, in pixels.
-        ratios: height / width; an anchor keeps the area of its size.
-        rounding: "none" centres anchors on (0, 0); "torchvision" rounds those to whole pixels; "detectron" is the 2018
-            toolbox's: last pixel inclusive (x2 - x1 + 1 wide), centred on the cell's middle pixel, then rounded. "cell"
-            is Detectron's own: placed like these, but rounded are the sides at the cell's size, which are then scaled.
-        stride: the level's stride, which "detectron" and "cell" need and the others do not use.
+        sizes: side lengths of the square anchors, in pixels.
+        ratios: aspect ratios, height / width. Anchors of the same size have the same area at all ratios.
+        rounding: how coordinates are rounded to whole pixels.
+
+            - "none": anchors are centred on (0, 0) and not rounded.
+            - "torchvision": anchors are centred on (0, 0), then rounded.
+            - "detectron": as in mmdetection 0.5. x2 and y2 are the last pixel inside (width x2 - x1 + 1). Anchors are
+              centred on the middle of the cell, (stride - 1) / 2, then rounded.
+            - "cell": as in Detectron. Like "detectron", but the width and height are rounded for an anchor of the
+              cell's size and then scaled to `sizes`.
+        stride: stride of the level; required by "detectron" and "cell", otherwise unused.
 
     Returns:
-        [A, 4] float32 xyxy, A = len(ratios) * len(sizes), sizes fastest.
+        [A, 4] float32 xyxy with A = len(ratios) * len(sizes); the size varies fastest.
 
     Raises:
-        ValueError: if rounding is "detectron" or "cell" and there is no stride.
+        ValueError: `rounding` is "detectron" or "cell" and `stride` is None.
     """
-    # float32 from the start: torchvision's and the toolbox's roundings of halves depend on it.
+    # Computed in float32 throughout, since the rounding of halves in torchvision and mmdetection depends on it.
     height_ratios = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
-    side = torch.tensor(sizes, dtype=torch.float32)[None, :]
-    widths = (1 / height_ratios * side).flatten()
-    heights = (height_ratios * side).flatten()
+    sides = torch.tensor(sizes, dtype=torch.float32)[None, :]
+    widths = (1 / height_ratios * sides).flatten()
+    heights = (height_ratios * sides).flatten()
     if rounding in ("detectron", "cell"):
         if stride is None:
-            raise ValueError(f'anchors with rounding "{rounding}" need the stride of their level')
+            raise ValueError(f'base_anchors: rounding="{rounding}" requires the stride of the level. Pass stride=...')
         if rounding == "cell":
             cell_ratios = torch.tensor(ratios, dtype=torch.float64)[:, None]
             cell_widths = (stride / cell_ratios.sqrt()).round()
@@ -56,12 +61,12 @@ def base_anchors(
 
 
 def octave_sizes(size: float, num_sizes: int, rounding: AnchorRounding = "none") -> list[float]:
-    """Evenly spaced sizes in log scale, from `size` up to, and without, twice that (RetinaNet, section 4).
+    """Anchor sizes of one octave, `size * 2**(i / num_sizes)`, as in RetinaNet (arXiv 1708.02002, section 4).
 
     Args:
-        size: the smallest, in pixels.
-        num_sizes: how many.
-        rounding: "torchvision" cuts them down to whole pixels, as its RetinaNet does; the others do not.
+        size: smallest size, in pixels.
+        num_sizes: number of sizes per octave.
+        rounding: "torchvision" truncates the sizes to whole pixels, as its RetinaNet does; other values keep them.
     """
     sizes = [size * 2 ** (index / num_sizes) for index in range(num_sizes)]
     return [float(int(side)) for side in sizes] if rounding == "torchvision" else sizes
@@ -70,16 +75,16 @@ def octave_sizes(size: float, num_sizes: int, rounding: AnchorRounding = "none")
 def grid_anchors(
     feature_shapes: Sequence[tuple[int, int]], strides: Sequence[int | tuple[int, int]], base: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Anchors of all cells of all levels: cell (i, j) holds the base anchors moved by (j, i) strides.
+    """Anchors of all cells of all levels: the base anchors, shifted by the stride from cell to cell.
 
     Args:
-        feature_shapes: L x (H, W), cells of each level.
-        strides: L strides in pixels, or L x (vertical, horizontal) where they differ: torchvision's stride is
-            image size // feature size, which is not the network's own where the size does not divide.
-        base: L x [A, 4], from `base_anchors`.
+        feature_shapes: L pairs (H, W), the size of each feature map.
+        strides: L strides in pixels, or L pairs (vertical, horizontal). The two differ in torchvision, whose stride is
+            image size // feature size.
+        base: L tensors [A, 4] from `base_anchors`.
 
     Returns:
-        L x [H * W * A, 4] xyxy, on the device and in the dtype of `base`; A fastest, then x, then y.
+        L tensors [H * W * A, 4] xyxy, with the device and dtype of `base`. The anchor varies fastest, then x, then y.
     """
     levels = []
     for (height, width), stride, boxes in zip(feature_shapes, strides, base, strict=True):

@@ -1,4 +1,7 @@
-"""What code bases do differently with boxes, in one small value, so that a peer's weights give a peer's numbers."""
+"""Conventions of box geometry that differ between code bases.
+
+With the conventions of a peer, weights trained with the peer give the peer's outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,36 @@ AnchorRounding = Literal["none", "torchvision", "detectron", "cell"]
 
 @dataclass(frozen=True)
 class Conventions:
-    """Details of box geometry that weights are trained with and cannot be changed afterwards."""
+    """Details of box geometry. A detector must be used with the conventions that it was trained with."""
 
     plus_one: float = 0.0
-    """What widths and heights add: 0 for continuous boxes, 1 where x2 and y2 name the last pixel inside."""
+    """Added to widths and heights: 0 for continuous coordinates, 1 if x2 and y2 are the last pixel inside the box."""
     anchor_rounding: AnchorRounding = "none"
-    """How base anchors become whole pixels; see `base_anchors`."""
+    """Rounding of base anchors to whole pixels; see `base_anchors`."""
     anchor_strides_from_canvas: bool = False
-    """Whether anchors lie canvas size // feature size apart, not a stride: 61 instead of 64 for P6 of 800 pixels."""
+    """Whether the distance between neighbouring anchors is canvas size // feature size instead of the stride of the
+    level. For P6 and a canvas size of 800, the two are 61 and 64 pixels."""
     roi_align_aligned: bool = True
-    """Whether RoIAlign subtracts the half pixel that puts a feature at the centre of its cell."""
+    """Whether RoIAlign shifts boxes by -0.5 feature cells, so that feature values are at the centres of their cells."""
     roi_align_plus_one: bool = True
-    """Whether RoIAlign, too, adds `plus_one` to a box's end, and takes boxes narrower than a cell as they are."""
+    """Whether RoIAlign also adds `plus_one` to x2 and y2, and pools boxes smaller than one cell without enlarging them.
+    If False, `plus_one` only affects the FPN level assignment."""
     proposal_clip_multiple: int = 1
-    """In testing, proposals are cut at the sides of their picture rounded up to a multiple of this: 32 in Detectron,
-    which takes its padding for picture there."""
+    """At test time, proposals are clipped to the image size rounded up to a multiple of this value. It is 32 in
+    Detectron, which clips to the padded image."""
     level_epsilon: float = 1e-6
-    """Added when a box's size is turned into a pyramid level, so that powers of two do not fall one level down."""
+    """Added to the level before it is rounded down in FPN's level assignment, so that rounding errors do not move a box
+    whose size is a power of two to the next lower level."""
 
 
 MODERN = Conventions()
-"""What Boxwright trains with: continuous boxes, unrounded anchors, aligned RoIAlign."""
+"""Boxwright's default: continuous coordinates, unrounded anchors, aligned RoIAlign."""
 
 TORCHVISION = Conventions(anchor_rounding="torchvision", anchor_strides_from_canvas=True, roi_align_aligned=False)
 """torchvision's detection models."""
 
 DETECTRON = Conventions(plus_one=1.0, anchor_rounding="detectron", roi_align_aligned=False)
-"""The 2018 toolbox."""
+"""mmdetection 0.5 (2018)."""
 
 CAFFE2 = Conventions(plus_one=1.0, anchor_rounding="cell", roi_align_aligned=False, roi_align_plus_one=False)
-"""maskrcnn-benchmark, and Detectron itself but for `proposal_clip_multiple`."""
+"""maskrcnn-benchmark. Detectron also needs `proposal_clip_multiple=32`."""

@@ -20,7 +20,7 @@ from boxwright.importers.rules import rename_back
 from boxwright.importers.torchvision import SETTINGS, rules
 from boxwright.training.experiment import Experiment
 from boxwright.training.parts import arguments_of, call_name, replaced_parts
-from boxwright.weights.ours import whole_file
+from boxwright.weights.ours import atomic_file
 
 _CLASSES = {
     "boxwright.detectors.rcnn.faster_rcnn": "FasterRCNN",
@@ -81,7 +81,7 @@ class Exported:
 
     def save(self, path: Path) -> str:
         """Write the state dict, whole or not at all; returns Python that builds the model and loads it."""
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             torch.save({name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}, temporary)
         return f"{self.code}model.load_state_dict(torch.load({str(path)!r}, weights_only=True))\nmodel.eval()\n" + (
             f"names = {self.names!r}"

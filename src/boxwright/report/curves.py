@@ -1,6 +1,6 @@
-"""Curves and tables of colours as small SVG pictures, whose colours follow the page's light or dark scheme.
+"""Line charts and matrices as SVG. Their colours are CSS classes, so that they follow the light or dark scheme.
 
-The page defines the CSS classes used here: `grid`, `axis`, `tick`, `c0` to `c7` for curves and `cell`.
+The page must define the classes `grid`, `axis`, `tick`, `cell` and, for curves, `c0` to `c7`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ MAX_POINTS = 300
 
 @dataclass(frozen=True)
 class Curve:
-    """One named line of a chart."""
+    """A named line of a chart."""
 
     name: str
-    """For the legend."""
+    """Name in the legend."""
     xs: Sequence[float] | np.ndarray
-    """Rising."""
+    """x coordinates in ascending order."""
     ys: Sequence[float] | np.ndarray
-    """As many; values that are not finite are left out."""
+    """y coordinates, one per x. Points with NaN or infinity are skipped."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that span low to high."""
+    """About `count` tick positions at round numbers, which cover the range from low to high."""
     if not high > low:
         high = low + 1
     rough = (high - low) / count
@@ -50,16 +50,16 @@ def line_chart(
     size: tuple[int, int] = (520, 280),
     legend: bool = True,
 ) -> str:
-    """A figure with one line a curve.
+    """HTML figure with a line chart.
 
     Args:
-        curves: At most `NUM_COLOURS` of them look different.
-        title: Above the chart; HTML-escaped here.
-        x_label: Below the axis.
-        x_range: The axis's ends; from the data where left out.
-        y_range: Likewise; from the data and zero where left out.
-        size: (width, height) in pixels before the page scales it.
-        legend: Whether the names are listed.
+        curves: the curves; colours repeat after `NUM_COLOURS` curves.
+        title: title above the chart; escaped by this function.
+        x_label: label below the x axis.
+        x_range: range of the x axis; by default the range of the data.
+        y_range: range of the y axis; by default the range of the data including zero.
+        size: (width, height) in pixels, before the page scales the figure.
+        legend: whether to add a legend, if there are several curves.
     """
     width, height = size
     left, right, top, bottom = 44, 12, 8, 34 if x_label else 22
@@ -70,28 +70,28 @@ def line_chart(
         x_range = (float(all_x.min()), float(all_x.max())) if len(all_x) else (0.0, 1.0)
     if y_range is None:
         y_range = (min(0.0, float(all_y.min())), float(all_y.max())) if len(all_y) else (0.0, 1.0)
-    few = size[0] < 300
-    y_ticks = ticks(*y_range, 2 if few else 5)
+    small = size[0] < 300
+    y_ticks = ticks(*y_range, 2 if small else 5)
     if x_range[1] > x_range[0]:
-        x_ticks = ticks(*x_range, 2 if few else 6)
-    else:  # a single place, which lies in the middle
+        x_ticks = ticks(*x_range, 2 if small else 6)
+    else:  # all points have the same x: put it in the middle of the axis
         x_ticks, x_range = [x_range[0]], (x_range[0] - 1, x_range[0] + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
     x_low, x_high = x_range
 
-    def place(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def to_pixels(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         across = left + (xs - x_low) / (x_high - x_low) * (width - left - right)
         down = top + (y_high - ys) / (y_high - y_low) * (height - top - bottom)
         return across, down
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">']
     for tick in y_ticks:
-        y = float(place(np.array(x_low), np.array(tick))[1])
+        y = float(to_pixels(np.array(x_low), np.array(tick))[1])
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
     for tick in x_ticks:
         if x_low <= tick <= x_high:
-            x = float(place(np.array(tick), np.array(y_low))[0])
+            x = float(to_pixels(np.array(tick), np.array(y_low))[0])
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{height - bottom + 15}" text-anchor="middle">{_number(tick)}</text>'
             )
@@ -99,7 +99,7 @@ def line_chart(
         middle = (left + width - right) / 2
         parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     for index, (xs, ys) in enumerate(points):
-        across, down = place(xs, ys)
+        across, down = to_pixels(xs, ys)
         colour = f"c{index % NUM_COLOURS}"
         if len(xs) == 1:
             parts.append(f'<circle class="{colour} dot" cx="{across[0]:.1f}" cy="{down[0]:.1f}" r="3"/>')
@@ -107,42 +107,42 @@ def line_chart(
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
             parts.append(f'<polyline class="{colour}" points="{path}"/>')
     parts.append("</svg>")
-    names = ""
+    legend_html = ""
     if legend and len(curves) > 1:
         keys = (
             f'<span class="key"><i class="c{index % NUM_COLOURS}"></i>{escape(curve.name)}</span>'
             for index, curve in enumerate(curves)
         )
-        names = f'<div class="legend">{"".join(keys)}</div>'
-    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{names}</figure>"
+        legend_html = f'<div class="legend">{"".join(keys)}</div>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{legend_html}</figure>"
 
 
 def _clean(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points of a curve, thinned out to what a screen can show."""
+    """The finite points of a curve, subsampled to `MAX_POINTS`."""
     xs, ys = np.asarray(curve.xs, dtype=np.float64), np.asarray(curve.ys, dtype=np.float64)
     finite = np.isfinite(xs) & np.isfinite(ys)
     xs, ys = xs[finite], ys[finite]
     if len(xs) > MAX_POINTS:
-        kept = np.unique(np.linspace(0, len(xs) - 1, MAX_POINTS).round().astype(int))
-        xs, ys = xs[kept], ys[kept]
+        keep = np.unique(np.linspace(0, len(xs) - 1, MAX_POINTS).round().astype(int))
+        xs, ys = xs[keep], ys[keep]
     return xs, ys
 
 
 def _number(value: float) -> str:
-    """A tick as short as it can be read: 0.5, 20, 90k."""
+    """Short text of a tick: 0.5, 20, 90k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:g}"
 
 
 def matrix_chart(counts: np.ndarray, names: Sequence[str], *, row_title: str, column_title: str) -> str:
-    """A square table of counts as shades, each row by its own sum; a cell's tooltip tells names and numbers.
+    """Square matrix of counts as SVG. The shade of a cell is its share of the row's sum; the tooltip has its values.
 
     Args:
         counts: [K, K] int, K >= 1.
-        names: K names of rows and columns.
-        row_title: What rows are.
-        column_title: What columns are.
+        names: K names, for rows and columns.
+        row_title: title of the rows.
+        column_title: title of the columns.
     """
     num = len(names)
     cell = min(44.0, max(10.0, 620 / num))

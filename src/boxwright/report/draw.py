@@ -1,4 +1,4 @@
-"""Boxes, masks and labels on pictures, legible whatever the picture's size."""
+"""Draw boxes, masks and labels on images of any size."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from boxwright.data.masks import Masks
 Colour = tuple[int, int, int]
 
 MIN_LONG_SIDE = 480
-"""Smaller pictures are enlarged before they are drawn on, or their labels could not be read."""
+"""Images whose long side is smaller are enlarged to this size before drawing, so that labels are legible."""
 MAX_LABELS = 60
-"""Beyond so many objects labels would hide the picture, and so would the boxes of masks: colours alone tell classes."""
+"""With more objects, no labels are drawn, and no boxes for objects with masks: only colours indicate the classes."""
 FEW_LABELS = 8
-"""So many labels are always drawn."""
+"""Up to this number, labels are always drawn."""
 MAX_LABEL_SHARE = 0.4
-"""More labels than these few are left out where they would cover more than this share of the boxes' area: of many small
-objects they would hide the neighbours."""
+"""More than `FEW_LABELS` labels are drawn only if their total area is at most this share of the total box area.
+Otherwise the labels of many small objects would hide other objects."""
 MASK_OPACITY = 0.4
 OUTLINE_WHITE = 0.4
-"""Outlines of masks are lighter than what they hold by this share, to stand out on dark ground and among neighbours."""
+"""Share of white that is mixed into the colour of mask outlines, so that they are visible on dark backgrounds."""
 
 
-class _Letters(NamedTuple):
-    """The size of labels, as OpenCV and supervision have it."""
+class _TextStyle(NamedTuple):
+    """Size of labels, in the units of OpenCV and supervision."""
 
     scale: float
     thickness: int
@@ -37,13 +37,13 @@ class _Letters(NamedTuple):
 
 
 def class_colour(label: int) -> Colour:
-    """The (red, green, blue) of a class: the same in every picture and run, dark enough for white letters on it."""
-    # Steps of the golden ratio around the colour circle keep any number of neighbouring labels apart.
+    """Colour (red, green, blue) of a class. It only depends on the label, and is dark enough for white text."""
+    # Hue steps of the golden ratio give consecutive labels clearly different colours, for any number of classes.
     hue = (0.6 + label * 0.618033988749895) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, (0.42, 0.34, 0.48)[label % 3], 0.85)
-    # What the eye sees as bright (green above all) is darkened until white stands out.
-    brightness = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-    factor = min(1.0, (0.22 / brightness) ** (1 / 2.2))
+    # Limit the relative luminance, so that white text has enough contrast.
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    factor = min(1.0, (0.22 / luminance) ** (1 / 2.2))
     return round(red * factor * 255), round(green * factor * 255), round(blue * factor * 255)
 
 
@@ -56,16 +56,16 @@ def draw_boxes(
     masks: Masks | None = None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """A copy of a picture with labelled boxes, and with masks where there are any; the first box lies on top.
+    """Draw labelled boxes and, optionally, masks on a copy of an image. The first box is drawn on top.
 
     Args:
         image: uint8 [H, W, 3] RGB.
         boxes: [n, 4] xyxy in pixels of `image`.
-        texts: n labels; an empty one draws the box alone.
-        colours: n (red, green, blue).
-        masks: n, in pixels of `image`: filled so that the picture shows through, with an outline, the larger
-            below the smaller. Of many objects they are drawn alone.
-        scale: resizes the picture by this factor; None enlarges small ones until they are legible.
+        texts: n labels; no label is drawn for an empty text.
+        colours: n colours (red, green, blue).
+        masks: n masks in pixels of `image`, drawn half-transparent with an outline, smaller masks on top of larger
+            ones. With more than `MAX_LABELS` objects, only the masks are drawn.
+        scale: factor by which the image is resized; None enlarges small images to `MIN_LONG_SIDE`.
 
     Returns:
         uint8 [H * scale, W * scale, 3] RGB.
@@ -77,69 +77,69 @@ def draw_boxes(
     if not len(boxes):
         return canvas
     order = np.arange(len(boxes))[::-1]
-    # supervision looks a box's colour up by its class; here each box brings its own. It writes blue first, we red.
+    # supervision selects colours by class id, so that each box gets its own id. It writes BGR, the image is RGB.
     palette = sv.ColorPalette([sv.Color(*colours[index][::-1]) for index in order])
     corners = np.asarray(boxes, dtype=np.float64)[order] * np.tile([width / image.shape[1], height / image.shape[0]], 2)
     detections = sv.Detections(xyxy=corners, class_id=np.arange(len(order)))
-    # Of a long strip, what fits its short side: else lines and letters would cover it.
+    # In a long, narrow image, the size of lines and text follows the short side, so that they do not cover the image.
     side = min(max(width, height), 4 * min(width, height))
     thickness = max(2, round(side / 400))
     if masks is not None:
         thickness = max(1, thickness // 2)
-        # A large one on top would tint all that lies within it.
-        sides = corners[:, 2:] - corners[:, :2]
-        for index in order[np.argsort(-sides.prod(axis=1), kind="stable")]:
+        # Large masks first: a large mask on top would tint the smaller masks inside it.
+        sizes = corners[:, 2:] - corners[:, :2]
+        for index in order[np.argsort(-sizes.prod(axis=1), kind="stable")]:
             _draw_mask(canvas, masks.region(index), masks.sizes[index], colours[index], thickness)
     if masks is None or len(boxes) <= MAX_LABELS:
         canvas = sv.BoxAnnotator(color=palette, thickness=thickness).annotate(canvas, detections)
     labelled = np.array([bool(texts[index]) for index in order])
     names = [texts[index] for index in order if texts[index]]
-    letters = _Letters(max(0.4, side / 1600), max(1, round(side / 1200)), max(2, round(side / 250)))
-    if labelled.any() and len(boxes) <= MAX_LABELS and _leave_room(names, corners[labelled], letters):
+    style = _TextStyle(max(0.4, side / 1600), max(1, round(side / 1200)), max(2, round(side / 250)))
+    if labelled.any() and len(boxes) <= MAX_LABELS and _labels_fit(names, corners[labelled], style):
         annotator = sv.LabelAnnotator(
             color=palette,
-            text_scale=letters.scale,
-            text_thickness=letters.thickness,
-            text_padding=letters.padding,
+            text_scale=style.scale,
+            text_thickness=style.thickness,
+            text_padding=style.padding,
             smart_position=True,
         )
-        some = sv.Detections(xyxy=corners[labelled], class_id=np.flatnonzero(labelled))
-        canvas = annotator.annotate(canvas, some, labels=names)
+        labelled_boxes = sv.Detections(xyxy=corners[labelled], class_id=np.flatnonzero(labelled))
+        canvas = annotator.annotate(canvas, labelled_boxes, labels=names)
     return canvas
 
 
-def _leave_room(names: Sequence[str], corners: np.ndarray, letters: _Letters) -> bool:
-    """Whether labels leave the objects at [n, 4] xyxy to be seen."""
+def _labels_fit(names: Sequence[str], corners: np.ndarray, style: _TextStyle) -> bool:
+    """Whether the labels cover at most `MAX_LABEL_SHARE` of the area of the boxes, `corners` [n, 4] xyxy."""
     if len(names) <= FEW_LABELS:
         return True
-    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, letters.scale, letters.thickness)[0] for name in names]
-    covered = (np.array(sizes) + 2 * letters.padding).prod(axis=1).sum()
+    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, style.scale, style.thickness)[0] for name in names]
+    covered = (np.array(sizes) + 2 * style.padding).prod(axis=1).sum()
     return bool(covered <= MAX_LABEL_SHARE * (corners[:, 2:] - corners[:, :2]).prod(axis=1).sum())
 
 
 def _draw_mask(
     canvas: np.ndarray, region: tuple[int, int, np.ndarray], size: np.ndarray, colour: Colour, thickness: int
 ) -> None:
-    """Fill and outline one mask on the canvas itself; only the pixels of its region are touched.
+    """Draw the filling and the outline of one mask on the canvas, in place.
 
-    supervision's annotators want every mask as a bitmap of the whole picture.
+    Only the pixels of the mask's region are processed; supervision's annotators need bitmaps of the full image.
     """
     x, y, pixels = region
     if not pixels.size:
         return
-    across, down = canvas.shape[1] / size[1], canvas.shape[0] / size[0]
-    left, right = round(x * across), max(round(x * across) + 1, round((x + pixels.shape[1]) * across))
-    top, bottom = round(y * down), max(round(y * down) + 1, round((y + pixels.shape[0]) * down))
+    scale_x, scale_y = canvas.shape[1] / size[1], canvas.shape[0] / size[0]
+    left, right = round(x * scale_x), max(round(x * scale_x) + 1, round((x + pixels.shape[1]) * scale_x))
+    top, bottom = round(y * scale_y), max(round(y * scale_y) + 1, round((y + pixels.shape[0]) * scale_y))
     left, top = min(left, canvas.shape[1] - 1), min(top, canvas.shape[0] - 1)
-    how = cv2.INTER_AREA if across < 1 else cv2.INTER_LINEAR
-    share = cv2.resize(pixels.astype(np.uint8) * 255, (right - left, bottom - top), interpolation=how)
-    on = (share >= 128)[: canvas.shape[0] - top, : canvas.shape[1] - left]
-    patch = canvas[top : top + on.shape[0], left : left + on.shape[1]]
+    interpolation = cv2.INTER_AREA if scale_x < 1 else cv2.INTER_LINEAR
+    coverage = cv2.resize(pixels.astype(np.uint8) * 255, (right - left, bottom - top), interpolation=interpolation)
+    mask = (coverage >= 128)[: canvas.shape[0] - top, : canvas.shape[1] - left]
+    patch = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
     filling = np.full_like(patch, colour)
-    np.copyto(patch, cv2.addWeighted(patch, 1 - MASK_OPACITY, filling, MASK_OPACITY, 0), where=on[..., None])
-    edges, _ = cv2.findContours(on.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
-    light = [round(value + OUTLINE_WHITE * (255 - value)) for value in colour]
-    cv2.drawContours(canvas, edges, -1, light, thickness, cv2.LINE_AA)
+    np.copyto(patch, cv2.addWeighted(patch, 1 - MASK_OPACITY, filling, MASK_OPACITY, 0), where=mask[..., None])
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
+    outline_colour = [round(value + OUTLINE_WHITE * (255 - value)) for value in colour]
+    cv2.drawContours(canvas, contours, -1, outline_colour, thickness, cv2.LINE_AA)
 
 
 def _interpolation(scale: float) -> int:
@@ -155,26 +155,26 @@ def draw_detections(
     *,
     masks: Masks | None = None,
 ) -> np.ndarray:
-    """A copy of a picture with what a detector found in it, each class in its own colour, best scores on top.
+    """Draw detections on a copy of an image, with one colour per class and the highest scores on top.
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        boxes: [n, 4] xyxy in pixels of `image`, best first.
+        boxes: [n, 4] xyxy in pixels of `image`, sorted by descending score.
         labels: [n] int.
         names: n class names.
         scores: [n] in 0..1.
-        masks: n, in pixels of `image`.
+        masks: n masks in pixels of `image`.
     """
     texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     return draw_boxes(image, boxes, texts, [class_colour(int(label)) for label in labels], masks=masks)
 
 
 def encode_image(image: np.ndarray, suffix: str = ".jpg", *, quality: int = 90) -> bytes:
-    """A picture as the content of a file.
+    """Encode an image in a file format.
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        suffix: Of the file, which tells the format: .jpg, .png, .webp, .bmp or .tif, or another name of these.
+        suffix: file name extension of the format: .jpg, .png, .webp, .bmp, .tif or one of their variants.
         quality: Of JPEG and WebP, at most 100.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run's report: one page that holds everything, to be opened, mailed and kept without anything beside it."""
+"""HTML report of a run: a single self-contained file with metrics, curves and images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from boxwright.training.metrics import read_lines
 
 TRAINING_SIZE = (360, 220)
 OPEN_CLASSES = 24
-"""More classes than this are folded away until they are asked for."""
+"""Tables and charts of more classes than this are collapsed."""
 
 
 def write_report(
@@ -39,22 +39,22 @@ def write_report(
     score: float = 0.3,
     num_pictures: int = 24,
 ) -> Path:
-    """Write `report.html` into a folder, whole or not at all.
+    """Write `report.html` into a folder, atomically.
 
     Args:
-        folder: Where it goes.
-        dataset: The ground truth and its pictures.
-        results: What was detected, labels by the data set's categories.
-        metrics: Measured from `results`: COCO's numbers, or the recall of proposals by name.
-        run: The run's folder, whose `metrics.jsonl` gives the curves; left out, `folder`.
-        title: At the top; left out, the run's name.
-        facts: What else belongs under the title (model, data, command), by name.
-        voc: Pascal VOC's numbers of the same results, if they were asked for.
-        score: Detections below it count neither as right nor as wrong in the confusion matrix and the pictures.
-        num_pictures: How many of the worst images are shown.
+        folder: output folder.
+        dataset: dataset with the ground truth and the images.
+        results: detections; labels are indices of the dataset's categories.
+        metrics: metrics of `results`: COCO metrics, or proposal recall by name.
+        run: folder of the run, whose `metrics.jsonl` gives the training curves; by default `folder`.
+        title: title of the page; by default the name of the run.
+        facts: other information below the title (model, data, command), by name.
+        voc: Pascal VOC metrics of the same results; None leaves their section out.
+        score: score threshold of the confusion matrix and the worst images; detections below it are ignored.
+        num_pictures: number of worst images to show.
 
     Returns:
-        The page's path.
+        Path of the page.
     """
     check_number("score", score, 0, 1)
     check_count("num_pictures", num_pictures, least=0)
@@ -63,7 +63,7 @@ def write_report(
     history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     body = [_header(title, {**(facts or {}), "images": f"{len(results.evaluated):,}"})]
     masks = metrics.masks if isinstance(metrics, CocoMetrics) else None
-    body.append(_numbers(metrics.summary if isinstance(metrics, CocoMetrics) else metrics, masks))
+    body.append(_metrics(metrics.summary if isinstance(metrics, CocoMetrics) else metrics, masks))
     if voc is not None:
         body.append(_voc(voc))
     body.append(_training(history))
@@ -85,7 +85,7 @@ def write_report(
 
 
 def percent(value: float) -> str:
-    """A number in 0..1 as papers print it (37.4), a dash where there was nothing to measure."""
+    """Format a value in 0..1 in percent, such as 37.4; a negative value (not measured) gives a dash."""
     return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
@@ -94,18 +94,19 @@ def _header(title: str, facts: Mapping[str, str]) -> str:
     return f"<header><h1>{escape(title)}</h1><dl>{listed}</dl></header>"
 
 
-def _numbers(summary: Mapping[str, float], masks: CocoMetrics | None) -> str:
+def _metrics(summary: Mapping[str, float], masks: CocoMetrics | None) -> str:
     groups = _tiles(summary)
     if masks is not None:
         groups = f"<h3>Boxes</h3>{groups}<h3>Masks</h3>{_tiles(masks.summary)}"
-    what, fixed = "AR is average recall", ""
+    definition, fixed_iou = "AR is average recall", ""
     if "AP" in summary:
-        what, fixed = "AP is average precision and AR average recall", "; 50 and 75 fix the IoU"
+        definition = "AP is average precision and AR average recall"
+        fixed_iou = "; AP50 and AP75 are AP at IoU 0.50 and 0.75"
     note = (
-        f"In percent. {what} over IoU 0.50 to 0.95{fixed}; s, m and l are objects under 32², under 96² and from 96² "
-        "pixels on; a number behind AR limits boxes an image."
+        f"In percent. {definition} over IoU 0.50 to 0.95{fixed_iou}; s, m and l are objects below 32², below 96² and "
+        "from 96² pixels; a number after AR is the maximum number of boxes per image."
     )
-    return f'<section><h2>Numbers</h2>{groups}<p class="note">{note}</p></section>'
+    return f'<section><h2>Metrics</h2>{groups}<p class="note">{note}</p></section>'
 
 
 def _tiles(summary: Mapping[str, float]) -> str:
@@ -123,8 +124,8 @@ def _voc(voc: VocMetrics) -> str:
     )
     head = "<tr><th>class</th><th>objects</th><th>AP</th></tr>"
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    how = {"voc07": "the mean of eleven points (VOC 2007)", "voc12": "the area under the curve (VOC 2010 and later)"}
-    note = f"At IoU 0.5: {how[voc.interpolation]}; difficult objects and crowd regions count neither way."
+    method = {"voc07": "11-point interpolation (VOC 2007)", "voc12": "area under the curve (VOC 2010 and later)"}
+    note = f"AP at IoU 0.5, {method[voc.interpolation]}. Difficult objects and crowd regions are ignored."
     folded = _folded(table, len(voc.categories))
     mean = _tiles({"mAP": voc.mean})
     return f'<section><h2>Pascal VOC</h2>{mean}<p class="note">{note}</p>{folded}</section>'
@@ -147,14 +148,14 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
         )
     if evaluations:
         names = [name for name in ("AP", "AP50", "AP75", "mask_AP") if name in evaluations[-1]["metrics"]]
-        what = "AP" if names else "AR"
+        metric = "AP" if names else "AR"
         names = names or [name for name in evaluations[-1]["metrics"] if name.startswith("AR@")]
         xs = [line["step"] for line in evaluations]
         curves = [
             Curve(name, xs, [_percent_or_gap(line["metrics"].get(name, -1)) for line in evaluations]) for name in names
         ]
         charts.insert(
-            1, line_chart(curves, title=f"{what} on the validation split, %", x_label="step", size=TRAINING_SIZE)
+            1, line_chart(curves, title=f"{metric} on the validation split, %", x_label="step", size=TRAINING_SIZE)
         )
     return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>' if charts else ""
 
@@ -182,7 +183,7 @@ def _classes(metrics: CocoMetrics) -> str:
 
 
 def _folded(content: str, num_classes: int) -> str:
-    """The content, behind a click where there are many classes."""
+    """The content, collapsed if there are more than `OPEN_CLASSES` classes."""
     if num_classes <= OPEN_CLASSES:
         return content
     return f"<details><summary>All {num_classes} classes</summary>{content}</details>"
@@ -201,13 +202,13 @@ def _precision_recall(metrics: CocoMetrics) -> str:
         ends = (0.0, 1.0)
         return line_chart(curves, title=title, x_label=axis, x_range=ends, y_range=ends, size=size, legend=large)
 
-    what = "Precision over recall, mean over the classes"
-    overall = chart(metrics.precision[:, :, measured].mean(axis=2), what, (520, 280), large=True)
+    title = "Precision over recall, mean over the classes"
+    overall = chart(metrics.precision[:, :, measured].mean(axis=2), title, (520, 280), large=True)
     if metrics.masks is not None:
         precision = metrics.masks.precision
-        precision = precision[:, :, precision[0, 0] > -1]  # a class may have objects and none with a mask
+        precision = precision[:, :, precision[0, 0] > -1]  # no object of a class may have a mask
         if precision.size:
-            overall += chart(precision.mean(axis=2), f"{what}: masks", (520, 280), large=True)
+            overall += chart(precision.mean(axis=2), f"{title}: masks", (520, 280), large=True)
     ordered = sorted(measured, key=lambda row: -metrics.per_class[row, 0])
     small = "".join(
         chart(
@@ -228,23 +229,23 @@ def _confusion(mistakes: Mistakes, metrics: CocoMetrics) -> str:
     shown = [row for row in range(len(names)) if counts[row].any() or counts[:, row].any()]
     if not shown:
         return ""
-    kept = [*shown, len(names)]
+    rows_shown = [*shown, len(names)]
     chart = matrix_chart(
-        counts[np.ix_(kept, kept)],
+        counts[np.ix_(rows_shown, rows_shown)],
         [*(names[row] for row in shown), "nothing"],
         row_title="annotated",
         column_title="predicted",
     )
     pairs = [(int(counts[r, c]), names[r], names[c]) for r in shown for c in shown if r != c and counts[r, c]]
     listed = "".join(
-        f"<li><b>{count}</b> {escape(true)} taken for {escape(predicted)}</li>"
+        f"<li><b>{count}</b> {escape(true)} predicted as {escape(predicted)}</li>"
         for count, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:10]
     )
     most = f"<h3>Most often confused</h3><ol>{listed}</ol>" if listed else ""
     note = (
-        f"Detections with a score of at least {mistakes.score:g}, best first, each matched with the object it overlaps "
-        f"most (IoU {mistakes.iou:g} or more), whatever its class. Shades are shares of a row; the column “nothing” "
-        "holds missed objects, the row “nothing” detections where no object is."
+        f"Detections with a score of at least {mistakes.score:g}, in order of score, are matched with the object of "
+        f"highest IoU ({mistakes.iou:g} or more) of any class. The shade of a cell is its share of the row. The column "
+        "“nothing” has the missed objects, the row “nothing” the detections without an object."
     )
-    both = f'<div class="confusion">{chart}<div>{most}</div></div>'
-    return f'<section><h2>Confusion</h2><p class="note">{note}</p>{both}</section>'
+    content = f'<div class="confusion">{chart}<div>{most}</div></div>'
+    return f'<section><h2>Confusion</h2><p class="note">{note}</p>{content}</section>'

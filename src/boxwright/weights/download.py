@@ -1,7 +1,8 @@
-"""A file over HTTP, over several mirrors and several tries: whole and with the right hash, or not there at all.
+"""Download a file over HTTP from several mirrors, with retries, resumption and hash checks.
 
-What arrives is written to `NAME.part`, beside a page that says what it is the beginning of, so that a later try, of
-this process or another, goes on where it stopped. The file gets its own name when its length and its hash are right.
+The data is written to `NAME.part`. `NAME.part.json` records the URL, version and length of the file, so that a later
+attempt of this or another process can resume the download. `NAME.part` is renamed to `NAME` after its length and hash
+have been checked, so that `NAME` is never incomplete.
 """
 
 from __future__ import annotations
@@ -23,41 +24,41 @@ import msgspec
 from boxwright import __version__
 
 _CHUNK = 1 << 18
-# A connection that is cut after so many bytes more is no fault of the host, but the way of long downloads.
-_GOOD_PIECE = 1 << 20
-# Timed out, too early, too many requests: another time they may do.
-_PASSING = {408, 425, 429}
-# What the hub says of a private repository to those who may not read it.
-_NOT_FOR_ALL = {401, 403, 404}
+# Interruptions are normal in long downloads. One after at least this many new bytes does not count as a failed attempt.
+_MIN_PROGRESS = 1 << 20
+# Request timeout, too early, too many requests.
+_TRANSIENT_STATUS = {408, 425, 429}
+# Statuses with which the hub answers requests for a private repository without read access.
+_ACCESS_STATUS = {401, 403, 404}
 
-Show = Callable[[int, int | None], None]
-"""Told the bytes that are there and those that there will be, if the host says so."""
+ProgressCallback = Callable[[int, int | None], None]
+"""Called with the number of bytes downloaded and the total number of bytes (None if the host does not state it)."""
 
 
 class FetchError(OSError):
-    """A file cannot be had; the message tells who was asked and what each said."""
+    """A file cannot be downloaded. The message lists the mirrors and the error of each."""
 
 
-class _Refused(Exception):
-    """An answer that will not change."""
+class _PermanentError(Exception):
+    """An error for which a retry is pointless."""
 
 
-class _Failed(Exception):
-    """A fault that may pass."""
+class _TransientError(Exception):
+    """An error that may not occur again in a retry."""
 
 
-class _OutOfRange(_Failed):
-    """There is nothing behind what we have."""
+class _OutOfRange(_TransientError):
+    """HTTP 416: the file has no bytes after the part that we have."""
 
 
 class _Part(msgspec.Struct):
-    """What `NAME.part` is the beginning of."""
+    """Contents of `NAME.part.json`: the file that `NAME.part` is the beginning of."""
 
     url: str
     validator: str
-    """What tells this version of the file from others at its place, an ETag or a date; empty if there is neither."""
+    """ETag or Last-Modified date of the file's version; empty if the host sent neither."""
     length: int
-    """Bytes of the whole file."""
+    """Length of the complete file in bytes."""
 
 
 def download(
@@ -69,67 +70,67 @@ def download(
     timeout: float,
     tries: int,
     pause: float,
-    show: Show,
+    progress: ProgressCallback,
 ) -> None:
-    """Download a file; the caller sees to it that nobody else does so at the same time.
+    """Download a file. The caller must ensure that no other process downloads to the same target.
 
     Args:
-        urls: the mirrors, the first to ask first.
-        target: the file's path; its folder exists.
-        sha256: the hash, or its first digits, in lower-case hexadecimal; empty if unknown.
-        md5: the same of the MD5 hash.
-        timeout: seconds that a host may be silent.
-        tries: how often a mirror is asked whose fault may pass.
-        pause: seconds before the second round; doubled for each further one, up to half a minute.
-        show: hears of the progress.
+        urls: mirrors in order of preference.
+        target: path of the file; its folder must exist.
+        sha256: SHA-256 hash, or its first digits, in lower-case hexadecimal; empty if unknown.
+        md5: MD5 hash, or its first digits; empty if unknown.
+        timeout: seconds without data after which a connection is given up.
+        tries: maximum number of attempts per mirror.
+        pause: seconds before the second round of attempts; doubled for each further round, up to 30 seconds.
+        progress: called as data arrives.
 
     Raises:
-        FetchError: no mirror gave the file.
-        OSError: it cannot be written.
+        FetchError: no mirror delivered the file.
+        OSError: the file cannot be written.
     """
-    work = _Download(target, sha256, md5, timeout, show)
-    said: dict[str, str] = {}
+    transfer = _Download(target, sha256, md5, timeout, progress)
+    errors: dict[str, str] = {}
     mirrors = list(urls)
-    for number in range(tries):
-        if number and mirrors:
-            time.sleep(min(pause * 2 ** (number - 1), 30.0))
+    for attempt in range(tries):
+        if attempt and mirrors:
+            time.sleep(min(pause * 2 ** (attempt - 1), 30.0))
         for url in list(mirrors):
-            fault = work.from_mirror(url)
-            if fault is None:
+            error = transfer.from_mirror(url)
+            if error is None:
                 return
-            said[url] = str(fault)
-            if isinstance(fault, _Refused):
+            errors[url] = str(error)
+            if isinstance(error, _PermanentError):
                 mirrors.remove(url)
-    tried = "".join(f"\n  {url}: {what}" for url, what in said.items())
+    attempts = "".join(f"\n  {url}: {error}" for url, error in errors.items())
     raise FetchError(
-        f"{target.name} cannot be fetched. Mirrors tried:{tried}\n"
-        f"Set HTTPS_PROXY if there is a proxy between, or get the file elsewhere and put it at {target}"
+        f"cannot download {target.name}. Mirrors tried:{attempts}\n"
+        f"If this machine needs a proxy, set HTTPS_PROXY. Or download the file elsewhere and save it as {target}"
     )
 
 
 def read_url(url: str, *, limit: int, timeout: float) -> bytes:
-    """What a small page holds; nothing is kept.
+    """Return the content of a small file without storing it.
 
     Raises:
-        FetchError: it cannot be had, or is larger than `limit` bytes.
+        FetchError: the file cannot be downloaded, or is larger than `limit` bytes.
     """
     try:
         with _open(url, {}, timeout) as response:
             content = response.read(limit + 1)
-    except (_Refused, _Failed, OSError, HTTPException) as error:
-        raise FetchError(f"{url} cannot be read: {_reason(error)}") from error
+    except (_PermanentError, _TransientError, OSError, HTTPException) as error:
+        raise FetchError(f"cannot download {url}: {_reason(error)}") from error
     if len(content) > limit:
-        raise FetchError(f"{url} is larger than {limit:,} bytes, and so not what belongs there")
+        raise FetchError(f"{url} is larger than the limit of {limit:,} bytes. Check the URL.")
     return content
 
 
 def sha256_of(path: Path) -> str:
-    """A file's hash, 64 hexadecimal digits."""
+    """SHA-256 hash of a file, 64 hexadecimal digits."""
     return _hash_of(path, hashlib.sha256())
 
 
 def md5_of(path: Path) -> str:
-    """A file's MD5 hash, 32 hexadecimal digits: it tells damage, and not who made a file."""
+    """MD5 hash of a file, 32 hexadecimal digits. It detects damage but not a file that was forged on purpose."""
     return _hash_of(path, hashlib.md5(usedforsecurity=False))
 
 
@@ -142,187 +143,197 @@ def _hash_of(path: Path, digest: hashlib._Hash) -> str:
 
 
 class _Download:
-    """One file on its way."""
+    """The download of one file."""
 
-    def __init__(self, target: Path, sha256: str, md5: str, timeout: float, show: Show) -> None:
-        self._target, self._sha256, self._timeout, self._show = target, sha256, timeout, show
-        self._md5 = md5
-        self._file = target.with_name(f"{target.name}.part")
-        self._page = target.with_name(f"{target.name}.part.json")
+    def __init__(self, target: Path, sha256: str, md5: str, timeout: float, progress: ProgressCallback) -> None:
+        self._target, self._timeout, self._progress = target, timeout, progress
+        self._sha256, self._md5 = sha256, md5
+        self._part_file = target.with_name(f"{target.name}.part")
+        self._metadata_file = target.with_name(f"{target.name}.part.json")
 
-    def from_mirror(self, url: str) -> _Refused | _Failed | None:
-        """Fetch from one mirror, going on at once where a connection is cut after a good piece.
+    def from_mirror(self, url: str) -> _PermanentError | _TransientError | None:
+        """Download from one mirror. If a connection is interrupted after `_MIN_PROGRESS` bytes, resume at once.
 
         Returns:
-            What went wrong, or None.
+            The error, or None on success.
         """
         while True:
             before = self._size()
             try:
                 self._fetch(url)
                 return None
-            except _Refused as fault:
-                return fault
-            except _Failed as fault:
-                if self._size() - before < _GOOD_PIECE:
-                    return fault
+            except _PermanentError as error:
+                return error
+            except _TransientError as error:
+                if self._size() - before < _MIN_PROGRESS:
+                    return error
 
     def _fetch(self, url: str) -> None:
         part = self._usable_part(url)
-        have = self._size() if part else 0
-        if part is None or have < part.length:
-            self._receive(url, part, have)
-        for name, hash_of, stated in (("SHA-256", sha256_of, self._sha256), ("MD5", md5_of, self._md5)):
-            actual = hash_of(self._file) if stated else ""
-            if not actual.startswith(stated):
-                self._drop()
-                what = f"the file's {name} hash begins with {actual[: len(stated)]}, not {stated}"
-                # Pieces of two versions may have met: begun anew, the same mirror may well give the right file.
-                raise _Failed(what) if have else _Refused(what)
-        with self._file.open("rb+") as file:
+        start = self._size() if part else 0
+        if part is None or start < part.length:
+            self._receive(url, part, start)
+        for name, hash_of, expected in (("SHA-256", sha256_of, self._sha256), ("MD5", md5_of, self._md5)):
+            actual = hash_of(self._part_file) if expected else ""
+            if not actual.startswith(expected):
+                self._discard_part()
+                message = f"{name} mismatch: expected a hash that starts with {expected}, got {actual[: len(expected)]}"
+                # A resumed file may mix two versions of the file: a fresh download from this mirror may be right.
+                raise _TransientError(message) if start else _PermanentError(message)
+        with self._part_file.open("rb+") as file:
             os.fsync(file.fileno())
-        self._file.replace(self._target)
-        self._page.unlink(missing_ok=True)
+        self._part_file.replace(self._target)
+        self._metadata_file.unlink(missing_ok=True)
 
-    def _receive(self, url: str, part: _Part | None, have: int) -> None:
-        """Append what is missing of a part, or begin anew where the host does not give just that."""
+    def _receive(self, url: str, part: _Part | None, start: int) -> None:
+        """Append the missing bytes to the part; download the whole file if the host ignores or refuses the range."""
         headers = {}
         if part is not None:
-            headers["Range"] = f"bytes={have}-"
+            headers["Range"] = f"bytes={start}-"
             if part.url == url and part.validator:
                 headers["If-Range"] = part.validator
         try:
             response = _open(url, headers, self._timeout)
         except _OutOfRange:
-            self._drop()
+            self._discard_part()
             raise
         with response:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise _Refused(f"sends the file as {response.headers['Content-Encoding']}, which was not asked for")
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise _PermanentError(f"the host sends Content-Encoding {encoding}, but identity was requested")
             if response.status == 206 and part is not None:
-                expected = f"bytes {have}-{part.length - 1}/{part.length}"
-                if response.headers.get("Content-Range") != expected:
-                    self._drop()
-                    raise _Failed(f"sends {response.headers.get('Content-Range')}, not {expected}")
+                expected = f"bytes {start}-{part.length - 1}/{part.length}"
+                actual = response.headers.get("Content-Range")
+                if actual != expected:
+                    self._discard_part()
+                    raise _TransientError(f"the host sends Content-Range {actual}, but {expected} was requested")
                 length: int | None = part.length
             elif response.status == 200:
-                have, length = 0, self._begin(url, response)
+                start, length = 0, self._begin(url, response)
             else:
-                raise _Refused(f"HTTP {response.status} is no answer to a request for a file")
-            self._append(response, have, length)
+                raise _PermanentError(f"unexpected HTTP status {response.status}")
+            self._append(response, start, length)
 
     def _begin(self, url: str, response: HTTPResponse) -> int | None:
-        """Write the page of a file that comes from its start, in place of what there was of it.
+        """Discard the old part and write the metadata of a new one.
 
         Returns:
-            Bytes of the whole file; None if the host does not tell, and then there is no page to go on by.
+            Length of the file in bytes. It is None if the host does not state it; the download cannot be resumed then.
         """
-        self._drop()
-        stated = response.headers.get("Content-Length", "")
-        if not stated.isdecimal():
+        self._discard_part()
+        content_length = response.headers.get("Content-Length", "")
+        if not content_length.isdecimal():
             return None
-        length = int(stated)
+        length = int(content_length)
         etag = response.headers.get("ETag", "")
-        # A weak ETag stands for files that mean the same, not for the same bytes.
+        # A weak ETag (W/"...") does not guarantee identical bytes.
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-        self._page.write_bytes(msgspec.json.encode(_Part(url, validator, length)))
+        self._metadata_file.write_bytes(msgspec.json.encode(_Part(url, validator, length)))
         return length
 
-    def _append(self, response: HTTPResponse, have: int, length: int | None) -> None:
-        with self._file.open("ab") as file:
+    def _append(self, response: HTTPResponse, received: int, length: int | None) -> None:
+        with self._part_file.open("ab") as file:
             while True:
-                self._show(have, length)
+                self._progress(received, length)
                 try:
                     chunk = response.read1(_CHUNK)
                 except (OSError, HTTPException) as error:
-                    raise _Failed(f"stopped after {have:,} of {_bytes(length)}: {_reason(error)}") from error
+                    raise _TransientError(
+                        f"interrupted after {received:,} of {_bytes(length)}: {_reason(error)}"
+                    ) from error
                 if not chunk:
                     break
                 file.write(chunk)
-                have += len(chunk)
-        if length is not None and have < length:
-            raise _Failed(f"closed the connection after {have:,} of {_bytes(length)}")
-        if length is not None and have > length:
-            self._drop()
-            raise _Failed(f"sent more than the {_bytes(length)} that it had told")
+                received += len(chunk)
+        if length is not None and received < length:
+            raise _TransientError(f"the host closed the connection after {received:,} of {_bytes(length)}")
+        if length is not None and received > length:
+            self._discard_part()
+            raise _TransientError(f"the host sent more than the announced {_bytes(length)}")
 
     def _usable_part(self, url: str) -> _Part | None:
-        """What there is already, if it can only be the beginning of what this mirror has, or the hash will tell."""
+        """Metadata of the existing part, or None if it cannot be resumed.
+
+        A part can be resumed if it has the same URL and a validator, which the host checks. With another URL, a known
+        SHA-256 hash is required: it detects if the mirrors have different files.
+        """
         try:
-            part = msgspec.json.decode(self._page.read_bytes(), type=_Part)
+            part = msgspec.json.decode(self._metadata_file.read_bytes(), type=_Part)
         except (OSError, msgspec.MsgspecError):
             return None
-        same = part.url == url and part.validator
-        return part if 0 < self._size() <= part.length and (same or self._sha256) else None
+        same_file = part.url == url and part.validator
+        return part if 0 < self._size() <= part.length and (same_file or self._sha256) else None
 
     def _size(self) -> int:
-        return self._file.stat().st_size if self._file.exists() else 0
+        return self._part_file.stat().st_size if self._part_file.exists() else 0
 
-    def _drop(self) -> None:
-        # The part first: a page without its part means nothing, a part with the page of another would be taken for it.
-        self._file.unlink(missing_ok=True)
-        self._page.unlink(missing_ok=True)
+    def _discard_part(self) -> None:
+        # The part is deleted first: metadata without a part is harmless, but a part with wrong metadata is not.
+        self._part_file.unlink(missing_ok=True)
+        self._metadata_file.unlink(missing_ok=True)
 
 
-def hub() -> str:
-    """The URL of the Hugging Face hub, without a slash behind it; `HF_ENDPOINT` may name another host."""
+def hub_url() -> str:
+    """URL of the Hugging Face Hub without a trailing slash: `HF_ENDPOINT`, or https://huggingface.co."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _is_of_hub(url: str) -> bool:
-    """Whether a URL is of the hub's own host and port, over https."""
-    asked, own = urlsplit(url), urlsplit(hub())
-    same = (asked.hostname, asked.port or 443) == (own.hostname, own.port or 443)
-    return same and asked.scheme == own.scheme == "https"
+def _is_on_hub(url: str) -> bool:
+    """Whether a URL has the hub's host and port, and https."""
+    parts, hub_parts = urlsplit(url), urlsplit(hub_url())
+    same_host = (parts.hostname, parts.port or 443) == (hub_parts.hostname, hub_parts.port or 443)
+    return same_host and parts.scheme == hub_parts.scheme == "https"
 
 
 def _with_token(request: Request) -> Request:
-    """The request, with `HF_TOKEN` if it goes to the hub; the token goes nowhere else, by a redirect neither.
+    """Add `HF_TOKEN` to a request to the hub. Requests to other hosts, including redirects, never carry the token.
 
     Raises:
-        _Refused: what `HF_TOKEN` holds cannot be one.
+        _PermanentError: the value of `HF_TOKEN` cannot be a token.
     """
     token = os.environ.get("HF_TOKEN", "").strip()
-    if token and _is_of_hub(request.full_url):
+    if token and _is_on_hub(request.full_url):
         if not re.fullmatch(r"[!-~]+", token):
-            raise _Refused("HF_TOKEN holds more than letters, digits and signs: set it to the token alone")
-        # Those that are not "unredirected" urllib sends on to wherever a host points.
+            raise _PermanentError(
+                "HF_TOKEN contains whitespace, control or non-ASCII characters. Set it to the token only."
+            )
+        # urllib sends all other headers to the target of a redirect as well.
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     return request
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows no redirect away from HTTP, and none from https to http; a token goes to the hub alone."""
+    """Refuses redirects from https to http and to other protocols, and adds the token only for the hub."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
             fp.close()
-            raise _Refused(f"redirects to {newurl}, which is less safe and not followed")
+            raise _PermanentError(f"refused the redirect to {newurl}, which would leave {req.type}")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         return None if request is None else _with_token(request)
 
 
 def _open(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
-    """The answer to a request, if it is one of success. Proxies are those of the environment."""
-    own = {"User-Agent": f"boxwright/{__version__}", "Accept-Encoding": "identity"}
+    """Open a URL through the proxies of the environment and return the response, if its status is a success."""
+    defaults = {"User-Agent": f"boxwright/{__version__}", "Accept-Encoding": "identity"}
     try:
-        request = _with_token(Request(url, headers={**own, **headers}))
+        request = _with_token(Request(url, headers={**defaults, **headers}))
         response: HTTPResponse = build_opener(_Redirects()).open(request, None, timeout)
     except HTTPError as error:
         error.close()
-        passing = error.code >= 500 or error.code in _PASSING
-        kind = _OutOfRange if error.code == 416 else _Failed if passing else _Refused
-        private = error.code in _NOT_FOR_ALL and _is_of_hub(url)
-        hint = "; if it is private, set HF_TOKEN to a token that may read it" if private else ""
-        raise kind(f"HTTP {error.code} {error.reason}{hint}") from error
+        transient = error.code >= 500 or error.code in _TRANSIENT_STATUS
+        error_class = _OutOfRange if error.code == 416 else _TransientError if transient else _PermanentError
+        maybe_private = error.code in _ACCESS_STATUS and _is_on_hub(url)
+        hint = "; if the repository is private, set HF_TOKEN to a token with read access" if maybe_private else ""
+        raise error_class(f"HTTP {error.code} {error.reason}{hint}") from error
     except URLError as error:
-        raise _Failed(str(error.reason)) from error
+        raise _TransientError(str(error.reason)) from error
     except (InvalidURL, ValueError) as error:
-        raise _Refused(f"this URL cannot be asked for: {error}") from error
+        raise _PermanentError(f"invalid URL: {error}") from error
     except (OSError, HTTPException) as error:
-        raise _Failed(_reason(error)) from error
+        raise _TransientError(_reason(error)) from error
     return response
 
 
@@ -331,4 +342,4 @@ def _reason(error: Exception) -> str:
 
 
 def _bytes(length: int | None) -> str:
-    return "bytes of an unknown number" if length is None else f"{length:,} bytes"
+    return "an unknown number of bytes" if length is None else f"{length:,} bytes"

@@ -1,4 +1,4 @@
-"""Weights files of the Hugging Face hub by the name of their repository: `hf:owner/name`, or `hf:owner/name/FILE`."""
+"""Weights files in repositories of the Hugging Face Hub: `hf:owner/name` or `hf:owner/name/FILE`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from urllib.parse import quote
 
 import msgspec
 
-from boxwright.weights.download import hub
-from boxwright.weights.fetch import Remote, hash_in_name, is_file_name, read_page
+from boxwright.weights.download import hub_url
+from boxwright.weights.fetch import Remote, hash_in_name, is_file_name, read_remote
 
-_PLACE = re.compile(r"hf:(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>.+))?", re.ASCII)
+_HUB_URI = re.compile(r"hf:(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>.+))?", re.ASCII)
 
 
-class _Stored(msgspec.Struct):
-    """How the hub keeps a large file."""
+class _LargeFile(msgspec.Struct):
+    """Git LFS information of a file."""
 
     sha256: str
 
@@ -23,56 +23,56 @@ class _File(msgspec.Struct):
     """A file of a repository."""
 
     rfilename: str
-    lfs: _Stored | None = None
+    lfs: _LargeFile | None = None
 
 
 class _Repository(msgspec.Struct):
-    """What the hub says of one."""
+    """The part of the hub's answer about a repository that is used here."""
 
     siblings: list[_File] = []
 
 
-def is_hub_place(text: str) -> bool:
-    """Whether it names a repository of the hub rather than a path."""
+def is_hub_uri(text: str) -> bool:
+    """Whether a text names a repository of the hub (`hf:...`) and not a path."""
     return text.startswith("hf:")
 
 
-def hub_file(place: str) -> Remote:
-    """The weights file of a repository, with the hash that the hub states.
+def hub_file(uri: str) -> Remote:
+    """Find the weights file of a repository, with the hash that the hub reports.
 
-    The hub is asked each time, since a repository may hold another file tomorrow; of a private one, with `HF_TOKEN`.
+    Each call asks the hub, since the files of a repository can change. `HF_TOKEN` gives access to private repositories.
 
     Args:
-        place: `hf:owner/name`, where `weights.safetensors` or the only file of that kind is meant; `hf:owner/name/FILE`
-            names one, of any kind.
+        uri: `hf:owner/name/FILE` for a file of any type, or `hf:owner/name` for `weights.safetensors` or else the only
+            .safetensors file of the repository.
 
     Raises:
-        ValueError: It is no such place, or the repository has no such file, or several.
-        FetchError: The hub cannot be asked, or refuses.
+        ValueError: the URI is invalid, the repository does not have the file, or it has several .safetensors files.
+        FetchError: the hub cannot be reached or denies access.
     """
-    match = _PLACE.fullmatch(place)
+    match = _HUB_URI.fullmatch(uri)
     if match is None:
-        raise ValueError(f"{place!r} is no place on the Hugging Face hub: give hf:owner/name or hf:owner/name/FILE")
-    repo, wanted = match["repo"], match["file"]
-    url = f"{hub()}/api/models/{repo}?blobs=true"
+        raise ValueError(f"invalid Hugging Face Hub name {uri!r}. Use hf:owner/name or hf:owner/name/FILE.")
+    repo, path = match["repo"], match["file"]
+    url = f"{hub_url()}/api/models/{repo}?blobs=true"
     try:
-        page = msgspec.json.decode(read_page(url), type=_Repository)
+        repository = msgspec.json.decode(read_remote(url), type=_Repository)
     except msgspec.MsgspecError as error:
-        raise ValueError(f"{url} says nothing of a repository: {error}") from None
-    files = {file.rfilename: file for file in page.siblings}
-    kind = [name for name in files if name.endswith(".safetensors")]
-    if wanted is None and "weights.safetensors" in files:
-        wanted = "weights.safetensors"
-    if wanted is None and len(kind) == 1:
-        wanted = kind[0]
-    name = (wanted or "").rpartition("/")[2]
-    if wanted not in files or not is_file_name(name):
-        what = f"no file {wanted}" if wanted else "several weights files" if kind else "no .safetensors file"
-        listed = ", ".join(sorted(kind or files)) or "nothing"
-        raise ValueError(f"hf:{repo} holds {what}: there is {listed}. Name one as hf:{repo}/FILE")
-    stored = files[wanted].lfs
+        raise ValueError(f"{url} did not return a repository description: {error}") from None
+    files = {file.rfilename: file for file in repository.siblings}
+    safetensors = [name for name in files if name.endswith(".safetensors")]
+    if path is None and "weights.safetensors" in files:
+        path = "weights.safetensors"
+    if path is None and len(safetensors) == 1:
+        path = safetensors[0]
+    name = (path or "").rpartition("/")[2]
+    if path not in files or not is_file_name(name):
+        fault = f"no file {path}" if path else "several weights files" if safetensors else "no .safetensors file"
+        listed = ", ".join(sorted(safetensors or files)) or "none"
+        raise ValueError(f"hf:{repo} has {fault}. Files: {listed}. Select one with hf:{repo}/FILE.")
+    lfs = files[path].lfs
     return Remote(
         name=name,
-        urls=(f"{hub()}/{repo}/resolve/main/{quote(wanted)}",),
-        sha256=stored.sha256 if stored is not None else hash_in_name(name),
+        urls=(f"{hub_url()}/{repo}/resolve/main/{quote(path)}",),
+        sha256=lfs.sha256 if lfs is not None else hash_in_name(name),
     )

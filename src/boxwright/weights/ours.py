@@ -1,13 +1,12 @@
-"""Boxwright's weights files: named tensors and a JSON page, in one safetensors file. No code, nothing unpickled.
+"""Boxwright's weights format: a safetensors file with tensors and JSON metadata. Reading it executes no code.
 
-The page is the string `boxwright` of the safetensors metadata::
+The tensors have the names of the detector's `state_dict`, and any safetensors reader can read them. The metadata is the
+string `boxwright` in the safetensors metadata::
 
     {"format": "boxwright-1",
      "experiment": {"call": "boxwright.training.experiment.Experiment", "arguments": {...}},
      "categories": [{"id": 1, "name": "person"}, ...],
      "versions": {"boxwright": "0.1.0", ...}, ...}
-
-Any safetensors reader can read the tensors; they are named as in the detector's `state_dict`.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ _KEY = "boxwright"
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a weights file, whole or not at all: whatever happens, `path` is the old file or the new one.
+    """Write a weights file atomically: after a failure, `path` still holds the old file, if there was one.
 
     Args:
-        path: of the file; its folder is made if it is not there.
-        tensors: by name, on any device.
-        metadata: what `json` can write: "experiment", "categories", "versions" and what else is worth keeping.
+        path: path of the file; missing folders are created.
+        tensors: tensors by name, on any device.
+        metadata: JSON-serialisable values: "experiment", "categories", "versions" and others.
     """
-    page = json.dumps({"format": FORMAT, **metadata})
-    # Tensors that share memory are refused by safetensors, and so are views with gaps.
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:
-        save_file(own, temporary, {_KEY: page})
+    text = json.dumps({"format": FORMAT, **metadata})
+    # safetensors rejects tensors that share memory or are not contiguous.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(copies, temporary, {_KEY: text})
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write at that becomes `path` when all is well: whatever happens, that is the old file or the new one.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` when the block ends without an exception.
 
     Args:
-        path: of the file; its folder is made if it is not there.
+        path: path of the file; missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a file can be renamed into place only within one file system.
+    # The temporary folder is next to the target, since a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         yield temporary
-        # safetensors lets the owner alone read its files; these are for whoever may read what is written here.
-        usual = Path(folder) / "usual"
-        usual.touch()
-        shutil.copymode(usual, temporary)
+        # safetensors creates files that only the owner can read. Copy the mode of a normally created file.
+        reference = Path(folder) / "reference"
+        reference.touch()
+        shutil.copymode(reference, temporary)
         _flush(temporary)
         temporary.replace(path)
     _flush(path.parent)
@@ -69,35 +68,35 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weights file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
         The tensors by name, on the CPU, and the metadata.
 
     Raises:
-        ValueError: the file is cut short, or no safetensors file, or not Boxwright's.
-        OSError: it cannot be read.
+        ValueError: the file is truncated, not a safetensors file, or not written by Boxwright.
+        OSError: the file cannot be read.
     """
-    with path.open("rb"):  # for the usual OSError where safetensors has its own
+    with path.open("rb"):  # raises the usual OSError for a missing file; safetensors raises its own errors
         pass
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = _page(path, file.metadata())
+            metadata = _read_metadata(path, file.metadata())
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except ValueError:
         raise
     except Exception as error:  # such as the AttributeError of a number type that torch lacks
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}): it may be cut short (copy or fetch it again) or of "
-            "another kind (give one that boxwright train wrote)"
+            f"{path} is not a valid safetensors file ({error}). If it is truncated, copy or download it again. "
+            "Otherwise give a file that boxwright train wrote."
         ) from None
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a whole safetensors file with a page of Boxwright's, of whatever version.
+    """Whether a file is a valid safetensors file with Boxwright's metadata, of any format version.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb"):
         pass
@@ -108,31 +107,32 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _page(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
-    """The metadata in a safetensors file's own."""
+def _read_metadata(path: Path, strings: Mapping[str, str] | None) -> dict[str, Any]:
+    """Decode and check Boxwright's metadata, one of the strings in the safetensors metadata."""
     text = (strings or {}).get(_KEY)
     if text is None:
         raise ValueError(
-            f"{path} is a safetensors file, but not one of Boxwright's: give one that boxwright train wrote"
+            f"{path} is a safetensors file without Boxwright's metadata. Give a file that boxwright train wrote."
         )
     try:
-        page = json.loads(text)
-    except (ValueError, RecursionError) as error:  # of no JSON, a number of thousands of digits, or endless nesting
-        raise ValueError(f"{path} has metadata that is no JSON ({error})") from None
-    if not isinstance(page, dict) or page.get("format") != FORMAT:
-        found = page.get("format") if isinstance(page, dict) else page
-        raise ValueError(f"{path} is of format {found!r}; this version reads {FORMAT!r}: update boxwright")
-    for name, kind in (("experiment", dict), ("categories", list)):
-        if name in page and not isinstance(page[name], kind):
-            raise ValueError(f"{path} has {name!r} metadata that is no {'object' if kind is dict else 'list'}")
-    return page
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
+        raise ValueError(f"{path}: the metadata is not valid JSON ({error})") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        actual = metadata.get("format") if isinstance(metadata, dict) else metadata
+        raise ValueError(f"{path}: expected format {FORMAT!r}, got {actual!r}. Update boxwright.")
+    for name, expected in (("experiment", dict), ("categories", list)):
+        if name in metadata and not isinstance(metadata[name], expected):
+            actual_type = type(metadata[name]).__name__
+            raise ValueError(f"{path}: metadata {name!r}: expected {expected.__name__}, got {actual_type}")
+    return metadata
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or what a folder lists, to the disk now."""
+    """Flush a file, or the entries of a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What is measured on: pictures with objects, generated or from a data set, and the batches made of them."""
+"""Inputs of the benchmarks: a generated or given dataset, random proposals, loaders and batches."""
 
 from __future__ import annotations
 
@@ -23,59 +23,59 @@ from boxwright.structures import Batch
 from boxwright.training.experiment import Experiment
 
 NUM_CLASSES = 80
-"""As many as COCO has."""
-NUM_PICTURES = 1024
-"""Of the generated data set, enough for every phase to go on without starting anew."""
-_NUM_DRAWN = 16
+"""The number of classes of COCO."""
+NUM_IMAGES = 1024
+"""Length of the generated dataset, large enough that a phase with the default iterations stays within one epoch."""
+_NUM_FILES = 16
 NUM_BATCHES = 4
-"""Batches that are kept in memory and taken in turns."""
+"""Number of batches that are kept in memory and used in rotation."""
 _LONG_SIDE = 640
-_QUALITY = 95
+_JPEG_QUALITY = 95
 
 
-class GeneratedPictures:
-    """A data set of coloured shapes in JPEG files, as large as COCO's; the same at every call.
+class GeneratedDataset:
+    """A dataset of coloured shapes in JPEG files, identical on every call.
 
-    Few are drawn and come again and again, each time as another picture.
+    Only `_NUM_FILES` files are written. They repeat under different image ids.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int]) -> None:
-        """Draw pictures of `size`, (height, width), into a folder."""
+        """Write images of `size`, (height, width), into a folder."""
         height, width = size
-        self.categories = [Category(number + 1, f"class {number + 1}") for number in range(NUM_CLASSES)]
-        self.image_sizes = np.tile(np.array(size, np.int64), (NUM_PICTURES, 1))
-        self.image_ids = np.arange(NUM_PICTURES, dtype=np.int64) + 1
-        self._files = [folder / f"{index:06d}.jpg" for index in range(_NUM_DRAWN)]
+        self.categories = [Category(label + 1, f"class {label + 1}") for label in range(NUM_CLASSES)]
+        self.image_sizes = np.tile(np.array(size, np.int64), (NUM_IMAGES, 1))
+        self.image_ids = np.arange(NUM_IMAGES, dtype=np.int64) + 1
+        self._files = [folder / f"{index:06d}.jpg" for index in range(_NUM_FILES)]
         self._labels: list[np.ndarray] = []
         self._polygons: list[list[np.ndarray]] = []
-        for index in range(_NUM_DRAWN):
+        for index in range(_NUM_FILES):
             image, shapes = draw_picture(0, 0, index)
-            factors = np.array([width / image.shape[1], height / image.shape[0]])
-            drawn = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            written, data = cv2.imencode(".jpg", drawn[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
-            assert written
+            scale = np.array([width / image.shape[1], height / image.shape[0]])
+            resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            encoded, data = cv2.imencode(".jpg", resized[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            assert encoded
             self._files[index].write_bytes(data.tobytes())
-            labels = [(kind + 3 * (index + number)) % NUM_CLASSES for number, (kind, _) in enumerate(shapes)]
+            labels = [(label + 3 * (index + position)) % NUM_CLASSES for position, (label, _) in enumerate(shapes)]
             self._labels.append(np.array(labels, np.int64))
-            self._polygons.append([polygon * factors for _, polygon in shapes])
+            self._polygons.append([polygon * scale for _, polygon in shapes])
         counts = [len(labels) for labels in self._labels]
-        self.max_objects, self.num_masks = max(counts), sum(counts) * NUM_PICTURES // _NUM_DRAWN
+        self.max_objects, self.num_masks = max(counts), sum(counts) * NUM_IMAGES // _NUM_FILES
 
     def __len__(self) -> int:
-        """The number of pictures."""
-        return NUM_PICTURES
+        """Number of images."""
+        return NUM_IMAGES
 
     def __getitem__(self, position: int, /) -> Sample:
-        """Decode a picture."""
-        drawn = position % _NUM_DRAWN
-        polygons = self._polygons[drawn]
+        """Decode an image."""
+        file_index = position % _NUM_FILES
+        polygons = self._polygons[file_index]
         boxes = np.array([[*polygon.min(0), *polygon.max(0)] for polygon in polygons], np.float32)
         return Sample(
-            image=decode_image(self._files[drawn]),
+            image=decode_image(self._files[file_index]),
             image_id=position + 1,
-            file_name=self._files[drawn].name,
+            file_name=self._files[file_index].name,
             boxes=boxes,
-            labels=self._labels[drawn],
+            labels=self._labels[file_index],
             crowd=np.zeros(len(boxes), bool),
             object_ids=np.arange(len(boxes)),
             masks=[[polygon] for polygon in polygons],
@@ -83,39 +83,36 @@ class GeneratedPictures:
 
 
 @contextmanager
-def open_pictures(plan: Plan) -> Iterator[Dataset]:
-    """The pictures of a plan; generated ones are there until the context ends.
+def open_dataset(plan: Plan) -> Iterator[Dataset]:
+    """Open the plan's dataset, or generate one in a temporary folder that exists until the context ends.
 
     Raises:
-        ValueError: its folder holds no data set.
+        ValueError: the plan's folder does not hold a dataset.
     """
     if plan.data:
         layout = find_layout(Path(plan.data))
         yield IndexedDataset(*(layout["train"] if "train" in layout else next(iter(layout.values()))))
         return
     height, width = plan.size or (3 * _LONG_SIDE // 4, _LONG_SIDE)
-    factor = _LONG_SIDE / max(height, width)
+    scale = _LONG_SIDE / max(height, width)
     with TemporaryDirectory() as folder:
-        yield GeneratedPictures(Path(folder), (round(height * factor), round(width * factor)))
+        yield GeneratedDataset(Path(folder), (round(height * scale), round(width * scale)))
 
 
 @contextmanager
-def given_proposals(dataset: Dataset, experiment: Experiment, needed: bool) -> Iterator[ProposalFile | None]:
-    """Random boxes as proposals, for a detector that needs them; None for any other."""
-    if not needed:
-        yield None
-        return
+def random_proposals(dataset: Dataset, experiment: Experiment) -> Iterator[ProposalFile]:
+    """Write a proposal file of random boxes, for detectors that are trained on precomputed proposals."""
     info = DatasetInfo(dataset)
     count = experiment.given_proposals
     with TemporaryDirectory() as folder:
         path = Path(folder) / "random.proposals"
-        page = {"splits": [{"name": "all", "images": len(dataset)}]}
+        metadata = {"splits": [{"name": "all", "images": len(dataset)}]}
         write_proposals(
             path,
             image_ids=info.image_ids,
             counts=[count] * len(dataset),
             images=(_random_boxes(size, count) for size in info.image_sizes),
-            page=page,
+            page=metadata,
         )
         yield ProposalFile(path, limit=count)
 
@@ -129,7 +126,7 @@ def training_loader(
     proposals: ProposalFile | None,
     num_workers: int,
 ) -> TrainingLoader:
-    """The loader that a training run of the experiment would have."""
+    """Build the loader that `boxwright train` uses for the experiment."""
     return TrainingLoader(
         dataset,
         augmentation=experiment.augmentation,
@@ -144,7 +141,7 @@ def training_loader(
 def inference_loader(
     plan: Plan, experiment: Experiment, dataset: Dataset, *, proposals: ProposalFile | None, num_workers: int
 ) -> EvaluationLoader:
-    """The loader that `boxwright test` would have."""
+    """Build the loader that `boxwright test` uses for the experiment."""
     return EvaluationLoader(
         dataset,
         batch_size=plan.batch_size(experiment, training=False),
@@ -154,7 +151,7 @@ def inference_loader(
     )
 
 
-def kept_batches(
+def make_batches(
     plan: Plan,
     experiment: Experiment,
     dataset: Dataset,
@@ -163,7 +160,7 @@ def kept_batches(
     masks: bool,
     proposals: ProposalFile | None,
 ) -> Sequence[Batch]:
-    """A few batches, built beforehand."""
+    """Build `NUM_BATCHES` batches in this process."""
     if training:
         batches: Iterator[Batch] = training_loader(
             plan, experiment, dataset, masks=masks, proposals=proposals, num_workers=0
@@ -174,10 +171,10 @@ def kept_batches(
 
 
 def _random_boxes(size: np.ndarray, count: int) -> GivenProposals:
-    """Boxes of any size and place in a picture of `size`, (height, width)."""
+    """Boxes with random positions and log-uniform sides from 16 pixels, in an image of `size`, (height, width)."""
     rng = np.random.Generator(np.random.PCG64(0))
-    limits = np.array([size[1], size[0]], np.float64)
-    sides = 16 * (limits / 16) ** rng.random((count, 2))
-    corners = rng.random((count, 2)) * (limits - sides)
-    boxes = np.concatenate([corners, corners + sides], 1).astype(np.float32)
+    image_size = np.array([size[1], size[0]], np.float64)
+    box_sizes = 16 * (image_size / 16) ** rng.random((count, 2))
+    corners = rng.random((count, 2)) * (image_size - box_sizes)
+    boxes = np.concatenate([corners, corners + box_sizes], 1).astype(np.float32)
     return GivenProposals(boxes, np.linspace(1, 0, count, dtype=np.float32))
