@@ -18,6 +18,7 @@ from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
+from extension.stranger.fcos import FCOSConfig, fcos
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -31,6 +32,9 @@ NUM_PROPOSALS = 40
 SMALL_BOX = BoxConfig(width=64, num_sampled=32, max_detections=20)
 # A low threshold, so that an untrained head detects something.
 SMALL_RETINA = RetinaConfig(num_convs=1, pre_nms_per_level=100, score_threshold=0.001, max_detections=20)
+
+# Objects of 12 to 40 pixels, spread over the three levels of the small backbone.
+SMALL_FCOS = FCOSConfig(num_convs=1, finest_limit=16.0, score_threshold=0.001, pre_nms_per_level=100, max_detections=20)
 
 OHEM_BOX = replace(SMALL_BOX, hard_examples=True, class_agnostic=True, nms="gaussian")
 CASCADE_BOX = replace(SMALL_BOX, class_agnostic=True)
@@ -51,6 +55,8 @@ DETECTORS = (
     "cascade_one_mask_rcnn",
     "retinanet",
 )
+CONTRACT_DETECTORS = (*DETECTORS, "fcos")
+"""The detectors of the package, and one from outside."""
 
 
 def small_backbone(*, recompute: bool = False) -> FPN:
@@ -75,6 +81,7 @@ def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) 
             box=NORMED_BOX,
             mask=replace(SMALL_MASK, norm="frozen_bn"),
         ),
+        "fcos": partial(fcos, config=SMALL_FCOS),
         "ohem_rcnn": partial(faster_rcnn, rpn=SMALL_RPN, box=OHEM_BOX),
         "cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=CASCADE_BOX),
         "ohem_cascade_rcnn": partial(cascade_rcnn, rpn=SMALL_RPN, box=replace(CASCADE_BOX, hard_examples=True)),

@@ -94,7 +94,7 @@ def test_every_layer_computes_the_same_as_torchvision(name: str, batch: Batch) -
         return
     rois = torch.rand(5, 32, 7, 7)
     logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(rois))
-    hidden = ours.box_head.fc2(ours.box_head.fc1(rois).relu()).relu()
+    hidden = ours.box_head.fc2(ours.box_head.fc1(rois.flatten(1)).relu()).relu()
     assert_close(
         [logits.roll(-1, 1), deltas[:, 4:]], [ours.box_head.class_logits(hidden), ours.box_head.box_deltas(hidden)]
     )

@@ -17,7 +17,7 @@ from boxwright.heads.box_head import BoxHead
 from boxwright.heads.box_sample import SampledBoxes
 from boxwright.structures import Batch, MaskGrids, map_tensors
 from boxwright.training.compiled import compiler_settings
-from factory import DETECTORS, NUM_PROPOSALS, random_batch, small_detector
+from factory import CONTRACT_DETECTORS, NUM_PROPOSALS, random_batch, small_detector
 
 NUM_SLOTS = 8
 OBJECT_COUNTS = (0, 1, NUM_SLOTS)
@@ -46,7 +46,7 @@ def with_gradients(
     return found, {name: parameter.grad for name, parameter in detector.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         detector = small_detector(kind)
@@ -58,7 +58,7 @@ def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> N
     assert detections.valid.shape[1] <= detector.max_detections
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in DETECTORS), ("mask_rcnn", True)])
+@pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in CONTRACT_DETECTORS), ("mask_rcnn", True)])
 def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> None:
     """AOTAutograd traces losses and gradients once, as one graph, also if blocks are recomputed in the backward pass.
 
@@ -80,7 +80,7 @@ def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> N
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 @torch.no_grad()
 def test_detection_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Eager mode looks at fewer slots on a CPU, where sums are rounded otherwise; here both look at all.
@@ -96,7 +96,7 @@ def test_detection_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("count", OBJECT_COUNTS)
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
     detector = small_detector(kind)
     losses = detector.losses(random_batch(num_slots=NUM_SLOTS, num_objects=count))
@@ -107,7 +107,7 @@ def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
         assert parameter.grad.isfinite().all(), f"{name} got a gradient that is not finite"
 
 
-@pytest.mark.parametrize("kind", [*DETECTORS, "ohem_cascade_rcnn"])
+@pytest.mark.parametrize("kind", [*CONTRACT_DETECTORS, "ohem_cascade_rcnn"])
 def test_every_parameter_gets_a_gradient_under_autocast(kind: str) -> None:
     """Autocast caches bfloat16 copies of weights; a copy made without a graph would cut off the weight's gradient."""
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
@@ -124,7 +124,7 @@ def test_every_parameter_gets_a_gradient_under_autocast(kind: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, NUM_SLOTS])
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_bfloat16_is_close_to_float32(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, losses and boxes stay float32, and the whole gradient points where float32's does.
 
@@ -165,7 +165,7 @@ def outside_the_picture(batch: Batch) -> torch.Tensor:
     return (rows | columns)[:, None].expand_as(batch.images)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_what_padding_holds_changes_nothing(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
     targets = batch.targets
@@ -224,7 +224,7 @@ def test_the_order_of_given_proposals_changes_no_loss() -> None:
         torch.testing.assert_close(losses[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_more_object_slots_change_nothing(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
     wider = map_tensors(batch.targets, lambda t: torch.cat([t, torch.zeros_like(t).expand(-1, 8, *t.shape[2:])], 1))

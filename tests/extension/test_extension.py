@@ -132,8 +132,12 @@ def test_forward_hooks_of_a_hand_written_backbone_fire_in_training_and_predictio
 ) -> None:
     calls: list[str] = []
     training = Training(experiment_for(MODELS["hand-written backbone"]), Pictures(4), tmp_path, num_workers=0)
-    layers = {name: layer for name, layer in training.detector.named_modules() if not list(layer.children())}
-    backbone = {name: layer for name, layer in layers.items() if name.startswith("backbone.")}
+    leaves = {name: layer for name, layer in training.detector.named_modules() if not list(layer.children())}
+    backbone = {
+        name: layer
+        for name, layer in leaves.items()
+        if name.startswith("backbone.") and not isinstance(layer, nn.ModuleList)
+    }
     for name, layer in backbone.items():
         layer.register_forward_hook(lambda layer, inputs, output, name=name: calls.append(name))
     training.run()
@@ -171,6 +175,6 @@ def test_dataset_class_with_three_members_trains_and_is_evaluated(tmp_path: Path
     training = Training(experiment, dataset, tmp_path, num_workers=0)
     training.run()
     batches = EvaluationLoader(dataset, batch_size=2, resize=experiment.resize, num_workers=0)
-    results, metrics = evaluate(training.detector, dataset, batches.batches(), device="cpu")
-    assert len(results.image_ids) == len(dataset)
+    results, metrics = evaluate(training.detector, dataset, batches, device="cpu")
+    assert sorted(results.evaluated.tolist()) == list(range(len(dataset)))
     assert 0 <= metrics.summary["AP"] <= 1

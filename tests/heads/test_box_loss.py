@@ -96,7 +96,7 @@ def test_wrong_settings_are_refused(config: Any) -> None:
     with pytest.raises(ValueError, match=r"box_loss: expected one of smooth_l1, giou, diou, ciou or a function.*'iou'"):
         config(box_loss="iou")
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="box_loss_weight: expected a finite number of at least 0"):
+        with pytest.raises(ValueError, match=r"box_loss_weight=\S+: expected a number, at least 0"):
             config(box_loss_weight=weight)
     with pytest.raises(ValueError, match="mask_loss_weight"):
         MaskConfig(mask_loss_weight=-1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,7 @@ from boxwright.importers.rules import rename
 from boxwright.importers.torchvision import rules
 from boxwright.importers.torchvision_export import export
 from boxwright.structures import Batch, map_tensors
-from boxwright.training.experiment import Experiment, build, to_json
+from boxwright.training.experiment import Experiment, build, from_json, to_json
 from boxwright.weights.foreign import ForeignFile, read_foreign
 from boxwright.weights.ours import save_weights
 from importers.test_torchvision import detections_of, picture_of
@@ -265,12 +266,13 @@ def test_numbers_of_training_and_of_rois_that_are_not_there_refuse_nothing(batch
         export(build(model, num_classes=7), Experiment(model=model), CATEGORIES)
 
 
-def test_a_number_that_is_text_is_no_program(batch: Batch, tmp_path: Path) -> None:
-    """Whatever a weights file says stands in the printed Python as a value."""
-    model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=BoxConfig(score_threshold="1); exit("))  # type: ignore[arg-type]
-    with torch.device("meta"):
-        code = export(build(model, num_classes=7), Experiment(model=model), CATEGORIES).code
-    assert "box_score_thresh='1); exit('," in code
+def test_text_in_place_of_a_number_is_refused_before_it_reaches_printed_code() -> None:
+    """The export prints Python code with the settings of a weights file, which may come from anyone."""
+    model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=BoxConfig(score_threshold=0.25))
+    text = json.dumps(to_json(Experiment(model=model)))
+    data = json.loads(text.replace('"score_threshold": 0.25', '"score_threshold": "1); exit("'))
+    with pytest.raises(ValueError, match=r"score_threshold='1\); exit\('"):
+        from_json(data)
 
 
 def test_the_commands_other_names_are_refused(tmp_path: Path) -> None:
