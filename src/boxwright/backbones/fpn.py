@@ -64,16 +64,16 @@ class FPN(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels -> L of [B, channels, H / stride, W / stride], finest first."""
         maps = self.body(images)
-        inner = [self.lateral[-1](maps[-1])]
+        inner = [conv_norm(self.lateral[-1], None, maps[-1])]
         for lateral, feature in zip(self.lateral[-2::-1], maps[-2::-1], strict=True):
             enlarged = F.interpolate(inner[0], size=feature.shape[-2:], mode="nearest")
             inner.insert(0, conv_norm(lateral, None, feature, enlarged))
-        levels = [output(feature) for output, feature in zip(self.output, inner, strict=True)]
+        levels = [conv_norm(output, None, feature) for output, feature in zip(self.output, inner, strict=True)]
         if self.extra == "pool":
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))
         coarsest = maps[-1] if self.extra == "c5" else levels[-1]
         for index, output in enumerate(self.extra_output):
-            levels.append(output(F.relu(coarsest) if self.extra_relu and index else coarsest))
+            levels.append(conv_norm(output, None, F.relu(coarsest) if self.extra_relu and index else coarsest))
             coarsest = levels[-1]
         return levels
 

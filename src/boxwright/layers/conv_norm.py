@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxwright.layers.fused import fused_convolution, fused_dtype
-from boxwright.layers.norm import FrozenBatchNorm2d, fold, has_constant_statistics
-from boxwright.layers.packed import PackedBatchNorm2d, PackedConv2d, PackedFrozenBatchNorm2d
+from boxwright.layers.norm import FOLDED_NORMS, fold, has_constant_statistics
+from boxwright.layers.packed import PackedConv2d
 from boxwright.layers.stock import is_stock
 
 CONVS = (nn.Conv2d, PackedConv2d)
 """Convolutions that may be computed from their weights, if stock."""
-FOLDED_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, PackedFrozenBatchNorm2d, PackedBatchNorm2d)
-"""Norms that fold into the convolution before them, if stock and if their statistics are constant."""
 _NEW_OUTPUT = (*CONVS, *FOLDED_NORMS, nn.ConvTranspose2d, nn.SyncBatchNorm, nn.GroupNorm)
 """Layers whose output is a new tensor that autograd does not keep, so that it may be overwritten."""
 

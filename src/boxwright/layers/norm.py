@@ -25,7 +25,13 @@ class FrozenBatchNorm2d(nn.Module):
     running_var: Tensor
 
     def __init__(self, channels: int, *, eps: float = 1e-5, train_affine: bool = True) -> None:
-        """Start as the identity, but for `eps`; `train_affine` says whether scale and bias learn."""
+        """Start as the identity, apart from `eps`.
+
+        Args:
+            channels: channels of the input.
+            eps: added to the variance.
+            train_affine: whether scale and bias are trained.
+        """
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels), requires_grad=train_affine)
@@ -46,10 +52,14 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def has_untrained_statistics(model: nn.Module) -> bool:
-    """Whether a frozen norm of the model still has the statistics of a new layer, with which it does not learn.
+FOLDED_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
+"""Norms that fold into the convolution before them, if stock and if their statistics are constant."""
 
-    Norms that were folded into a scale and a bias have a mean of 0, too, and a variance that makes up for `eps`.
+
+def has_untrained_statistics(model: nn.Module) -> bool:
+    """Whether a frozen norm of the model still has the initial statistics, with which training fails.
+
+    A norm that was folded into a scale and a bias also has a mean of 0, but its variance is 1 - eps.
     """
     return any(
         isinstance(m, FrozenBatchNorm2d) and not m.running_mean.any() and bool((m.running_var == 1).all())
@@ -64,8 +74,8 @@ def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Mod
         norm: "frozen_bn" constant statistics; "bn" statistics of this process's images; "sync_bn" statistics of all
             processes' images (CUDA only; in one process it is "bn"); "gn" 32 groups, fewer where 32 does not divide
             the channels.
-        channels: of the maps to normalise.
-        train_affine: whether the scale and bias of "frozen_bn" learn; those of the others always do.
+        channels: channels of the input.
+        train_affine: whether scale and bias of "frozen_bn" are trained; the other norms always train theirs.
     """
     if norm == "frozen_bn":
         return FrozenBatchNorm2d(channels, train_affine=train_affine)
