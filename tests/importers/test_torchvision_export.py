@@ -193,6 +193,8 @@ def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert (model.anchor_generator if "retinanet" in kind else model.rpn.anchor_generator).sizes == anchors.sizes
     for part in ("min_size", "max_size", "image_mean", "image_std"):
         assert getattr(model.transform, part) == pytest.approx(getattr(peer.transform, part), abs=1e-9)
+    if "retinanet" in kind:
+        assert model.head.regression_head._loss_type == peer.head.regression_head._loss_type  # type: ignore[union-attr]
     numbers = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
     for part, theirs in ((model, peer), *([] if "retinanet" in kind else [(model.roi_heads, peer.roi_heads)])):
         assert [getattr(part, n, None) for n in numbers] == [getattr(theirs, n, None) for n in numbers]
@@ -273,6 +275,34 @@ def test_text_in_place_of_a_number_is_refused_before_it_reaches_printed_code() -
     data = json.loads(text.replace('"score_threshold": 0.25', '"score_threshold": "1); exit("'))
     with pytest.raises(ValueError, match=r"score_threshold='1\); exit\('"):
         from_json(data)
+
+
+def of_edges(predictions: Tensor, targets: Tensor) -> Tensor:
+    """A box loss written by a user."""
+    return (predictions - targets).abs().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("box_loss", "theirs"),
+    [("smooth_l1", "l1"), ("giou", "giou"), ("diou", "diou"), ("ciou", "ciou"), (of_edges, "l1")],
+)
+def test_iou_losses_go_along_and_other_box_losses_become_torchvisions(box_loss: Any, theirs: str) -> None:
+    model = partial(retinanet, backbone=R18_P3, conventions=TORCHVISION, retina=RetinaConfig(box_loss=box_loss))
+    with torch.device("meta"):
+        code = export(build(model, num_classes=7), Experiment(model=model), CATEGORIES).code
+        names: dict[str, Any] = {}
+        exec(code, names)
+    assert names["model"].head.regression_head._loss_type == theirs
+
+
+def test_a_number_that_is_text_is_no_program(batch: Batch, tmp_path: Path) -> None:
+    """The printed Python contains settings as values, even if they are not what `BoxConfig` accepts."""
+    box = BoxConfig()
+    object.__setattr__(box, "score_threshold", "1); exit(")
+    model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=box)
+    with torch.device("meta"):
+        code = export(build(model, num_classes=7), Experiment(model=model), CATEGORIES).code
+    assert "box_score_thresh='1); exit('," in code
 
 
 def test_the_commands_other_names_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Imported models train with the settings of their own code base.
+"""Imported models train with the settings of the code base that they come from.
 
-What a weights file does not say comes from the source's published models. The expected values stand in the files that
-docs/training_of_imported_weights.md names; torchvision's are read and computed from torchvision itself.
+The expected values are copied from the files that docs/training_of_imported_weights.md names. Values for torchvision
+are read and computed from torchvision itself.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import FasterRCNN, RetinaNet, retinanet_resnet50_fpn_v2
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from boxwright.heads.retina_head import RetinaHead, RetinaOutput
 from boxwright.importers.detectron import DETECTRON
 from boxwright.importers.detectron2 import DETECTRON2
 from boxwright.importers.maskrcnn_benchmark import MASKRCNN_BENCHMARK
 from boxwright.importers.mmdetection import FIRST, LATER
 from boxwright.importers.source import Settings, Source
 from boxwright.importers.torchvision import TORCHVISION
+from boxwright.losses import sigmoid_focal_loss, smooth_l1
+from boxwright.structures import Targets
 from boxwright.weights.foreign import ForeignFile
 
 RPN = {
@@ -35,6 +38,7 @@ RPN = {
     "nms_iou": 0.7,
 }
 BOX = {"positive_iou": 0.5, "num_sampled": 512, "positive_fraction": 0.25, "hard_examples": False}
+LOSS_WEIGHTS = {"class_loss_weight": 1.0, "box_loss_weight": 1.0}
 RETINA = {"positive_iou": 0.5, "negative_iou": 0.4, "low_quality": 0.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
 
 TWO_STAGE = {
@@ -50,6 +54,7 @@ CASCADE = {
     LATER: ["rpn_head.rpn_conv.weight", "roi_head.bbox_head.0.shared_fcs.0.weight"],
     DETECTRON2: ["proposal_generator.rpn_head.conv.weight", "roi_heads.box_head.0.fc1.weight"],
 }
+RETINA_V2 = ["head.classification_head.conv.0.1.weight", "head.regression_head.conv.0.1.weight"]
 RPN_ALONE = {FIRST: ["rpn_head.rpn_conv.weight"], LATER: ["rpn_head.rpn_conv.weight"]}
 
 
@@ -78,8 +83,10 @@ def check(config: Any, expected: dict[str, Any]) -> None:
 )
 def test_two_stages(source: Source, rpn: dict[str, Any], box_beta: float) -> None:
     settings = settings_of(source, TWO_STAGE[source])
-    check(settings.rpn, {**RPN, **rpn})
-    check(settings.box, {**BOX, "smooth_l1_beta": box_beta, "stds": (0.1, 0.1, 0.2, 0.2)})
+    check(settings.rpn, {**RPN, "box_loss": "smooth_l1", "objectness_loss_weight": 1.0, "box_loss_weight": 1.0, **rpn})
+    stds = (0.1, 0.1, 0.2, 0.2)
+    check(settings.box, {**BOX, "box_loss": "smooth_l1", **LOSS_WEIGHTS, "smooth_l1_beta": box_beta, "stds": stds})
+    check(settings.mask, {"mask_loss_weight": 1.0})
     assert settings.train_norm_affine is (source in (FIRST, LATER))
 
 
@@ -106,20 +113,33 @@ def test_mmdetections_rpn_alone(source: Source, beta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "names", "beta"),
+    ("source", "names", "box_loss"),
     [
-        (FIRST, ["bbox_head.retina_cls.weight"], 0.11),
-        (LATER, ["bbox_head.retina_cls.weight"], 0.0),
-        (DETECTRON2, ["head.cls_score.weight"], 0.0),
-        (DETECTRON, ["retnet_cls_pred_fpn3_w"], 0.11),
-        # Deltas are divided by 0.1, 0.1, 0.2, 0.2 there: 0.011 for centres, 0.022 for sizes.
-        (MASKRCNN_BENCHMARK, ["rpn.head.cls_tower.0.weight"], 0.0165),
-        (TORCHVISION, ["head.classification_head.cls_logits.weight"], 0.0),
+        (FIRST, ["bbox_head.retina_cls.weight"], {"smooth_l1_beta": 0.11}),
+        (LATER, ["bbox_head.retina_cls.weight"], {"smooth_l1_beta": 0.0}),
+        (DETECTRON2, ["head.cls_score.weight"], {"smooth_l1_beta": 0.0}),
+        (DETECTRON, ["retnet_cls_pred_fpn3_w"], {"smooth_l1_beta": 0.11}),
+        (MASKRCNN_BENCHMARK, ["rpn.head.cls_tower.0.weight"], {"smooth_l1_beta": 0.0165, "box_loss_weight": 1.875}),
+        (TORCHVISION, ["head.classification_head.conv.0.0.weight"], {"smooth_l1_beta": 0.0}),
+        (TORCHVISION, RETINA_V2, {"box_loss": "giou"}),
     ],
     ids=lambda value: value.name if isinstance(value, Source) else "",
 )
-def test_retinanets(source: Source, names: list[str], beta: float) -> None:
-    check(settings_of(source, names).retina, {**RETINA, "smooth_l1_beta": beta})
+def test_retinanets(source: Source, names: list[str], box_loss: dict[str, Any]) -> None:
+    settings = settings_of(source, names)
+    check(settings.retina, {**RETINA, "box_loss": "smooth_l1", **LOSS_WEIGHTS, **box_loss})
+    assert settings.train_norm_affine is (source in (FIRST, LATER) or names == RETINA_V2)
+
+
+@pytest.mark.parametrize("error", [0.05, 0.3, 2.0])
+def test_maskrcnn_benchmarks_box_loss_of_retinanet(error: float) -> None:
+    """A box with the same error in all four plain deltas costs the same once the error exceeds both betas."""
+    retina = settings_of(MASKRCNN_BENCHMARK, ["rpn.head.cls_tower.0.weight"]).retina
+    deltas = torch.full((4,), error, dtype=torch.float64)
+    scaled = deltas / torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=torch.float64)
+    expected = smooth_l1(scaled, torch.zeros(4), beta=0.11).sum() / 4
+    loss = retina.box_loss_weight * smooth_l1(deltas, torch.zeros(4), beta=retina.smooth_l1_beta).sum()
+    assert loss.item() == pytest.approx(expected.item(), abs=0.01)
 
 
 def test_torchvisions_own_defaults() -> None:
@@ -177,9 +197,36 @@ def test_torchvisions_own_box_losses(error: float) -> None:
     assert loss.item() == pytest.approx(ours(settings.retina.smooth_l1_beta))
 
 
-def test_torchvisions_own_focal_loss() -> None:
-    from boxwright.losses import sigmoid_focal_loss
+def test_torchvisions_second_retinanet() -> None:
+    """Both losses and their gradients equal torchvision's for the same predictions, anchors and ground truth."""
+    peer = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=3)
+    retina = settings_of(TORCHVISION, list(peer.state_dict())).retina
+    generator = torch.Generator().manual_seed(5)
+    corners = 120 * torch.rand(400, 2, generator=generator, dtype=torch.float64)
+    anchors = torch.cat([corners, corners + 20 + 60 * torch.rand(400, 2, generator=generator)], dim=1)
+    # One image, since torchvision averages over images where we average over positive anchors.
+    boxes = anchors[::50] + 4 * torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(8) % 3
+    logits = torch.randn(1, 400, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    deltas = (0.3 * torch.randn(1, 400, 4, generator=generator, dtype=torch.float64)).requires_grad_()
 
+    head = RetinaHead(8, [8], num_classes=3, config=retina)
+    output = RetinaOutput(logits=(logits,), deltas=deltas, anchors=anchors, level_lengths=(400,))
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    losses = head.losses(output, Targets(boxes=boxes[None], labels=labels[None], valid=valid, crowd=~valid))
+    expected = peer.compute_loss(
+        [{"boxes": boxes, "labels": labels}], {"cls_logits": logits, "bbox_regression": deltas}, [anchors]
+    )
+    names = (("retina_class", "classification", logits), ("retina_box", "bbox_regression", deltas))
+    for name, peer_name, prediction in names:
+        torch.testing.assert_close(losses[name], expected[peer_name], rtol=1e-6, atol=0)
+        (gradient,) = torch.autograd.grad(losses[name], prediction)
+        (expected_gradient,) = torch.autograd.grad(expected[peer_name], prediction)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
+        assert gradient.abs().sum() > 0
+
+
+def test_torchvisions_own_focal_loss() -> None:
     retina = settings_of(TORCHVISION, []).retina
     head = RetinaNetClassificationHead(8, 1, 3)
     logits = torch.tensor([[[2.0, -1.0, 0.3], [-3.0, 0.5, 1.0]]])

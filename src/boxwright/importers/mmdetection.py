@@ -2,8 +2,8 @@
 
 Up to 1.x background is the first class and boxes have the 2018 geometry; from 2.0 on it is the last, without deltas and
 masks of its own, and boxes are continuous. Single-stage models have the same names in both, so that the version must
-be in the file or be given. The configuration is text beside the tensors: what it says of pixels and stride is read, and
-nothing of it is run.
+be in the file or be given. The configuration is text beside the tensors: pixel statistics, stride and losses are read
+from it, and nothing of it is run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
 from boxwright.importers.categories import COCO, named
+from boxwright.importers.mmdetection_losses import with_losses
 from boxwright.importers.rules import (
     Rule,
     Unsupported,
@@ -190,7 +191,9 @@ def _later_settings(file: ForeignFile) -> Settings:
 
 
 def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
-    """With what the configuration in the file says of pixels and stride; the pytorch style's where it does not.
+    """Apply what the configuration in the file sets: pixel statistics, style and losses.
+
+    Without a configuration, pixel statistics and style are those of the pytorch style.
 
     Raises:
         ValueError: The configuration says of the convolutions what the tensors do not, and what is not built here.
@@ -210,7 +213,8 @@ def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -
     mean, std = (_three(match) for match in numbers.values())
     if mean is not None and std is not None and reverse is not None:
         stats = PixelStats(mean=mean, std=std, order="rgb" if reverse[1] == "True" else "bgr")
-    return replace(settings, pixel_stats=stats, style=cast(Style, style[1] if style else "pytorch"))
+    settings = replace(settings, pixel_stats=stats, style=cast(Style, style[1] if style else "pytorch"))
+    return with_losses(settings, text)
 
 
 def _three(match: re.Match[str] | None) -> tuple[float, float, float] | None:

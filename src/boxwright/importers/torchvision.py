@@ -93,6 +93,9 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
 
 
 def _settings(file: ForeignFile) -> Settings:
+    """Settings of the second RetinaNet, whose head has norms, and of the first models, whose norms have epsilon 0."""
+    if "head.regression_head.conv.0.1.weight" in file.tensors:
+        return replace(SETTINGS, retina=replace(SETTINGS.retina, box_loss="giou"), train_norm_affine=True)
     return replace(SETTINGS, norm_eps=0.0) if file.sha256.startswith(_FIRST_MODELS) else SETTINGS
 
 

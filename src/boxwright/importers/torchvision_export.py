@@ -210,8 +210,16 @@ def _code(
         "    backbone,",
         *(f"    {name}={value}," for name, value in {**arguments, **heads(model, levels, num_classes)}.items()),
         ")",
+        *(_box_loss(model["retina"]) if kind == "RetinaNet" else ()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _box_loss(retina: dict[str, Any]) -> list[str]:
+    """The line that sets an IoU loss for training; no line for other losses, where torchvision's L1 loss stays."""
+    if retina["box_loss"] not in ("giou", "diou", "ciou"):
+        return []
+    return [f"model.head.regression_head._loss_type = {retina['box_loss']!r}"]
 
 
 def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
