@@ -86,24 +86,25 @@ def make_work(recipe: str, task: str, precision: str, size: int) -> Callable[[],
 
 def serve(arguments: list[str]) -> None:
     """Do the work once for each line of standard input and print its seconds; "peak" prints the peak memory."""
-    recipe, task, precision, size = arguments
+    recipe, task, precision, size, clock = arguments
+    now = time.process_time if clock == "cpu" else time.perf_counter
     work = make_work(recipe, task, precision, int(size))
     for line in sys.stdin:
         if line.strip() == "peak":
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
             continue
-        start = time.perf_counter()
+        start = now()
         work()
-        print(time.perf_counter() - start, flush=True)
+        print(now() - start, flush=True)
 
 
 class Worker:
     """One version in a process of its own."""
 
-    def __init__(self, source: Path, case: tuple[str, str, str], size: int, threads: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(source.resolve()), "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, source: Path, case: tuple[str, str, str], options: argparse.Namespace) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(source.resolve()), "OMP_NUM_THREADS": str(options.threads)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", *case, str(size)],
+            [sys.executable, __file__, "--serve", *case, str(options.size), options.clock],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -126,7 +127,7 @@ class Worker:
 def compare(case: tuple[str, str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds and peak MiB of both versions in one case."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    workers = [Worker(source, case, options.size, options.threads) for source in (options.before, options.after)]
+    workers = [Worker(source, case, options) for source in (options.before, options.after)]
     for worker in workers:
         for _ in range(options.warmup):
             worker.ask()
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--after", type=Path, required=True, help="src folder of the later version")
     parser.add_argument("--out", type=Path, help="file for the table")
     parser.add_argument("--size", type=int, default=640, help="side of the image in pixels")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds, on a busy machine")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
