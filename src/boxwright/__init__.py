@@ -1,4 +1,4 @@
-"""Train, test and measure object detectors on COCO-style data."""
+"""Train and evaluate object detectors and instance segmentation models on COCO-style data."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ _MODULES = {
     "optimize_for_cpu": "boxwright.layers.optimize",
     "train": "boxwright.training.loop",
 }
-"""The modules that define the public names. They are imported at first use, since most of them import torch."""
+"""Module that defines each public name. Modules are imported on first use, because most of them import torch."""
 __all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name."""
+    """Import a public name on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """The public names, imported or not."""
+    """The public names, whether imported yet or not."""
     return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Checks of arguments and settings: each raises a ValueError with the name, the value and what is allowed."""
+"""Checks of arguments and settings: each raises a ValueError with the name, the value and the allowed values."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 
 def check_choice(name: str, value: object, choices: Collection[Any]) -> None:
-    """Check that a value is one of a few.
+    """Check that a value is one of `choices`.
 
     Raises:
-        ValueError: It is another.
+        ValueError: `value` is not one of `choices`.
     """
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Check that a value is a whole number, not below `least`.
+    """Check that a value is an integer of at least `least`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: `value` is not an integer, or is below `least`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")
@@ -36,14 +36,14 @@ def check_number(
     """Check that a value is a finite number in `least`..`most`.
 
     Args:
-        name: Of the argument or setting.
-        value: Its value.
-        least: Smallest number that is allowed.
-        most: Largest number that is allowed.
-        above: Whether the number must be above `least`.
+        name: Name of the argument or setting.
+        value: Value to check.
+        least: Minimum.
+        most: Maximum.
+        above: Whether the number must be strictly above `least`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: `value` is not a finite number in this range.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and least <= value <= most and not (above and value == least):  # type: ignore[operator]
@@ -58,7 +58,7 @@ def check_number(
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
-    """`check_count` for fields of a dataclass, also for each element of a tuple; None passes."""
+    """Apply `check_count` to fields of a dataclass, and to each element of a tuple; None passes."""
     for name in names:
         for value in _values(settings, name):
             check_count(name, value, least)
@@ -67,7 +67,7 @@ def check_counts(settings: object, *names: str, least: int = 1) -> None:
 def check_numbers(
     settings: object, *names: str, least: float = -math.inf, most: float = math.inf, above: bool = False
 ) -> None:
-    """`check_number` for fields of a dataclass, also for each element of a tuple; None passes."""
+    """Apply `check_number` to fields of a dataclass, and to each element of a tuple; None passes."""
     for name in names:
         for value in _values(settings, name):
             check_number(name, value, least, most, above=above)
@@ -81,13 +81,13 @@ def _values(settings: object, name: str) -> list[Any]:
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """The device of a name, if detectors run on it and it is there.
+    """Convert to a `torch.device`, and check that Boxwright supports it and that this machine has it.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: It is no device, Boxwright does not support it, or this machine does not have it.
+        ValueError: `device` is not a device, is not supported, or does not exist on this machine.
     """
     fix = 'use --device cpu (device="cpu")'
     try:

@@ -1,7 +1,7 @@
 """Element-wise losses, and the weighted mean that reduces all of them.
 
-Losses are float32 (float64 for float64 input), under autocast too. Where `valid` is False, inputs are replaced before
-any arithmetic: the loss is 0, and a NaN in padding cannot reach the gradient, as it would if only the loss were masked.
+Losses are float32 (float64 for float64 input), also under autocast. Where `valid` is False, inputs are replaced before
+any arithmetic. The loss is then 0, and a NaN in padding cannot reach the gradient; masking only the loss would let it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _share_denominators = False
-"""Set by `shared_denominators` alone. Not a ContextVar, which PyTorch 2.9 cannot trace."""
+"""Set only by `shared_denominators`. PyTorch 2.9 cannot trace a ContextVar."""
 
 
 @contextmanager
 def shared_denominators() -> Iterator[None]:
-    """Within the block, `weighted_mean` divides by the mean over all ranks of its denominator.
+    """Context manager in which `weighted_mean` divides by the mean of its denominator over all ranks.
 
     Averaging gradients over ranks, as DDP does, then gives the gradient that a single process would compute on the
-    images of all ranks. Every rank must enter the block and call `weighted_mean` equally often in it, because each
-    call is a collective. Without an initialised process group the block changes nothing.
+    images of all ranks. Every rank must enter the block and call `weighted_mean` the same number of times in it,
+    because each call is a collective operation. Without an initialised process group the block has no effect.
     """
     global _share_denominators
     before, _share_denominators = _share_denominators, True
@@ -37,18 +37,18 @@ def shared_denominators() -> Iterator[None]:
 
 
 def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -> Tensor:
-    """Sum of the weighted losses over the sum of the weights; a denominator below 1 counts as 1.
+    """Sum of the weighted losses divided by the sum of the weights; a denominator below 1 is replaced by 1.
 
-    The denominator is local to the process, unless the caller is within `shared_denominators`.
+    The denominator is local to the process, except within `shared_denominators`.
 
     Args:
         loss: [...] finite losses.
         weight: [...] bool or float, not negative, of the same shape.
-        over: [...] bool or float, not negative, of any shape. Its sum replaces the sum of the weights: a loss that
-            counts many easy negatives is divided by the number of positives.
+        over: [...] bool or float, not negative, of any shape. Its sum replaces the sum of the weights as denominator.
+            Example: a loss over many easy negatives is divided by the number of positives.
 
     Returns:
-        Scalar in the dtype of `loss`; 0 where all weights are 0.
+        Scalar in the dtype of `loss`; 0 if all weights are 0.
     """
     weight = weight.to(loss.dtype)
     total = (weight if over is None else over.to(loss.dtype)).detach().sum()
@@ -60,12 +60,12 @@ def weighted_mean(loss: Tensor, weight: Tensor, *, over: Tensor | None = None) -
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross-entropy of independent yes/no predictions.
+    """Binary cross-entropy of independent predictions, from logits.
 
     Args:
         logits: [...] unbounded.
         targets: [...] bool or float in 0..1.
-        valid: [...] bool (broadcast), which elements count; None for all.
+        valid: [...] bool (broadcast), elements that count; None for all.
 
     Returns:
         [...] losses.
@@ -75,12 +75,12 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor | None =
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross-entropy of one choice among C classes.
+    """Softmax cross-entropy over C classes, from logits.
 
     Args:
         logits: [..., C] unbounded.
         labels: [...] int64 in 0..C-1.
-        valid: [...] bool, which rows count; None for all.
+        valid: [...] bool, rows that count; None for all.
 
     Returns:
         [...] losses.
@@ -94,18 +94,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None = None) -
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, valid: Tensor | None = None, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Cross-entropy of C independent yes/no predictions, the less the better they are already.
+    """Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 5) of C independent binary predictions, summed over classes.
 
-    Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 5), summed over the classes. Written with the chance q of the
-    wrong answer, whose logit is that of "yes" or its negative: `alpha_t * q^gamma * -log(1 - q)`, stable for any logit.
-    For the backward pass only `logits` and `labels` are kept, however many other tensors the forward pass needs.
+    With q the probability of the wrong answer, the loss of a prediction is `alpha_t * q^gamma * -log(1 - q)`. The logit
+    of q is `x` for a negative class and `-x` for the positive class, which is stable for any logit. Only `logits` and
+    `labels` are kept for the backward pass, none of the temporary tensors of the forward pass.
 
     Args:
         logits: [..., C] unbounded.
-        labels: [...] int64, the class of "yes", or C where all classes are "no".
-        valid: [...] bool, which rows count; None for all.
-        alpha: weight of "yes"; that of "no" is 1 - alpha.
-        gamma: how much predictions that are right already count less; 0 for cross-entropy.
+        labels: [...] int64, the positive class, or C if all classes are negative.
+        valid: [...] bool, rows that count; None for all.
+        alpha: weight of the positive class; negative classes have weight 1 - alpha.
+        gamma: focusing parameter: how strongly well-classified predictions are down-weighted; 0 for cross-entropy.
 
     Returns:
         [...] losses.
@@ -115,10 +115,10 @@ def sigmoid_focal_loss(
 
 
 class _FocalLoss(torch.autograd.Function):
-    """`sigmoid_focal_loss`, rows of negative labels left out.
+    """`sigmoid_focal_loss` for labels of which negative ones mark rows that do not count.
 
-    All classes of a row but one, or all of them, are "no". So each is computed as "no" and that one is put right; in
-    place, since these tensors are a detector's largest.
+    At most one class of a row is positive. All classes are therefore computed as negative ones, and the positive class
+    is then corrected. Operations are in place because these tensors are the largest of a detector.
     """
 
     @staticmethod
@@ -126,44 +126,44 @@ class _FocalLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, labels)
         ctx.alpha, ctx.gamma = alpha, gamma
         x = at_least_float32(logits)
-        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
-        no = F.softplus(x).mul_(x.sigmoid().pow_(gamma))
-        no.scatter_(-1, place, torch.where(is_yes, 0.0, no.gather(-1, place)))
-        wrong = -x.gather(-1, place)
-        yes = torch.where(is_yes, F.softplus(wrong) * wrong.sigmoid().pow(gamma), 0.0)
-        return torch.where(labels < 0, 0.0, (1 - alpha) * no.sum(-1) + alpha * yes.squeeze(-1))
+        positive_class, has_positive = _FocalLoss.find_positive(labels, x.shape[-1])
+        negative = F.softplus(x).mul_(x.sigmoid().pow_(gamma))
+        negative.scatter_(-1, positive_class, torch.where(has_positive, 0.0, negative.gather(-1, positive_class)))
+        wrong = -x.gather(-1, positive_class)
+        positive = torch.where(has_positive, F.softplus(wrong) * wrong.sigmoid().pow(gamma), 0.0)
+        return torch.where(labels < 0, 0.0, (1 - alpha) * negative.sum(-1) + alpha * positive.squeeze(-1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels = ctx.saved_tensors
         x, gradient = at_least_float32(logits), gradients[0][..., None]
-        place, is_yes = _FocalLoss.yes(labels, x.shape[-1])
+        positive_class, has_positive = _FocalLoss.find_positive(labels, x.shape[-1])
         slope = _FocalLoss.slope(x, ctx.gamma).mul_((1 - ctx.alpha) * gradient)
-        yes = -ctx.alpha * gradient * _FocalLoss.slope(-x.gather(-1, place), ctx.gamma)
-        slope.scatter_(-1, place, torch.where(is_yes, yes, slope.gather(-1, place)))
+        positive = -ctx.alpha * gradient * _FocalLoss.slope(-x.gather(-1, positive_class), ctx.gamma)
+        slope.scatter_(-1, positive_class, torch.where(has_positive, positive, slope.gather(-1, positive_class)))
         return slope.masked_fill_(labels[..., None] < 0, 0.0).to(logits.dtype), None, None, None
 
     @staticmethod
-    def yes(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """[..., 1] the class of "yes", or any; and [..., 1] bool, whether there is one."""
+    def find_positive(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """[..., 1] positive class (any class if there is none); [..., 1] bool, whether there is one."""
         labels = labels[..., None]
         return labels.clamp(0, num_classes - 1), (labels >= 0) & (labels < num_classes)
 
     @staticmethod
     def slope(wrong: Tensor, gamma: float) -> Tensor:
-        """The derivative of q^gamma * softplus(wrong), of which dq = q * (1 - q) and dsoftplus = q."""
+        """Derivative of q^gamma * softplus(wrong) with q = sigmoid(wrong), since dq = q * (1 - q) and dsoftplus = q."""
         q = wrong.sigmoid()
         return F.softplus(wrong).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 
 
 def smooth_l1(predictions: Tensor, targets: Tensor, beta: float, valid: Tensor | None = None) -> Tensor:
-    """Absolute error that turns quadratic below `beta` (Fast R-CNN, arXiv 1504.08083, eq. 3, for beta = 1).
+    """Smooth L1 loss: quadratic for absolute errors below `beta`, else linear (Fast R-CNN, arXiv 1504.08083, eq. 3).
 
     Args:
         predictions: [...].
         targets: [...] of the same shape.
-        beta: where the two forms meet; 0 for plain L1.
-        valid: [...] bool (broadcast), which elements count; None for all.
+        beta: absolute error at which the loss changes from quadratic to linear; 1 in the paper, 0 for plain L1.
+        valid: [...] bool (broadcast), elements that count; None for all.
 
     Returns:
         [...] losses.
@@ -181,7 +181,7 @@ def giou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None)
     Args:
         predictions: [..., 4] xyxy.
         targets: [..., 4] xyxy.
-        valid: [...] bool, which boxes count; None for all.
+        valid: [...] bool, boxes that count; None for all.
 
     Returns:
         [...] losses.
@@ -200,7 +200,7 @@ def diou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None)
 def ciou_loss(predictions: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
     """Complete IoU loss (Zheng et al., 2020, arXiv 1911.08287, eq. 10); arguments as in `giou_loss`.
 
-    The weight alpha of the aspect ratio counts as a constant in the gradient, as in the authors' code.
+    The aspect ratio weight alpha is treated as a constant in the gradient, as in the authors' code.
     """
     iou, _, enclosing, distance = _overlaps(predictions, targets, valid)
     angles = _aspect_angle(_sizes(_keep_boxes(predictions, valid))), _aspect_angle(_sizes(_keep_boxes(targets, valid)))
@@ -217,7 +217,7 @@ def _overlaps(predictions: Tensor, targets: Tensor, valid: Tensor | None) -> tup
     lower_right = torch.minimum(predictions[..., 2:], targets[..., 2:])
     shared = (lower_right - upper_left).clamp(min=0).prod(-1)
     union = _sizes(predictions).prod(-1) + _sizes(targets).prod(-1) - shared
-    # Corners of both boxes in any order, so that a box with x2 < x1 lies within the enclosing box too.
+    # Use the corners of both boxes in any order, so that the enclosing box also contains a box with x2 < x1.
     corners = torch.stack([predictions, targets]).unflatten(-1, (2, 2))
     enclosing = corners.amax((0, -2)) - corners.amin((0, -2))
     distance = (
@@ -236,20 +236,20 @@ def _sizes(boxes: Tensor) -> Tensor:
 
 
 def _safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; 0 without gradient where the denominator is (nearly) 0."""
+    """Quotient; 0 without gradient if the denominator is (nearly) 0."""
     usable = denominator > torch.finfo(denominator.dtype).eps
     return torch.where(usable, numerator, 0.0) / torch.where(usable, denominator, 1.0)
 
 
 def _aspect_angle(sizes: Tensor) -> Tensor:
-    """atan(width / height); that of a square, without gradient, for boxes that are (nearly) a point."""
+    """atan(width / height); the angle of a square, without gradient, for boxes that are (nearly) a point."""
     usable = sizes.amax(-1, keepdim=True) > torch.finfo(sizes.dtype).eps
     width, height = torch.where(usable, sizes, 1.0).unbind(-1)
     return torch.atan2(width, height)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 if it is of half precision, else as it is."""
+    """Convert half precision to float32; other tensors are returned unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Precision of a detector's arithmetic: bfloat16 autocast, and how sections without gradients behave under it."""
+"""Precision of a detector's computation: bfloat16 autocast, and sections without gradients under autocast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from boxwright.checks import check_choice
 
 Precision = Literal["float32", "bfloat16", "auto"]
-"""What a detector computes in; "auto" is bfloat16 on GPUs that support it, float32 otherwise."""
+"""Precision of a detector's computation; "auto" is bfloat16 on GPUs that support it, float32 otherwise."""
 
 
 def check_precision(precision: str) -> None:
@@ -20,10 +20,10 @@ def check_precision(precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The autocast context for a detector's arithmetic. Weights, losses and boxes stay float32.
+    """Autocast context for a detector's computation. Weights, losses and boxes stay float32.
 
     Raises:
-        ValueError: `precision` has another value than those of `Precision`.
+        ValueError: `precision` is not one of `Precision`.
     """
     check_precision(precision)
     if precision == "auto":
@@ -35,13 +35,14 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 @contextmanager
 def without_gradients() -> Iterator[None]:
-    """`torch.no_grad` for a part of the losses that applies layers which are trained by another part.
+    """`torch.no_grad` for a part of the losses that applies layers which another part of the losses trains.
 
-    Autocast caches the bfloat16 copy of a weight. Some PyTorch versions (2.9, for example) also cache a copy that was
-    made under `torch.no_grad`. The next use of the weight reads that copy, which has no graph, and the weight gets no
-    gradient. So autocast caches nothing within the block.
+    Autocast caches the bfloat16 copy of a weight. Some PyTorch versions (such as 2.9) also cache a copy that was made
+    under `torch.no_grad`. The next use of the weight then reads this copy, which has no graph, and the weight gets no
+    gradient. The block therefore disables the cache.
     """
-    # Whether autocast caches is one setting for all device types; "cpu" only has to be named, and keeps its state.
+    # The cache setting applies to all device types. "cpu" is named because a device type is required; its state is
+    # kept.
     enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=enabled, cache_enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""A trained model, ready for pictures: `boxwright.load("runs/mine").predict("street.jpg")`."""
+"""Inference with a trained model: `boxwright.load("runs/mine").predict("street.jpg")`."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from boxwright.weights.ours import load_weights
 from boxwright.zoo import fetch_weights, load_zoo
 
 Image = str | Path | np.ndarray
-"""A file, or uint8 [H, W, 3] RGB pixels."""
+"""Image file, or uint8 [H, W, 3] RGB pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was found in one picture, best first; n detections."""
+    """The n detections in one image, best first."""
 
     boxes: np.ndarray
-    """[n, 4] float32, xyxy in pixels of the picture (for a file: of what it shows, EXIF orientation applied)."""
+    """[n, 4] float32, xyxy in pixels of the image (for a file: after EXIF orientation)."""
     scores: np.ndarray
-    """[n] float32 in 0..1, falling."""
+    """[n] float32 in 0..1, descending."""
     labels: np.ndarray
-    """[n] int64, rows of the predictor's categories."""
+    """[n] int64, indices into the predictor's categories."""
     names: list[str]
     """n class names."""
     image_size: tuple[int, int]
-    """(height, width) of the picture."""
+    """(height, width) of the image."""
     masks: Masks | None = None
-    """n masks, None of a detector of boxes alone. `masks[i]` is bool [height, width], made when asked for: a hundred
-    masks of a large picture would fill a gigabyte."""
+    """n masks, or None for a detector without masks. `masks[i]` is bool [height, width] and is computed on access,
+    because a hundred masks of a large image would take a gigabyte."""
 
     def __len__(self) -> int:
         """The number of detections."""
@@ -60,7 +60,7 @@ class Prediction:
 
 
 class Predictor:
-    """A detector with what is needed to feed it pictures and to read what it says."""
+    """A trained detector with its categories and image size settings, for inference on images."""
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class Predictor:
         device: torch.device | str = "cpu",
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Put a detector to work.
+        """Prepare a detector for inference.
 
         Args:
-            detector: With its weights; see `as_detector`.
-            experiment: Gives the size that pictures are brought to, and the precision.
-            categories: The classes by label.
-            device: Where to run.
-            metadata: What else the weights file says (versions, step).
+            detector: Detector with trained weights; see `as_detector`.
+            experiment: Provides the image size and the precision.
+            categories: Categories, in the order of the labels.
+            device: Device to run on.
+            metadata: Other metadata of the weights file (versions, step).
         """
         self.device = check_device(device)
         self.detector = as_detector(detector).to(self.device).eval()
@@ -91,7 +91,7 @@ class Predictor:
         self.metadata = metadata or {}
 
     @overload
-    def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
+    def predict(  # type: ignore[overload-overlap]  # a str is also a sequence of str
         self, image: Image, *, score: float = 0.0, native: bool = False, proposals: np.ndarray | None = None
     ) -> Prediction: ...
     @overload
@@ -115,28 +115,30 @@ class Predictor:
         """Detect objects.
 
         Args:
-            image: One picture, or a sequence of them, which gives a list.
-            score: Detections below it are left out.
-            native: Take pictures at their own size, padded to a multiple of 32, instead of resizing them as in
+            image: One image, or a sequence of images. For a sequence the result is a list.
+            score: Score threshold: detections with a lower score are omitted.
+            native: Keep the size of the images and pad them to a multiple of 32, instead of resizing them as in
                 training.
-            proposals: [n, 4] xyxy in pixels of the picture, for a model without a network of its own for them; one
-                such array a picture where there is a sequence.
+            proposals: [n, 4] xyxy in pixels of the image, for a model without an RPN. For a sequence of images, one
+                such array per image.
 
         Raises:
-            ValueError: `score` is not in 0..1, a file cannot be read or decoded, an array is no RGB image, or proposals
-                are missing, have no use or are no boxes.
+            ValueError: `score` is not in 0..1, a file cannot be read or decoded, an array is not an RGB image, or
+                `proposals` are missing, not used by the model, or not boxes.
         """
         check_number("score", score, 0, 1)
         require_proposals(self.detector, proposals is not None)
         if isinstance(image, Sequence) and not isinstance(image, str | bytes):
-            given = [None] * len(image) if proposals is None else proposals
-            if len(given) != len(image):
-                raise ValueError(f"{len(given)} arrays of proposals for {len(image)} pictures: give one for each")
-            return [self._predict_one(item, score, native, own) for item, own in zip(image, given, strict=True)]
+            per_image = [None] * len(image) if proposals is None else proposals
+            if len(per_image) != len(image):
+                raise ValueError(
+                    f"proposals: expected one array per image, got {len(per_image)} arrays for {len(image)} images"
+                )
+            return [self._predict_one(item, score, native, boxes) for item, boxes in zip(image, per_image, strict=True)]
         return self._predict_one(image, score, native, proposals)
 
     def _predict_one(self, image: Image, score: float, native: bool, proposals: Any) -> Prediction:
-        pixels = decode_image(image) if isinstance(image, str | Path) else _checked(image)
+        pixels = decode_image(image) if isinstance(image, str | Path) else _check_image(image)
         original = (pixels.shape[0], pixels.shape[1])
         size = original if native else self.experiment.resize.size(*original)
         sample = Sample(
@@ -149,9 +151,9 @@ class Predictor:
             object_ids=np.zeros(0, np.int64),
         )
         canvas = (round_up(size[0]), round_up(size[1]))
-        given = None if proposals is None else _checked_proposals(proposals)
-        slots = None if given is None else max(len(given.boxes), 1)
-        batch = collate([PlacedSample(sample, place(original, size), 0, given)], 1, canvas, None, slots)
+        given_proposals = None if proposals is None else _to_proposals(proposals)
+        slots = None if given_proposals is None else max(len(given_proposals.boxes), 1)
+        batch = collate([PlacedSample(sample, place(original, size), 0, given_proposals)], 1, canvas, None, slots)
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
             detections = without_non_finite(self.detector.detect(to_device(batch, self.device)))
         scores = detections.scores[0].float().cpu()
@@ -168,26 +170,24 @@ class Predictor:
         )
 
 
-def _checked(image: np.ndarray) -> np.ndarray:
-    """The array, if it is an RGB picture."""
+def _check_image(image: np.ndarray) -> np.ndarray:
+    """Return the array if it is an RGB image, else raise."""
     if not isinstance(image, np.ndarray):
-        raise ValueError(
-            f"an object of type {type(image).__name__} is no picture: give a file's path, or its pixels as an array"
-        )
+        raise ValueError(f"image: expected a path or an array of pixels, got an object of type {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
-            f"an array of {image.dtype} {list(image.shape)} is no picture: give uint8 [height, width, 3] in RGB order"
+            f"image: expected uint8 [height, width, 3] in RGB order, got {image.dtype} {list(image.shape)}"
         )
     return image
 
 
-def _checked_proposals(boxes: Any) -> GivenProposals:
-    """The array as proposals, if it is one of boxes. They stand in the order given, which plays no part."""
+def _to_proposals(boxes: Any) -> GivenProposals:
+    """Convert an array of boxes to proposals. Their order does not matter, so all scores are 0."""
     array = np.asarray(boxes)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
         raise ValueError(
-            f"an array of {array.dtype} {list(array.shape)} is no set of proposals: give finite numbers [n, 4], "
-            "x1, y1, x2, y2 in pixels of the picture"
+            "proposals: expected finite numbers [n, 4], x1, y1, x2, y2 in pixels of the image, got "
+            f"{array.dtype} {list(array.shape)}"
         )
     return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
@@ -199,20 +199,19 @@ def load(
     precision: Precision | None = None,
     trusted_modules: Collection[str] = (),
 ) -> Predictor:
-    """Load a trained model; one that only proposes boxes calls all of them "object".
+    """Load a trained model. The only category of an RPN is "object".
 
     Args:
-        place: A run's folder, a folder that holds one weights file, such a file, its URL, its repository on the
-            Hugging Face hub (`hf:owner/name`), or the name of a model of the zoo, which is fetched and converted where
-            need be.
-        device: Where to run it, such as "cuda".
-        precision: What the detector computes in; None for what it was trained in.
-        trusted_modules: Modules of your own that the model's parts come from; nothing else outside Boxwright is
-            imported or called, since a weights file may come from anyone.
+        place: A run folder, a folder with one weights file, a weights file, its URL, its repository on the Hugging Face
+            hub (`hf:owner/name`), or the name of a model of the zoo, which is downloaded and, if necessary, converted.
+        device: Device to run on, such as "cuda".
+        precision: Precision of the computation; None for the precision of the training.
+        trusted_modules: Your own modules that define parts of the model. Nothing else outside Boxwright is imported or
+            called, because a weights file may come from anyone.
 
     Raises:
-        ValueError: It is no weights file of Boxwright's, it is damaged, or it names a module that is not trusted.
-        OSError: It cannot be read or fetched.
+        ValueError: The file is not a weights file of Boxwright, is damaged, or names a module that is not trusted.
+        OSError: The file cannot be read or downloaded.
     """
     device = check_device(device)
     if precision is not None:
@@ -221,26 +220,32 @@ def load(
     tensors, metadata = load_weights(file)
     missing = [name for name in ("experiment", "categories") if name not in metadata]
     if missing:
-        raise ValueError(f"{file} does not say its {' and '.join(missing)}, so the model cannot be rebuilt from it")
+        raise ValueError(
+            f"{file}: metadata has no {' and '.join(missing)}, so the model cannot be rebuilt. Use a weights file "
+            "that Boxwright wrote"
+        )
     try:
         categories = msgspec.convert(metadata["categories"], list[Category])
         experiment = from_json(metadata["experiment"], trusted_modules=trusted_modules)
         if not isinstance(experiment, Experiment) or not isinstance(experiment.resize, Resize):
-            raise TypeError("its settings are of other kinds than an experiment's")
+            raise TypeError("its settings are not an experiment")
         experiment = replace(experiment, model=not_pretrained(experiment.model))
-        detector = _unfilled(experiment, len(categories), tensors)
+        detector = _build_without_memory(experiment, len(categories), tensors)
         _require_shapes(detector, tensors)
-    # Whatever parts raise that were not made for each other, or that are given numbers out of range.
+    # Parts that do not fit together, or hyperparameters out of range, can raise any of these.
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise ValueError(f"{file}: the model cannot be rebuilt from what the file says: {error}") from error
-    own = detector.state_dict()
-    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in tensors.items()}
+        raise ValueError(f"{file}: the model cannot be rebuilt from the metadata of the file: {error}") from error
+    model_state = detector.state_dict()
+    tensors = {
+        name: tensor.to(model_state[name].dtype) if name in model_state else tensor for name, tensor in tensors.items()
+    }
     try:
-        # The file's own memory, which is mapped: nothing is copied, and what is written later stays out of the file.
+        # assign=True uses the memory-mapped tensors without a copy. The mapping is private: writes do not reach the
+        # file.
         detector.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{file}: the weights do not fit the model that it names: {error}") from error
-    if any(tensor.is_meta for tensor in (*detector.parameters(), *detector.buffers())):  # a part of the user's own
+        raise ValueError(f"{file}: the weights do not fit the model in its metadata: {error}") from error
+    if any(tensor.is_meta for tensor in (*detector.parameters(), *detector.buffers())):  # created by a user's own part
         detector = as_detector(build(experiment.model, num_classes=len(categories)))
         detector.load_state_dict(tensors)
     if detector.class_agnostic:
@@ -250,61 +255,64 @@ def load(
     return Predictor(detector, experiment=experiment, categories=categories, device=device, metadata=metadata)
 
 
-_MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full)
-"""What layers make their parameters and statistics with."""
+_TENSOR_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full)
+"""Functions with which layers create parameters and running statistics."""
 
 
-class _NoLargerThan(TorchFunctionMode):
-    """Within it no model is made that is far larger than what a file holds, and its parameters take no memory.
+class _ModelSizeLimit(TorchFunctionMode):
+    """Torch function mode that raises if a model is much larger than the weights, and allocates no parameters.
 
-    `torch.empty` gives what `torch.device("meta")` gives for all tensors: parameters begin so, and what fills them is
-    skipped. Tensors that are made of values stay real, such as anchors and pixel statistics, which no weights file
-    holds. Layers are made one by one, so that counting them stops a loop of a billion at once. A model may make a bit
-    more than it keeps, as timm's do with their classifiers.
+    `torch.empty` returns tensors on the meta device, as in `torch.device("meta")`: layers create their parameters with
+    it, and initialising a meta tensor does nothing. Unlike `torch.device("meta")`, tensors that are computed from
+    values stay real, such as anchors and pixel statistics, which weights files do not contain. Layers are created one
+    by one, so counting the tensors stops a loop over a billion layers early. A model may create somewhat more than it
+    keeps, as timm models do with their classifier.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._tensors_left = 2 * len(tensors) + 100
-        self._numbers_left = 2 * sum(tensor.numel() for tensor in tensors.values()) + 10**6
+        self._elements_left = 2 * sum(tensor.numel() for tensor in tensors.values()) + 10**6
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function in _MAKERS and kwargs.get("device") is None and kwargs.get("out") is None:
-            shape_alone: torch.Tensor = function(*args, **{**kwargs, "device": "meta"})
+        if function in _TENSOR_FACTORIES and kwargs.get("device") is None and kwargs.get("out") is None:
+            meta: torch.Tensor = function(*args, **{**kwargs, "device": "meta"})
             self._tensors_left -= 1
             if function is not torch.empty:
-                self._numbers_left -= shape_alone.numel()
-            if min(self._tensors_left, self._numbers_left) < 0:
-                raise ValueError("the model that it names is larger than all the weights in it")
+                self._elements_left -= meta.numel()
+            if min(self._tensors_left, self._elements_left) < 0:
+                raise ValueError("the model in the metadata is larger than the weights in the file")
             if function is torch.empty:
-                return shape_alone
+                return meta
         return function(*args, **kwargs)
 
 
-def _unfilled(experiment: Experiment, num_classes: int, tensors: Mapping[str, torch.Tensor]) -> Detector:
-    """The detector, its parameters without memory, so that a file that names a huge model takes none either."""
-    with _NoLargerThan(tensors):
+def _build_without_memory(experiment: Experiment, num_classes: int, tensors: Mapping[str, torch.Tensor]) -> Detector:
+    """Build the detector without memory for its parameters, also if a file specifies a huge model."""
+    with _ModelSizeLimit(tensors):
         return as_detector(build(experiment.model, num_classes=num_classes))
 
 
 def _require_shapes(detector: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check that a file's tensors are of the model's shapes; what is missing or over is told when they are loaded.
+    """Check the shapes of a file's tensors. `load_state_dict` reports missing and unexpected tensors later.
 
     Raises:
-        ValueError: some are of other shapes.
+        ValueError: a shape differs from the shape in the model.
     """
     for name, tensor in detector.state_dict().items():
         if name in tensors and tensors[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(tensors[name].shape)} in the file and {list(tensor.shape)} in the model")
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)} in the model, {list(tensors[name].shape)} in the file"
+            )
 
 
 def weights_file(place: str | Path) -> Path:
-    """The weights file of a run, of a published model, at a URL or of the zoo, which are fetched; or the file itself.
+    """Path of the weights file of a run, a folder, a URL, a hub repository or a zoo model; downloads it if necessary.
 
     Raises:
-        ValueError: The folder holds none, or several.
-        OSError: There is nothing at the path, or it cannot be fetched.
+        ValueError: The folder contains no weights file, or several.
+        OSError: The path does not exist, or the file cannot be downloaded.
     """
     if isinstance(place, str) and is_url(place):
         return fetch(remote_file(place))
@@ -316,8 +324,7 @@ def weights_file(place: str | Path) -> Path:
         if str(place) in zoo:
             return fetch_weights(zoo[str(place)])
         raise FileNotFoundError(
-            f"{path}: there is no such run: give the folder of one, a weights file, or a name that boxwright zoo list "
-            "prints"
+            f"{path} does not exist. Use a run folder, a weights file, or a name that boxwright zoo list prints"
         )
     if not path.is_dir():
         return path
@@ -326,7 +333,7 @@ def weights_file(place: str | Path) -> Path:
         return file
     others = sorted(path.glob("*.safetensors"))
     if not others:
-        raise ValueError(f"{path} holds no weights.safetensors: give a run's folder or a weights file")
+        raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file")
     if len(others) > 1:
-        raise ValueError(f"{path} holds {', '.join(other.name for other in others)}: name one of them")
+        raise ValueError(f"{path} contains {', '.join(other.name for other in others)}. Use the path of one of them")
     return others[0]

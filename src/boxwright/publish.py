@@ -1,4 +1,4 @@
-"""A run's results made ready for others: weights with their hash in the name, results, log and a model card."""
+"""Publish a run: weights with their hash in the file name, results, log and a model card."""
 
 from __future__ import annotations
 
@@ -23,52 +23,53 @@ from boxwright.weights.ours import save_weights
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a run does not know of itself."""
+    """Facts about a model that the run folder does not contain."""
 
     name: str
-    """Of the model; the files' names begin with it."""
+    """Name of the model; the names of the published files begin with it."""
     licence: str
-    """Of the weights, as an SPDX identifier such as Apache-2.0."""
+    """Licence of the weights, as an SPDX identifier such as Apache-2.0."""
     data: str
-    """What was learnt from and measured with, in a few words."""
+    """Short description of the data set that the model was trained and evaluated on."""
 
 
 def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[str] = ()) -> list[Path]:
-    """Write a folder to be put on the network, whole or not at all.
+    """Write a folder that is ready to be uploaded. If publishing fails, no folder is written.
 
-    It holds `NAME_YYYYMMDD-<first 8 digits of its SHA-256>.safetensors`, which has no optimizer state;
-    `NAME_YYYYMMDD_results.json` of the validation (or the first evaluation there is),
-    `NAME_YYYYMMDD_results_EVALUATION.json` of each other evaluation of these weights, and `NAME_YYYYMMDD_log.jsonl`,
-    where the run has them; and the card, `README.md`, which states the data set and the split of all metrics.
+    The folder contains `NAME_YYYYMMDD-<first 8 digits of its SHA-256>.safetensors`, the weights without optimizer
+    state; `NAME_YYYYMMDD_results.json`, the results of the validation (or of the first evaluation, if there was no
+    validation); `NAME_YYYYMMDD_results_EVALUATION.json`, the results of each other evaluation of these weights;
+    `NAME_YYYYMMDD_log.jsonl`; and the model card `README.md`, which states data set and split of all metrics. Results
+    and log are omitted if the run has none.
 
     Args:
-        run: The run's folder.
-        out: The folder to make; it may be there if it is empty.
-        about: What the run does not know of itself.
-        trusted_modules: Modules of your own that the model's parts come from.
+        run: Run folder.
+        out: Folder to create; it may exist if it is empty.
+        about: Facts that the run folder does not contain.
+        trusted_modules: Your own modules that define parts of the model.
 
     Returns:
-        The files, the weights first and the card last.
+        Paths of the files, the weights first and the model card last.
 
     Raises:
-        ValueError: It is no run's folder, its weights cannot be loaded, or `out` holds something.
+        ValueError: `run` is not a run folder, its weights cannot be loaded, or `out` is not empty.
         OSError: A file cannot be read or written.
     """
     if not is_file_name(about.name):
-        raise ValueError(f"{about.name!r} cannot begin a file's name: give letters, digits, _, -, + and dots")
+        raise ValueError(f"name: expected letters, digits, _, -, + and dots (used in file names), got {about.name!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not empty: name another folder")
+        raise ValueError(f"{out} exists and is not empty. Use another folder")
     folder = RunFolder(run)
     if not folder.experiment.is_file() or not folder.weights.is_file():
-        raise ValueError(f"{run} holds no experiment.json and weights.safetensors: give a run's folder")
-    # Loaded, and not copied: what cannot be loaded here is of no use to others.
+        raise ValueError(f"{run} contains no experiment.json and weights.safetensors. Use a run folder")
+    # Load the weights instead of copying the file, to publish only weights that can be loaded.
     predictor = load(run, trusted_modules=trusted_modules)
     command = _command(folder.experiment)
     step = predictor.metadata.get("step")
     evaluations = read_evaluations(run, sha256_of(folder.weights))
-    figures = _measured(run, step)
-    if figures and "val" not in evaluations:  # of a run by an earlier version
-        val = Evaluation(data="", split="val", annotations="", step=step, metrics=figures)
+    metrics_of_run = _metrics_of(run, step)
+    if metrics_of_run and "val" not in evaluations:  # a run of an earlier version
+        val = Evaluation(data="", split="val", annotations="", step=step, metrics=metrics_of_run)
         evaluations = {"val": val, **evaluations}
     metrics = next(iter(evaluations.values())).metrics if evaluations else {}
     date = datetime.now(timezone.utc).strftime("%Y%m%d")
@@ -104,27 +105,27 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
 
 
 def _command(path: Path) -> str:
-    """The command in `experiment.json`; empty where it has none."""
+    """The command in `experiment.json`; empty if there is none."""
     try:
-        page = json.loads(path.read_text("utf-8"))
-        return str(page.get("command", ""))
+        experiment = json.loads(path.read_text("utf-8"))
+        return str(experiment.get("command", ""))
     except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): put back the file that training wrote") from None
+        raise ValueError(f"{path} is damaged ({error}). Restore the file that training wrote") from None
 
 
 def model_card(
     predictor: Predictor, about: About, evaluations: Sequence[Evaluation], *, command: str, files: Collection[Path]
 ) -> str:
-    """A page in Markdown with a YAML header, as the Hugging Face hub reads it.
+    """Model card: Markdown with a YAML header in the format of the Hugging Face hub.
 
     Args:
         predictor: The model.
-        about: What it does not know of itself.
-        evaluations: What was measured, the validation first.
-        command: What trained it.
-        files: What is published, the weights first.
+        about: Facts that the run folder does not contain.
+        evaluations: Evaluations of the model, the validation first.
+        command: Training command.
+        files: Published files, the weights first.
     """
-    measured = [_percentages(evaluation) for evaluation in evaluations]
+    all_percentages = [_percentages(evaluation) for evaluation in evaluations]
     has_masks = any(name.startswith("mask_") for evaluation in evaluations for name in evaluation.metrics)
     task = "image-segmentation" if has_masks else "object-detection"
     header: dict[str, Any] = {
@@ -137,21 +138,21 @@ def model_card(
         {
             "task": {"type": task},
             "dataset": {"name": _name(about, evaluation), "type": "coco-style", "split": evaluation.split},
-            "metrics": [{"type": name, "name": name, "value": value} for name, value in numbers.items()],
+            "metrics": [{"type": name, "name": name, "value": value} for name, value in percentages.items()],
         }
-        for evaluation, numbers in zip(evaluations, measured, strict=True)
-        if numbers
+        for evaluation, percentages in zip(evaluations, all_percentages, strict=True)
+        if percentages
     ]
     if results:
         header["model-index"] = [{"name": about.name, "results": results}]
-    # JSON is YAML, whatever stands in the text.
+    # Every JSON document is valid YAML, so the text needs no other escaping.
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
     weights = next(iter(files))
-    figures: list[str] = []
-    for evaluation, numbers in zip(evaluations, measured, strict=True):
-        if numbers:
-            figures += [f"On {_name(about, evaluation)}:", "", "| measured | percent |", "| --- | --- |"]
-            figures += [*(f"| {name} | {value} |" for name, value in numbers.items()), ""]
+    tables: list[str] = []
+    for evaluation, percentages in zip(evaluations, all_percentages, strict=True):
+        if percentages:
+            tables += [f"On {_name(about, evaluation)}:", "", "| metric | percent |", "| --- | --- |"]
+            tables += [*(f"| {name} | {value} |" for name, value in percentages.items()), ""]
     versions = ", ".join(f"{name} {version}" for name, version in predictor.metadata.get("versions", {}).items())
     step = predictor.metadata.get("step")
     num_parameters = sum(parameter.numel() for parameter in predictor.detector.parameters())
@@ -166,18 +167,18 @@ A Boxwright model with {num_parameters / 1e6:.2f} million parameters.
 ```python
 import boxwright
 
-found = boxwright.load("{weights.name}").predict("photo.jpg", score=0.5)
+prediction = boxwright.load("{weights.name}").predict("photo.jpg", score=0.5)
 ```
 
-## What it measured
+## Metrics
 
-{chr(10).join(figures).rstrip() or "It was not measured."}
+{chr(10).join(tables).rstrip() or "Not evaluated."}
 
 ## Data
 
 {about.data}
 
-It finds {len(predictor.categories)} classes: {", ".join(category.name for category in predictor.categories)}.
+{len(predictor.categories)} classes: {", ".join(category.name for category in predictor.categories)}.
 
 ## Training
 
@@ -185,8 +186,8 @@ It finds {len(predictor.categories)} classes: {", ".join(category.name for categ
 {command or "(not recorded)"}
 ```
 
-{f"{step:,} steps" if step is not None else "Steps not recorded"}; {versions or "versions not recorded"}. The whole
-experiment stands in the weights file's metadata.
+{f"{step:,} steps" if step is not None else "Steps not recorded"}; {versions or "versions not recorded"}. The metadata
+of the weights file contains the complete experiment.
 
 ## Files
 
@@ -201,20 +202,20 @@ experiment stands in the weights file's metadata.
 
 
 def _percentages(evaluation: Evaluation) -> dict[str, float]:
-    """The metrics for which there was something to measure with."""
+    """Metrics in percent, without undefined metrics (-1: no ground truth to evaluate on)."""
     return {name: float(percent(value)) for name, value in evaluation.metrics.items() if value >= 0}
 
 
 def _name(about: About, evaluation: Evaluation) -> str:
-    """Data set and split in a few words."""
+    """Data set and split of an evaluation."""
     return evaluation.title if evaluation.data else f"{about.data} ({evaluation.split})"
 
 
 def _results(folder: RunFolder, evaluations: Collection[str]) -> dict[str, Path]:
-    """The results files of the evaluations, by the name of their folder.
+    """Results files of the evaluations, by the name of their folder.
 
-    A run by an earlier version has one file beside its weights. It is left out if it is older than the weights, or
-    comes from `boxwright test`, which wrote its report there too: its split is then unknown.
+    A run of an earlier version has one results file next to its weights. It is omitted if it is older than the weights,
+    or if it was written by `boxwright test`, which wrote its report there too, because its split is then unknown.
     """
     files = {name: folder.path / FOLDER / name / "results.json" for name in evaluations}
     files = {name: file for name, file in files.items() if file.is_file()}
@@ -225,9 +226,9 @@ def _results(folder: RunFolder, evaluations: Collection[str]) -> dict[str, Path]
     return files
 
 
-def _measured(run: Path, step: int | None) -> dict[str, float]:
-    """What the run's evaluation of just these weights gave; nothing if there was none."""
+def _metrics_of(run: Path, step: int | None) -> dict[str, float]:
+    """Metrics of the run's evaluation of exactly these weights; empty if there was none."""
     log = run / "metrics.jsonl"
     lines = read_lines(log) if log.is_file() else []
-    found = [line["metrics"] for line in lines if line["kind"] == "evaluation" and line["step"] == step]
-    return found[-1] if found else {}
+    metrics = [line["metrics"] for line in lines if line["kind"] == "evaluation" and line["step"] == step]
+    return metrics[-1] if metrics else {}

@@ -1,8 +1,8 @@
-"""The four things that travel through a detector, each a padded tensor structure of a shape that data never changes.
+"""Tensor structures that are passed through a detector. They are padded, so their shapes do not depend on data.
 
-B images, G object slots, P proposals, D detections; H x W is the canvas, the padded shape that a batch's images share.
-Boxes are continuous (x1, y1, x2, y2) in pixels of the canvas, and `valid` alone says which slots are real: what a
-padded slot holds is undefined (NaN included) and must never reach a result.
+B images, G object slots, P proposals, D detections; H x W is the canvas, the padded shape of all images of a batch.
+Boxes are continuous (x1, y1, x2, y2) in pixels of the canvas. `valid` marks the slots that are in use. The values in
+unused slots are undefined (possibly NaN) and must never affect a result.
 """
 
 from __future__ import annotations
@@ -20,82 +20,83 @@ Structure = TypeVar("Structure", bound="Batch | Targets | MaskGrids | Proposals 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskGrids:
-    """Masks of the objects of `Targets`, each a grid of M x M cells on a frame of its own."""
+    """Masks of the objects of `Targets`: grids of M x M cells, each on its own frame."""
 
     bitmaps: Tensor
-    """[B, G, M, M] uint8, the share of each cell that the object covers, in 255ths."""
+    """[B, G, M, M] uint8, fraction of each cell that the object covers, times 255."""
     frames: Tensor
-    """[B, G, 4] float32, xyxy in pixels of the canvas, where the grid lies; may reach beyond the picture."""
+    """[B, G, 4] float32, xyxy of the grids in pixels of the canvas; a frame may extend beyond the image."""
     valid: Tensor
-    """[B, G] bool, the slots that hold a mask: not those of crowd regions, nor of objects annotated by a box alone."""
+    """[B, G] bool, slots that hold a mask. Crowd regions and objects without a segmentation have none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Ground truth, padded to G objects an image."""
+    """Ground truth, padded to G object slots per image."""
 
     boxes: Tensor
     """[B, G, 4] float32, xyxy in pixels of the canvas."""
     labels: Tensor
     """[B, G] int64, 0 <= label < num_classes; there is no background label."""
     valid: Tensor
-    """[B, G] bool, the slots that hold an object."""
+    """[B, G] bool, slots that hold an object."""
     crowd: Tensor
-    """[B, G] bool, crowd regions: never learnt as an object; anchors and proposals inside are ignored."""
+    """[B, G] bool, crowd regions. They are never targets; anchors and proposals inside them are ignored."""
     masks: MaskGrids | None = None
-    """The objects' masks; None where no part of the detector learns them."""
+    """Masks of the objects; None if no part of the detector is trained on masks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposals:
-    """Class-agnostic boxes worth a second look, best first."""
+    """Class-agnostic region proposals, best first."""
 
     boxes: Tensor
     """[B, P, 4] float32, xyxy in pixels of the canvas."""
     scores: Tensor
-    """[B, P] float32, objectness in 0..1, falling along P."""
+    """[B, P] float32, objectness in 0..1, descending along P."""
     valid: Tensor
-    """[B, P] bool, the slots that hold a proposal."""
+    """[B, P] bool, slots that hold a proposal."""
     sources: Tensor
-    """[B, P] int64 in 0..2^31 - 1, what each was made from (its anchor), by which sampling knows it in any order."""
+    """[B, P] int64 in 0..2^31 - 1, index of the anchor that a proposal comes from. Sampling identifies a proposal by
+    its source, so that samples do not depend on the order of the proposals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Images on one canvas, with what is needed to learn from them and to bring boxes back to the files' own pixels."""
+    """Images on a common canvas, with targets for training and the transforms between image file and canvas."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB, channels last in memory from the loader; pixels outside `image_sizes` are undefined."""
     image_sizes: Tensor
-    """[B, 2] int64, (height, width) of the picture in the upper left of the canvas."""
+    """[B, 2] int64, (height, width) of the image, which is in the upper left corner of the canvas."""
     original_sizes: Tensor
-    """[B, 2] int64, (height, width) of the picture in its file, EXIF orientation applied."""
+    """[B, 2] int64, (height, width) of the image in its file, after EXIF orientation."""
     transforms: Tensor
-    """[B, 2, 3] float32, affine from continuous pixel coordinates of the file to those of the canvas."""
+    """[B, 2, 3] float32, affine transform from continuous pixel coordinates of the file to those on the canvas."""
     image_ids: Tensor
-    """[B] int64, the annotation file's image ids."""
+    """[B] int64, image ids of the annotation file."""
     seeds: Tensor
-    """[B] int64, what random sampling for this image draws from: a function of run seed, epoch and image alone."""
+    """[B] int64, seeds for random sampling; each is a function of the run's seed, the epoch and the image only."""
     targets: Targets | None = None
-    """Ground truth; None where only detections are wanted."""
+    """Ground truth; None for inference."""
     proposals: Proposals | None = None
-    """Boxes that were computed before, for detectors without a network of their own for them."""
+    """Precomputed proposals, for detectors without an RPN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """What a detector found, best first."""
+    """Detections of a detector, best first."""
 
     boxes: Tensor
     """[B, D, 4] float32, xyxy in pixels of the canvas."""
     scores: Tensor
-    """[B, D] float32 in 0..1, falling along D."""
+    """[B, D] float32 in 0..1, descending along D."""
     labels: Tensor
-    """[B, D] int64, 0 <= label < num_classes (always 0 where the detector is class-agnostic)."""
+    """[B, D] int64, 0 <= label < num_classes (always 0 if the detector is class-agnostic)."""
     valid: Tensor
-    """[B, D] bool, the slots that hold a detection."""
+    """[B, D] bool, slots that hold a detection."""
     masks: Tensor | None = None
-    """[B, D, S, S] float32 in 0..1, the probability that the object covers a cell of an S x S grid on its box."""
+    """[B, D, S, S] float32 in 0..1, probability that the object covers each cell of an S x S grid on its box."""
 
 
 for _structure in (MaskGrids, Targets, Batch, Proposals, Detections):
@@ -103,7 +104,7 @@ for _structure in (MaskGrids, Targets, Batch, Proposals, Detections):
 
 
 def map_tensors(structure: Structure, function: Callable[[Tensor], Tensor]) -> Structure:
-    """The same structure with `function` applied to every tensor in it, nested ones included."""
+    """Apply `function` to every tensor of a structure, including nested structures, and return the new structure."""
     changed: dict[str, Any] = {}
     for field in fields(structure):
         value = getattr(structure, field.name)
@@ -113,20 +114,20 @@ def map_tensors(structure: Structure, function: Callable[[Tensor], Tensor]) -> S
 
 
 def to_device(structure: Structure, device: torch.device | str) -> Structure:
-    """The structure with every tensor on `device`; copies from pinned memory do not block the host."""
+    """Move a structure to `device`. Copies from pinned memory do not block the host."""
     return map_tensors(structure, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def pin_memory(structure: Structure) -> Structure:
-    """The structure with every tensor in page-locked memory."""
+    """Copy a structure to pinned (page-locked) memory."""
     return map_tensors(structure, Tensor.pin_memory)
 
 
 def take_slots(values: Tensor, indices: Tensor) -> Tensor:
-    """Pick slots of each image.
+    """Gather slots of each image.
 
     Args:
-        values: [B, N, ...] anything.
+        values: [B, N, ...] of any dtype.
         indices: [B, S] int64, 0 <= index < N.
 
     Returns:

@@ -46,7 +46,7 @@ def test_without_relu_p7_is_a_convolution_of_p6_itself() -> None:
 
 
 def test_unknown_extra_levels_are_named() -> None:
-    with pytest.raises(ValueError, match="'pool', 'c5', 'p5', None"):
+    with pytest.raises(ValueError, match="'pool', 'c5', 'p5' or None"):
         FPN(ResNet(18), extra="c4")
 
 

@@ -192,9 +192,9 @@ def test_stages_above_the_last_map_are_not_built() -> None:
         ({"depth": 20}, "18, 34, 50, 101"),
         ({"style": "torch"}, "'caffe'"),
         ({"norm": "layer"}, "frozen_bn"),
-        ({"out_stages": (5, 4)}, "rising"),
-        ({"out_stages": ()}, "rising"),
-        ({"frozen_stages": 5}, "0..4"),
+        ({"out_stages": (5, 4)}, "ascending"),
+        ({"out_stages": ()}, "ascending"),
+        ({"frozen_stages": 5}, "0 to 4"),
         ({"depth": 34, "groups": 32}, "50 or 101"),
     ],
 )

@@ -91,4 +91,4 @@ def test_pillows_warnings_are_not_the_users(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-m", "boxwright", *command], capture_output=True, text=True, check=False)
     assert result.stderr == ""
     assert "error: " in result.stdout
-    assert "refused as too large (90000 x 1000 pixels" in result.stdout
+    assert "image is too large (90000 x 1000 pixels" in result.stdout

@@ -149,13 +149,13 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
         (["propose", other, *data, "--out", tmp_path / "x"], "is no RPN"),
         ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test', only train, val"),
         (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
-        (["test", other, *data, "--proposals", proposals], "the model makes its own"),
-        (["train", FAST, *data, "--out", tmp_path / "x"], "write them with boxwright propose"),
+        (["test", other, *data, "--proposals", proposals], "this model has its own RPN"),
+        (["train", FAST, *data, "--out", tmp_path / "x"], "Write them with boxwright propose"),
         (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "none: No such file"),
-        ([*command(folder), "--out", folder], "is a folder: give the path of the file"),
+        ([*command(folder), "--out", folder], "is a folder. Use the path of a file"),
         ([*command(folder), "--out", proposals / "x"], "x cannot be written: "),
         (["test", folder / "rpn", *data, "--tta"], "--tta: .*rpn only proposes boxes"),
-        (["test", tmp_path / "none", *data], "there is no such run"),
+        (["test", tmp_path / "none", *data], "none does not exist"),
     ]
     for words, message in cases:
         status, output = run(*words)

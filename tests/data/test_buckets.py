@@ -78,11 +78,11 @@ def test_a_range_has_few_canvases() -> None:
 @pytest.mark.parametrize(
     ("sizes", "mode", "message"),
     [
-        ((), "list", "no size"),
+        ((), "list", "at least one"),
         (((800, 640),), "list", "1 <= short <= long"),
-        (((640, 1333),), "range", "are no range"),
-        (((800, 1333), (640, 1333)), "range", "the smaller first"),
-        (((640, 1333), (800, 1000)), "range", "are no range"),
+        (((640, 1333),), "range", "two ascending sizes for a range"),
+        (((800, 1333), (640, 1333)), "range", "two ascending sizes for a range"),
+        (((640, 1333), (800, 1000)), "range", "two ascending sizes for a range"),
     ],
 )
 def test_scales_that_cannot_be_are_refused(sizes: tuple[tuple[int, int], ...], mode: ScaleMode, message: str) -> None:

@@ -77,8 +77,8 @@ def test_masks_follow_flip_scale_and_crop() -> None:
 def test_masks_that_cannot_be_are_named() -> None:
     sample = Pictures(4)[3]
     for masks, message in (
-        (sample.masks[:2], r"^3.jpg: 2 masks of 3 boxes"),
-        ([np.ones((4, 4), bool)] * 3, r"^3.jpg: the mask of object 0: its shape is \(4, 4\)"),
+        (sample.masks[:2], r"^3.jpg: 2 masks for 3 boxes"),
+        ([np.ones((4, 4), bool)] * 3, r"^3.jpg: mask of object 0: its shape is \(4, 4\)"),
     ):
         placed = PlacedSample(replace(sample, masks=masks), place((50, 50), (50, 50)), 0)
         with pytest.raises(ValueError, match=message):
@@ -114,14 +114,14 @@ def test_padding_is_zero_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_picture_that_is_not_as_stated_is_named() -> None:
-    with pytest.raises(ValueError, match=r"0.jpg: the file holds 60 x 40 pixels"):
+    with pytest.raises(ValueError, match=r"0.jpg: the file has 60 x 40 pixels"):
         collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 32), 8)
 
 
 @pytest.mark.parametrize("image", [np.zeros((40, 60, 3), np.float32), np.zeros((40, 60), np.uint8)])
 def test_a_picture_that_is_no_uint8_rgb_is_refused(image: np.ndarray) -> None:
     sample = replace(Pictures(1)[0], image=image)
-    with pytest.raises(ValueError, match=rf"^0.jpg: the picture is {image.dtype} .*give uint8"):
+    with pytest.raises(ValueError, match=rf"^0.jpg: expected uint8 .*got {image.dtype} "):
         collate([PlacedSample(sample, place((40, 60), (40, 60)), 0)], 1, (64, 64), 8)
 
 

@@ -80,7 +80,7 @@ def test_other_categories_are_an_error_that_lists_both() -> None:
     told = r"Only in data set 2 \(2 categories\): dust. Only in data set 1 \(2 categories\): two. Rename"
     with pytest.raises(ValueError, match=told):
         ConcatDataset([Pictures(3), dust])
-    with pytest.raises(ValueError, match="no data sets to join"):
+    with pytest.raises(ValueError, match="data sets to concatenate: expected at least one"):
         ConcatDataset([])
 
 

@@ -100,14 +100,14 @@ def test_too_many_pixels_are_refused_by_the_header_alone(tmp_path: Path) -> None
     Image.fromarray(PIXELS).save(path)
     # Without its pixel data the file could not be decoded, so the refusal can only come from the header.
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"picture.png: refused as too large \(53 x 37"):
+    with pytest.raises(ValueError, match=r"picture.png: image is too large \(53 x 37"):
         decode_image(path, max_pixels=1000)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (20000, 10000)).save(path)
-    with pytest.raises(ValueError, match=r"bomb.png: refused as too large"):
+    with pytest.raises(ValueError, match=r"bomb.png: image is too large"):
         decode_image(path)
 
 
@@ -131,7 +131,7 @@ def test_whatever_a_damaged_file_makes_pillow_raise_names_the_file(tmp_path: Pat
 
 def test_no_picture_at_all_is_told_plainly(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
-    for content, told in ((b"", "the file is empty"), (b"hello", "of no picture format")):
+    for content, told in ((b"", "the file is empty"), (b"hello", "unknown image format")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"a\.jpg: cannot be decoded: .*{told}[^<]*$"):
             decode_image(path)
@@ -141,5 +141,5 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.jpg"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path):
-        with pytest.raises(ValueError, match="no file"):
+        with pytest.raises(ValueError, match="not a file"):
             decode_image(path)

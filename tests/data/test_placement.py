@@ -385,5 +385,5 @@ def test_a_mask_of_another_size_is_named_with_its_file() -> None:
         masks=[np.ones((5, 5), bool)],
     )
     placed = PlacedSample(sample, place_affine((60, 90), MAPS["turned 30"], (64, 64)), 0)
-    with pytest.raises(ValueError, match=r"a\.png: a mask does not fit: its shape is \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"a\.png: invalid mask: its shape is \(5, 5\)"):
         collate([placed], 1, (64, 64), 8)

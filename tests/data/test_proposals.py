@@ -77,7 +77,9 @@ def test_no_proposals_at_all_are_fine(tmp_path: Path) -> None:
 def test_an_image_without_a_row_is_named_and_counted(tmp_path: Path) -> None:
     file = ProposalFile(write(tmp_path / "file", {1: given(2), 5: given(2), 9: given(1)}))
     file.require([5, 1])
-    with pytest.raises(ValueError, match=r"no proposals of 2 of 3 images, image id 4 for one.*boxwright propose"):
+    with pytest.raises(
+        ValueError, match=r"no proposals for 2 of 3 images \(for example image id 4\).*boxwright propose"
+    ):
         file.require([5, 4, 10])
     with pytest.raises(ValueError, match="image id 10"):
         file.of(10)
@@ -91,7 +93,7 @@ def test_splits_that_share_ids_are_told_apart_by_name(tmp_path: Path) -> None:
     assert_equal(ProposalFile(path, split="train").of(1), parts[0])
     assert_equal(ProposalFile(path, split="val").of(1), parts[2])
     assert ProposalFile(path, split="val").image_ids.tolist() == [1]
-    with pytest.raises(ValueError, match=r"\(train, val\), and None is none of them: name the right one with --split"):
+    with pytest.raises(ValueError, match=r"train, val, which share image ids, got None\. Use --split"):
         ProposalFile(path)
     write_proposals(path, image_ids=[1, 2, 3], counts=[2, 2, 2], images=parts, page={"splits": splits})
     assert len(ProposalFile(path, split="test").image_ids) == 3, "the split plays no part where ids are unlike"
@@ -100,11 +102,11 @@ def test_splits_that_share_ids_are_told_apart_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("boxes", "scores", "message"),
     [
-        ([[0, 0, 1, np.nan]], [0.5], "hold NaN"),
-        ([[0, 0, 1, 1]], [np.inf], "hold NaN"),
-        ([[0, 0, 1, 1], [0, 0, 2, 2]], [0.5, 0.6], "best first"),
-        ([[0, 0, 1, 103]], [0.5], "reach 3 pixels beyond its 200 x 100"),
-        ([[-3, 0, 1, 1]], [0.5], "reach 3 pixels beyond"),
+        ([[0, 0, 1, np.nan]], [0.5], "contain NaN"),
+        ([[0, 0, 1, 1]], [np.inf], "contain NaN"),
+        ([[0, 0, 1, 1], [0, 0, 2, 2]], [0.5, 0.6], "not sorted by descending score"),
+        ([[0, 0, 1, 103]], [0.5], "extend 3 pixels beyond its 200 x 100"),
+        ([[-3, 0, 1, 1]], [0.5], "extend 3 pixels beyond"),
     ],
 )
 def test_proposals_that_cannot_be_right_are_told(boxes: Any, scores: Any, message: str, tmp_path: Path) -> None:
@@ -118,13 +120,13 @@ def test_damaged_and_other_files_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "file", {1: given(3)})
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match="no whole proposals file"):
+    with pytest.raises(ValueError, match="not a complete proposals file"):
         ProposalFile(path)
     path.write_bytes(whole.replace(b"boxwright-proposals-1", b"boxwright-proposals-9"))
-    with pytest.raises(ValueError, match="update boxwright"):
+    with pytest.raises(ValueError, match="Update boxwright"):
         ProposalFile(path)
     path.write_bytes(whole.replace(b"boxwright_proposals", b"something_different"))
-    with pytest.raises(ValueError, match="holds no proposals"):
+    with pytest.raises(ValueError, match="without proposals"):
         ProposalFile(path)
     path.write_bytes(whole.replace(struct.pack("<q", 3), struct.pack("<q", 4)))
     with pytest.raises(ValueError, match="damaged"):
@@ -161,7 +163,7 @@ class TestForeign:
             np.testing.assert_array_equal(file.of(image_id).scores, wanted.scores)
         assert open_proposals(path, [9, 4, 6]).path == file.path, "read once"
         assert open_proposals(path, [4, 9, 6]).path != file.path, "another order, another file"
-        with pytest.raises(ValueError, match=r"lists for 3 images, and the data set has 2.*without objects"):
+        with pytest.raises(ValueError, match=r"each of the 2 images .*got 3 arrays.*without objects"):
             open_proposals(path, [1, 2])
 
     @pytest.mark.parametrize("mode", [None, 0, 1])
@@ -190,13 +192,13 @@ class TestForeign:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (3, "holds no proposals"),
-            ({"ids": [1]}, "wanted are ids, boxes and objectness_logits"),
-            ([np.zeros((2, 4), np.float32)], "for rows of 5 numbers"),
+            (3, "contains no proposals"),
+            ({"ids": [1]}, "expected ids, boxes and objectness_logits"),
+            ([np.zeros((2, 4), np.float32)], "expected rows of 5 numbers"),
             ({"ids": [1], "boxes": [np.zeros((2, 4))], "scores": [np.zeros(3)]}, "2 boxes and 3 scores"),
-            ({"ids": [1], "boxes": [np.zeros((2, 4))], "scores": [np.zeros(2)], "bbox_mode": 4}, "bbox_mode is 4"),
+            ({"ids": [1], "boxes": [np.zeros((2, 4))], "scores": [np.zeros(2)], "bbox_mode": 4}, "bbox_mode: .*got 4"),
             ({"ids": [1, 1], "boxes": [np.zeros((0, 4))] * 2, "scores": [np.zeros(0)] * 2}, "image 1 twice"),
-            ([["text"]], "for rows of 5"),
+            ([["text"]], "expected rows of 5"),
         ],
     )
     def test_other_content_is_told(self, content: Any, message: str, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ class TestForeign:
     def test_another_file_is_told(self, tmp_path: Path) -> None:
         path = tmp_path / "instances_val.json"
         path.write_text('{"images": []}')
-        with pytest.raises(ValueError, match=r"instances_val.json is refused.* is no proposals file"):
+        with pytest.raises(ValueError, match=r"instances_val.json is refused.* Expected a proposals file"):
             open_proposals(path, [1])
 
     def test_hostile_ones_do_nothing(self, tmp_path: Path) -> None:

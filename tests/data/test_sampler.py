@@ -93,7 +93,7 @@ def test_image_seeds_are_63_bits_and_all_different() -> None:
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "seed", "message"),
-    [(0, 1, 0, "no pictures"), (3, 0, 0, "batch_size"), (3, 1, -1, "seed")],
+    [(0, 1, 0, "no images"), (3, 0, 0, "batch_size"), (3, 1, -1, "seed")],
 )
 def test_what_cannot_be_is_refused(count: int, batch_size: int, seed: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

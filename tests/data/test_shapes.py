@@ -71,7 +71,7 @@ def test_shapes_are_drawn_where_they_are_said_to_be() -> None:
 
 
 def test_refuses_to_overwrite_and_bad_numbers(folder: Path) -> None:
-    with pytest.raises(FileExistsError, match="holds a data set already"):
+    with pytest.raises(FileExistsError, match="already contains a data set"):
         write_shapes(folder)
-    with pytest.raises(ValueError, match="one picture or more"):
+    with pytest.raises(ValueError, match="train and val of at least 1"):
         write_shapes(folder, train=0)

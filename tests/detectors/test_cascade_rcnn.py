@@ -147,7 +147,7 @@ def test_no_gradient_flows_from_a_stage_into_the_one_before() -> None:
 def test_what_does_not_fit_together_is_told() -> None:
     with pytest.raises(ValueError, match=r"set box\.class_agnostic=true"):
         small_cascade(box=SMALL_BOX)
-    with pytest.raises(ValueError, match="as many positive_ious as stds"):
+    with pytest.raises(ValueError, match="must have the same length, got 1, 2 and 2"):
         CascadeConfig(positive_ious=(0.6,))
 
 

@@ -124,9 +124,9 @@ def test_plain_and_derived_detectors_train_load_and_are_evaluated(kind: type[nn.
     assert type(model.detector) is kind
     found = model.predict(np.zeros((32, 32, 3), np.uint8))
     assert found.boxes.tolist() == [[2, 3, 20, 30]]
-    with pytest.raises(ValueError, match="does not say how its detections compete"):
+    with pytest.raises(ValueError, match="has no `suppression`"):
         view_suppression(model.detector)
-    with pytest.raises(ValueError, match="the model makes its own"):
+    with pytest.raises(ValueError, match="this model has its own RPN"):
         model.predict(np.zeros((32, 32, 3), np.uint8), proposals=np.zeros((1, 4)))
 
 

@@ -242,7 +242,7 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
 
     rows[1]["segmentation"]["counts"][0] += 1
     path.write_text(json.dumps(rows, default=int))
-    with pytest.raises(ValueError, match="the mask of entry 2 has runs of"):
+    with pytest.raises(ValueError, match="mask of entry 2 has run lengths of"):
         read_results(path, PICTURES.categories)
     rows[1]["segmentation"]["counts"] = "X"
     path.write_text(json.dumps(rows, default=int))
@@ -264,7 +264,10 @@ MASK = {"size": [4, 5], "counts": [5, 10, 5]}
     ("changed", "told"),
     [
         ({"segmentation": {"size": [4, 5], "counts": [-5, 25]}}, "not a COCO"),
-        ({"segmentation": {"size": [4, 5], "counts": rle.compress([5, 10, -10, 15]).decode()}}, "entry 1 has a run of"),
+        (
+            {"segmentation": {"size": [4, 5], "counts": rle.compress([5, 10, -10, 15]).decode()}},
+            "entry 1 has a negative run length",
+        ),
         ({"segmentation": {"size": [-4, -5], "counts": [5, 15]}}, "not a COCO"),
         ({"segmentation": {"size": [0, 5], "counts": []}}, "not a COCO"),
         ({"segmentation": {"size": [4, 2**70], "counts": [20]}}, "not a COCO"),

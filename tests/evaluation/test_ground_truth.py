@@ -206,7 +206,7 @@ def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
 
 
 def test_masks_that_do_not_fit_are_told() -> None:
-    with pytest.raises(ValueError, match=r"a.png: a mask does not fit: its shape is \(80, 60\)"):
+    with pytest.raises(ValueError, match=r"a.png: invalid mask: shape \(80, 60\)"):
         GroundTruth(OnePicture([one_object().T, None]))
     with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, the picture has 60 x 80"):
         GroundTruth(OnePicture([FORMS["runs"](np.ones((4, 5), bool)), None]))
@@ -230,7 +230,7 @@ def test_detections_with_masks_of_another_size_are_told() -> None:
 
 def test_pictures_that_share_an_id_are_told() -> None:
     for dataset in (RepeatDataset(Pictures(3), 2), ConcatDataset([Pictures(2), RepeatDataset(Pictures(3), 2)])):
-        with pytest.raises(ValueError, match="2 pictures have the image id 10"):
+        with pytest.raises(ValueError, match="2 images have the image id 10"):
             GroundTruth(dataset)
 
 

@@ -69,7 +69,7 @@ def test_detections_of_images_that_were_not_evaluated_are_left_out(truth: Annota
 )
 def test_negative_sizes_are_refused(truth: AnnotationFile, bbox: list[float], ignored: bool) -> None:
     """Pycocotools ignores a box with one negative side (its area is negative) and counts one with two as wrong."""
-    with pytest.raises(ValueError, match=r"results.json: entry 3 has the bbox \[7.*negative width or height.*1 of 3"):
+    with pytest.raises(ValueError, match=r"results.json: entry 3: bbox \[7.*negative width or height.*1 of 3"):
         read(truth, [*RIGHT, {**ROW, "bbox": bbox}])
     assert (average_precision(truth) > 0.99) is ignored
     results = read(truth, [*RIGHT, ROW])

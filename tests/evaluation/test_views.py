@@ -192,5 +192,5 @@ def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
 
 
 def test_a_detector_that_cannot_be_merged_is_told() -> None:
-    with pytest.raises(ValueError, match="ProposalNetwork does not say how its detections compete"):
+    with pytest.raises(ValueError, match="ProposalNetwork has no `suppression`"):
         view_suppression(small_detector("rpn"))

@@ -108,7 +108,7 @@ def test_settings_apply_together() -> None:
         ),
         ("scales=(640,1333),800", "is not groups in parentheses"),
         ("scales=(640,1333,2)", "is not groups in parentheses"),
-        ("scales=(1333,640)", "give 1 <= short <= long"),
+        ("scales=(1333,640)", "expected 1 <= short <= long"),
         ("scale_mode=value", "'value' is not 'list' or 'range'"),
         ("optimizer.lr=fast", "'fast' is not a number"),
         ("optimizer.lr=nan", "'nan' is not a number"),

@@ -243,7 +243,7 @@ def test_a_page_makes_nothing_be_fetched_or_read(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in detector.state_dict().items())
     page["experiment"]["arguments"]["model"]["arguments"]["backbone"]["arguments"]["name"] = "hf-hub:someone/hit"
     save_weights(tmp_path / "hub.safetensors", detector.state_dict(), page)
-    with pytest.raises(ValueError, match="timm knows no model 'hf-hub:someone/hit'"):
+    with pytest.raises(ValueError, match="timm has no model 'hf-hub:someone/hit'"):
         boxwright.load(tmp_path / "hub.safetensors")
 
 

@@ -1,11 +1,12 @@
 """Match anchors or proposals to ground-truth objects by IoU.
 
-B images, G object slots, N candidates: anchors that all images share, or each image's proposals.
+B images, G object slots, N candidates: anchors that all images share, or the proposals of each image.
 
-Neither the memory nor a compiled graph grows with B x G x N. `compare` goes through the pairs in tiles, and `match`
-calls it as one opaque operator: traced, its tiles would be thousands of nodes (3,529 at B = 16, G = 128 and 268,569
-anchors), and the compiler would merge the IoUs of its two passes into a matrix that lives between them (2.2 GB there).
-Eager and compiled code then also round IoUs alike, which matters where candidates tie.
+Neither memory nor the size of a compiled graph grows with B x G x N. `compare` processes the pairs in tiles, and
+`match` calls it as one opaque operator. A traced `compare` would add thousands of nodes to the graph (3,529 at B = 16,
+G = 128 and 268,569 anchors), and the compiler would merge the IoUs of its two passes into a matrix that exists between
+the passes (2.2 GB at these sizes). With the opaque operator, eager and compiled code also round IoUs equally, which
+matters for ties.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from boxwright.structures import Targets
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
-# Number of IoUs in a tile. On the CPU a tile should fit into the cache; on a GPU it only bounds memory.
+# Number of IoUs per tile. On a CPU a tile should fit into the cache; on a GPU the tile size only bounds memory.
 CPU_TILE, TILE = 2**17, 2**24
-# Objects of a tile: few, so that rows of candidates stay long and fast where an image holds thousands.
+# Maximum number of objects per tile. It is low so that a tile has long, fast rows of candidates even if an image has
+# thousands of objects.
 TILE_OBJECTS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """What `match` decides for every candidate."""
+    """Labels and matched objects of all candidates."""
 
     labels: Tensor
     """[B, N] int64: 1 positive, 0 negative, -1 ignored."""
     matched: Tensor
-    """[B, N] int64, slot of the object that a positive candidate answers for; 0 for all others."""
+    """[B, N] int64, slot of the object that a positive candidate is matched to; 0 for all other candidates."""
 
 
 @torch.no_grad()
@@ -48,25 +50,28 @@ def match(
     candidates_valid: Tensor | None = None,
     plus_one: float = 0.0,
 ) -> Matches:
-    """Label candidates by the IoU with the object that they overlap most, the lowest slot where two are level.
+    """Label each candidate by its highest IoU with an object; of equal IoUs the lowest object slot counts.
 
-    A candidate is positive from `positive_iou`, negative below `negative_iou` and ignored between. This is Faster
-    R-CNN's rule (arXiv 1506.01497, section 3.1.2); with `low_quality=0.0` and a positive IoU of every object with some
-    candidate it equals torchvision's Matcher with `allow_low_quality_matches`, with None the one without. In an image
-    without objects all candidates are negative.
+    A candidate is positive if this IoU is at least `positive_iou`, negative if it is below `negative_iou`, and ignored
+    otherwise. This is the rule of Faster R-CNN (arXiv 1506.01497, section 3.1.2). With `low_quality=0.0`, and if every
+    object has a positive IoU with some candidate, it equals torchvision's Matcher with
+    `allow_low_quality_matches=True`; with `low_quality=None` it equals the Matcher with
+    `allow_low_quality_matches=False`. In an image without objects all candidates are negative.
 
     Args:
         candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas.
-        targets: ground truth; invalid slots may hold anything, NaN included.
-        positive_iou: least IoU of a positive.
-        negative_iou: IoU that negatives stay below.
-        low_quality: also makes positive the candidates that overlap an object more than any other candidate does (all
-            of them where several are level), if that IoU is above 0 and at least this. Such a candidate still answers
-            for the object that it overlaps most itself, as in torchvision and Detectron. None for no such rule.
-        crowd_ioa: from this share of its area inside a crowd region a candidate is ignored, unless it is positive.
-            Crowd regions are never matched.
-        candidates_valid: [B, N] or [N] bool, the others being ignored and no object's best; None for all.
-        plus_one: 1 for the 2018 geometry.
+        targets: ground truth; invalid slots may have any value, including NaN.
+        positive_iou: IoU threshold for positives (inclusive).
+        negative_iou: IoU threshold for negatives (exclusive).
+        low_quality: minimum IoU of low-quality matches: the candidates with the highest IoU with an object (all of them
+            in a tie) are also positive if that IoU is above 0 and at least `low_quality`. Such a candidate is still
+            matched to the object with which it has the highest IoU itself, as in torchvision and Detectron. None
+            disables low-quality matches.
+        crowd_ioa: a candidate is ignored, unless it is positive, if at least this fraction of its area is inside a
+            crowd region. Crowd regions are never matched.
+        candidates_valid: [B, N] or [N] bool. Invalid candidates are ignored, and are not considered as the best
+            candidate of an object. None if all are valid.
+        plus_one: 1 for the box geometry of mmdetection 0.5 (2018), else 0.
 
     Returns:
         Labels and matched slots.
@@ -77,13 +82,13 @@ def match(
         if candidates_valid is not None:
             labels = torch.where(candidates_valid, labels, IGNORED)
         return Matches(labels=labels, matched=torch.zeros_like(labels))
-    real = targets.valid[..., None]
-    objects = torch.where(real, targets.boxes, torch.zeros_like(targets.boxes))
+    is_object = targets.valid[..., None]
+    objects = torch.where(is_object, targets.boxes, torch.zeros_like(targets.boxes))
     crowd = (targets.valid & targets.crowd).to(objects.dtype)
     candidates = candidates if candidates.ndim == 3 else candidates[None]
-    # Clamped, so that two boxes without area have an IoU of 0 instead of 0 / 0.
+    # Clamp, so that two boxes without area have an IoU of 0 instead of 0 / 0.
     areas = area(candidates, plus_one).clamp(min=torch.finfo(candidates.dtype).tiny)
-    # What may not match has an infinite area here, and therefore an IoU of exactly 0: cheaper than masking every IoU.
+    # An infinite area makes the IoU exactly 0 for slots that must not match. This is cheaper than masking every IoU.
     object_areas = area(objects, plus_one).masked_fill(~targets.valid | targets.crowd, torch.inf)
     if candidates_valid is not None:
         areas = torch.where(candidates_valid, areas, torch.inf)
@@ -113,25 +118,26 @@ def compare(
     *,
     skip_idle: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `match` needs to know of all pairs, tile by tile, so that they never exist at once.
+    """Compute for `match` the best IoUs over all pairs, tile by tile, so that the pairs never exist at once.
 
     Args:
         candidates: [B or 1, N, 4] finite xyxy.
-        areas: [B or 1, N], infinite for candidates that match nothing.
+        areas: [B or 1, N], infinite for candidates that must not match.
         objects: [B, G, 4] finite xyxy.
-        object_areas: [B, G], infinite for objects that match nothing.
+        object_areas: [B, G], infinite for objects that must not match.
         crowd: [B, G] 1 for crowd regions, else 0.
         plus_one: as in `match`.
         crowd_ioa: as in `match`.
         low_quality: as in `match`.
-        tile: IoUs that exist at a time.
-        skip_idle: whether to look at numbers to find work that changes nothing, which is free on a CPU.
+        tile: maximum number of IoUs that exist at the same time.
+        skip_idle: whether to read values in order to skip tiles that cannot change the result. Reading is free on a
+            CPU.
 
     Returns:
-        best_iou: [B, N] each candidate's highest IoU with an object.
-        matched: [B, N] int64, the first object that has it.
-        in_crowd: [B, N] bool, whether a crowd region holds the candidate.
-        best_of_object: [B, N] bool, whether some object's best candidate it is; False without `low_quality`.
+        best_iou: [B, N] highest IoU of each candidate with an object.
+        matched: [B, N] int64, first object slot with this IoU.
+        in_crowd: [B, N] bool, whether `crowd_ioa` of the candidate's area is inside a crowd region.
+        best_of_object: [B, N] bool, whether the candidate is the best of some object; False without `low_quality`.
     """
     num_images, num_objects = objects.shape[:2]
     width = min(num_objects, TILE_OBJECTS)
@@ -140,14 +146,14 @@ def compare(
     columns = list(zip(candidates.split(length, 1), areas.split(length, 1), strict=True))
     slot_order = torch.arange(width, 0, -1, device=objects.device, dtype=objects.dtype)[:, None]
     any_crowd = not skip_idle or bool(crowd.any())
-    reach: list[list[Tensor]] = [[] for _ in rows]
+    tile_best: list[list[Tensor]] = [[] for _ in rows]
     summaries = []
     for boxes, box_areas in columns:
         summary: tuple[Tensor, Tensor, Tensor] | None = None
         for row, (members, member_areas, member_crowd) in enumerate(rows):
             shared, iou = _overlaps(members, member_areas, boxes, box_areas, plus_one)
             best = iou.amax(1)
-            # The first slot that holds the maximum; max(1) would say the same three times slower on the CPU.
+            # First slot with the maximum. max(1) gives the same result, but is three times slower on a CPU.
             first = torch.where(iou == best[:, None], slot_order[: iou.shape[1]], 0.0).amax(1)
             first = row * width + (width - first).to(torch.int64)
             if any_crowd:
@@ -160,32 +166,35 @@ def compare(
                 in_crowd = in_crowd | summary[2]
             summary = best, first, in_crowd
             if low_quality is not None:
-                reach[row].append(iou.amax(2))
+                tile_best[row].append(iou.amax(2))
         assert summary is not None
         summaries.append(summary)
-    best_iou, matched, held = (torch.cat(pieces, 1) for pieces in zip(*summaries, strict=True))
+    best_iou, matched, in_crowd = (torch.cat(pieces, 1) for pieces in zip(*summaries, strict=True))
     if low_quality is None:
-        return best_iou, matched, held, torch.zeros_like(held)
-    goals = [torch.stack(own).amax(0) for own in reach]
-    goals = [torch.where((goal > 0) & (goal >= low_quality), goal, torch.inf) for goal in goals]
-    # An object's best IoU is known after all tiles only, so that a second pass compares with it.
+        return best_iou, matched, in_crowd, torch.zeros_like(in_crowd)
+    object_best = [torch.stack(pieces).amax(0) for pieces in tile_best]
+    object_best = [
+        torch.where((best_iou_of_object > 0) & (best_iou_of_object >= low_quality), best_iou_of_object, torch.inf)
+        for best_iou_of_object in object_best
+    ]
+    # The best IoU of an object is known only after all tiles, so a second pass finds the candidates that have it.
     best_of_object = []
     for column, (boxes, box_areas) in enumerate(columns):
         reached = None
-        for row, ((members, member_areas, _), goal) in enumerate(zip(rows, goals, strict=True)):
-            if skip_idle and not (reach[row][column] >= goal).any():
+        for row, ((members, member_areas, _), best_iou_of_object) in enumerate(zip(rows, object_best, strict=True)):
+            if skip_idle and not (tile_best[row][column] >= best_iou_of_object).any():
                 continue
             _, iou = _overlaps(members, member_areas, boxes, box_areas, plus_one)
-            here = (iou - goal[..., None]).amax(1) >= 0
+            here = (iou - best_iou_of_object[..., None]).amax(1) >= 0
             reached = here if reached is None else reached | here
-        best_of_object.append(torch.zeros_like(held[:, : boxes.shape[1]]) if reached is None else reached)
-    return best_iou, matched, held, torch.cat(best_of_object, 1)
+        best_of_object.append(torch.zeros_like(in_crowd[:, : boxes.shape[1]]) if reached is None else reached)
+    return best_iou, matched, in_crowd, torch.cat(best_of_object, 1)
 
 
 def _overlaps(
     objects: Tensor, object_areas: Tensor, candidates: Tensor, areas: Tensor, plus_one: float
 ) -> tuple[Tensor, Tensor]:
-    """[B, G, N] shared areas and IoUs of all pairs."""
+    """[B, G, N] intersection areas and IoUs of all pairs."""
     shared = intersection(objects, candidates, plus_one)
     return shared, shared / (object_areas[..., None] + areas[:, None] - shared)
 
@@ -201,7 +210,7 @@ def compare_all(
     crowd_ioa: float,
     low_quality: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`compare` as one opaque operator, with tiles of the device's size."""
+    """`compare` as one opaque operator, with the tile size for the device."""
     if candidates.device.type != "cpu":
         return compare(candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality, TILE)
     # Leave out the slots that are empty in all images.

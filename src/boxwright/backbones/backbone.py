@@ -1,4 +1,4 @@
-"""What the rest of Boxwright asks of a backbone, and what backbones ask of pixels."""
+"""Interface of a backbone, and the pixel statistics that a backbone was trained with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @runtime_checkable
 class Backbone(Protocol):
-    """An `nn.Module` that turns pictures into feature maps; a class of your own needs no more than this."""
+    """An `nn.Module` that computes feature maps from images. Any module with these three members can be a backbone."""
 
     channels: list[int]
-    """Channels of each map, finest map first."""
+    """Number of channels of each feature map, finest first."""
     strides: list[int]
-    """Pixels that a position of each map stands for, finest map first."""
+    """Stride of each feature map in pixels, finest first."""
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """The feature maps.
+        """Compute the feature maps.
 
         Args:
             images: [B, 3, H, W] float, normalised pixels; H and W are multiples of 32.
@@ -31,17 +31,17 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelStats:
-    """The scale and colour order of pixels that a backbone was trained with."""
+    """Pixel mean, standard deviation and colour order that a backbone was trained with."""
 
     mean: tuple[float, float, float]
-    """Taken from each channel, in 0..255 and in the order of `order`."""
+    """Mean of each channel on the scale 0..255, in the order of `order`; it is subtracted."""
     std: tuple[float, float, float]
-    """Each channel is divided by this after the mean is taken, in 0..255 and in the order of `order`."""
+    """Standard deviation of each channel on the scale 0..255, in the order of `order`; it is divided by."""
     order: Literal["rgb", "bgr"] = "rgb"
-    """The order of the channels."""
+    """Colour order of the channels."""
 
 
 PYTORCH = PixelStats(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-"""ImageNet weights of torchvision and of most timm models."""
+"""Statistics for the ImageNet weights of torchvision and most timm models."""
 CAFFE = PixelStats(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), order="bgr")
-"""ImageNet weights of the original, Caffe-trained ResNets (and of Detectron)."""
+"""Statistics for the ImageNet weights of the original, Caffe-trained ResNets (also used by Detectron)."""

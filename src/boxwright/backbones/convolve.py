@@ -1,4 +1,4 @@
-"""The former place of `boxwright.layers.conv_norm`."""
+"""Deprecated module: use `boxwright.layers.conv_norm`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from boxwright.layers.conv_norm import conv_norm
 def convolve(
     convolution: nn.Module, norm: nn.Module | None, x: Tensor, add: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
-    """The former name of `conv_norm`."""
+    """Deprecated name of `conv_norm`."""
     warnings.warn(
-        "boxwright.backbones.convolve.convolve is now boxwright.layers.conv_norm.conv_norm; import that",
+        "boxwright.backbones.convolve.convolve is deprecated: use boxwright.layers.conv_norm.conv_norm",
         DeprecationWarning,
         stacklevel=2,
     )

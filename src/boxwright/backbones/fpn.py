@@ -1,7 +1,7 @@
-"""Feature Pyramid Network (Lin et al., 2017): maps of every scale, each with the meaning of the coarsest.
+"""Feature Pyramid Network (FPN; Lin et al., 2017): feature maps of several scales, all with strong semantics.
 
-B images, L levels. P2 to P5 come from C2 to C5 of the body. P6 is P5 at every other position; or, as in RetinaNet
-(Lin et al., Focal Loss, 2017), P6 is a strided convolution of C5 or of P5, and P7 one of P6.
+B images, L levels. P2 to P5 are computed from C2 to C5 of the body. P6 is P5 subsampled by 2. As in RetinaNet (Lin et
+al., Focal Loss, 2017), P6 can instead be a strided convolution of C5 or P5, and P7 a strided convolution of P6.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Extra = Literal["pool", "c5", "p5"]
 
 
 class FPN(nn.Module):
-    """A body and the pyramid on it; itself a backbone."""
+    """A backbone that builds a feature pyramid on the feature maps of another backbone, its body."""
 
     def __init__(
         self,
@@ -32,20 +32,21 @@ class FPN(nn.Module):
         extra_relu: bool = False,
         norm: Literal["gn", "bn", "sync_bn"] | None = None,
     ) -> None:
-        """Put a pyramid on a body.
+        """Build a feature pyramid on a body.
 
         Args:
-            body: gives the maps, each of twice the stride of the one before.
-            channels: of every level.
-            extra: "pool" adds a level above the last, that one at every other position. "c5" and "p5" add two, by 3x3
-                convolutions of stride 2: of the body's last map or of the pyramid's, then of the first of the two.
-                None adds none.
-            extra_relu: whether a ReLU stands between these two: in the paper and in torchvision, not in 2018.
-            norm: normalises after each convolution of the pyramid; None normalises nowhere (2018).
+            body: backbone whose strides double from one feature map to the next.
+            channels: number of channels of every level.
+            extra: extra levels. "pool" adds one level, the last level subsampled by 2. "c5" and "p5" add two levels by
+                3x3 convolutions with stride 2: the first is applied to the last feature map of the body ("c5") or of
+                the pyramid ("p5"), the second to the output of the first. None adds no level.
+            extra_relu: whether to apply ReLU between the two extra convolutions, as in the paper and torchvision but
+                not in mmdetection 0.5 (2018).
+            norm: normalisation layer after each convolution of the pyramid; None (as in 2018) for no normalisation.
         """
         super().__init__()
         if extra not in ("pool", "c5", "p5", None):
-            raise ValueError(f"FPN extra {extra!r} is none of 'pool', 'c5', 'p5', None")
+            raise ValueError(f"FPN extra: expected 'pool', 'c5', 'p5' or None, got {extra!r}")
         self.body = body
         self.extra = extra
         self.extra_relu = extra_relu
@@ -66,8 +67,8 @@ class FPN(nn.Module):
         maps = self.body(images)
         inner = [conv_norm(self.lateral[-1], None, maps[-1])]
         for lateral, feature in zip(self.lateral[-2::-1], maps[-2::-1], strict=True):
-            enlarged = F.interpolate(inner[0], size=feature.shape[-2:], mode="nearest")
-            inner.insert(0, conv_norm(lateral, None, feature, enlarged))
+            upsampled = F.interpolate(inner[0], size=feature.shape[-2:], mode="nearest")
+            inner.insert(0, conv_norm(lateral, None, feature, upsampled))
         levels = [conv_norm(output, None, feature) for output, feature in zip(self.output, inner, strict=True)]
         if self.extra == "pool":
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))
@@ -80,7 +81,7 @@ class FPN(nn.Module):
 
 def _convolution(inputs: int, outputs: int, size: int, norm: Norm | None, stride: int = 1) -> nn.Module:
     convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=norm is None)
-    # Caffe2's XavierFill, which looks at the inputs alone: uniform within sqrt(3 / fan_in).
+    # Caffe2's XavierFill, which uses fan-in only: uniform in +-sqrt(3 / fan_in).
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     if norm is None:
         assert convolution.bias is not None
@@ -105,22 +106,22 @@ def resnet_fpn(
     extra_relu: bool = False,
     fpn_norm: Literal["gn", "bn", "sync_bn"] | None = None,
 ) -> FPN:
-    """A pyramid on a ResNet with random weights: P2 to P6, unless told otherwise.
+    """Build an FPN on a ResNet with random weights. The levels are P2 to P6 by default.
 
     Args:
         depth: 18, 34, 50 or 101.
-        style: where a bottleneck has its stride: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1.
-        norm: of the ResNet: "frozen_bn", "bn", "sync_bn" or "gn".
-        frozen_stages: the ResNet's stem and this many of its stages do not learn; 0 trains everything.
-        train_norm_affine: whether the scales and biases of "frozen_bn" learn in the stages that do.
-        out_stages: the maps of the ResNet that levels are made of; (3, 4, 5) leaves out P2.
+        style: which convolution of a bottleneck has the stride: "pytorch" the 3x3, "caffe" the first 1x1.
+        norm: normalisation layer of the ResNet: "frozen_bn", "bn", "sync_bn" or "gn".
+        frozen_stages: number of frozen stages of the ResNet, including the stem; 0 trains everything, the stem too.
+        train_norm_affine: whether the scales and biases of "frozen_bn" are trained in the stages that are not frozen.
+        out_stages: stages of the ResNet that the pyramid is built on; (3, 4, 5) omits P2.
         groups: 32 or 64 for ResNeXt; see `ResNet`.
         width_per_group: 4 for ResNeXt-101 32x4d and 64x4d.
-        recompute: whether blocks are computed again in the backward pass, to save memory; see `ResNet`.
-        channels: of every level.
-        extra: how levels above the last are made; see `FPN`. "c5" gives P6 and P7 for RetinaNet.
-        extra_relu: whether a ReLU stands between P6 and P7.
-        fpn_norm: normalises after each convolution of the pyramid; None normalises nowhere (2018).
+        recompute: activation checkpointing: recompute blocks in the backward pass to save memory; see `ResNet`.
+        channels: number of channels of every level.
+        extra: extra levels above the last one, see `FPN`. "c5" adds P6 and P7 for RetinaNet.
+        extra_relu: whether to apply ReLU between P6 and P7.
+        fpn_norm: normalisation layer after each convolution of the pyramid; None (as in 2018) for no normalisation.
     """
     body = ResNet(
         depth,

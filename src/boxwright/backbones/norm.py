@@ -1,4 +1,4 @@
-"""The former place of `boxwright.layers.norm`."""
+"""Deprecated module: use `boxwright.layers.norm`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from boxwright.layers import norm
 
 
 def __getattr__(name: str) -> Any:
-    """The same name in `boxwright.layers.norm`, with a warning."""
+    """Return the attribute of the same name of `boxwright.layers.norm`, with a DeprecationWarning."""
     if name.startswith("__") or not hasattr(norm, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
-        f"boxwright.backbones.norm.{name} has moved to boxwright.layers.norm.{name}; import it from there",
+        f"boxwright.backbones.norm.{name} is deprecated: use boxwright.layers.norm.{name}",
         DeprecationWarning,
         stacklevel=2,
     )

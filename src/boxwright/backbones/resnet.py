@@ -1,9 +1,9 @@
-"""ResNet and ResNeXt as backbones; parameters are named as in torchvision.
+"""ResNet and ResNeXt backbones; parameters have the same names as in torchvision.
 
-B images, H x W canvas. Map C2 comes from `layer1` at stride 4, C5 from `layer4` at stride 32.
+B images, H x W canvas. Feature map C2 is the output of `layer1` (stride 4), C5 of `layer4` (stride 32).
 
-Sources: He et al., Deep Residual Learning (2016); Xie et al., Aggregated Residual Transformations (2017); computing
-activations again in the backward pass: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
+Sources: He et al., Deep Residual Learning (2016); Xie et al., Aggregated Residual Transformations (2017); activation
+checkpointing: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (
 
 
 @contextmanager
-def _keeping_statistics(module: nn.Module) -> Iterator[None]:
-    """While it lasts, norms that use the batch's statistics add nothing of them to their running ones."""
+def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the block, batch norms do not update their running statistics."""
     norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -39,14 +39,14 @@ def _keeping_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches
 
 
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """The block's output, of whose computation only `x` is kept for the backward pass."""
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """Apply a block with activation checkpointing: only `x` is kept for the backward pass."""
     if torch.compiler.is_compiling():
-        # One graph holds both computations, and the compiler updates statistics once.
+        # The compiler traces forward and recomputation into one graph and updates running statistics only once.
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _keeping_statistics(block)
+        return nullcontext(), _frozen_running_statistics(block)
 
     return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     conv_norms = (("conv1", "bn1"), ("conv2", "bn2"))
-    """Convolutions and the norm that `forward` applies to the output of each."""
+    """Pairs of a convolution and the normalisation layer that `forward` applies to its output."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
         inner: int,
         groups: int,
     ) -> None:
-        """See `ResNet`; `style`, `inner` and `groups` change nothing here."""
+        """See `ResNet`; `style`, `inner` and `groups` have no effect."""
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = make_norm(norm, width, train_affine=train_affine)
@@ -89,7 +89,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     conv_norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-    """Convolutions and the norm that `forward` applies to the output of each."""
+    """Pairs of a convolution and the normalisation layer that `forward` applies to its output."""
 
     def __init__(
         self,
@@ -102,9 +102,9 @@ class Bottleneck(nn.Module):
         inner: int,
         groups: int,
     ) -> None:
-        """See `ResNet`; the stride is that of the first convolution ("caffe") or of the second ("pytorch").
+        """See `ResNet`. The stride is applied by the first convolution ("caffe") or the second ("pytorch").
 
-        The second has `inner` channels in `groups` groups, and `4 * width` come out.
+        The second convolution has `inner` channels in `groups` groups. The block has `4 * width` output channels.
         """
         super().__init__()
         stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
@@ -134,7 +134,7 @@ def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: 
 
 
 class _Stage(nn.Sequential):
-    """Residual blocks, one after another."""
+    """A sequence of residual blocks, optionally with activation checkpointing."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, recompute: bool) -> None:
         super().__init__(*blocks)
@@ -143,15 +143,15 @@ class _Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
         for block in self:
-            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
+            x = _checkpointed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return x
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier; a torchvision state dict less `fc.*` loads as it is."""
+    """ResNet without its classifier. A torchvision state dict without `fc.*` can be loaded unchanged."""
 
     conv_norms = (("conv1", "bn1"),)
-    """Convolutions and the norm that `forward` applies to the output of each."""
+    """Pairs of a convolution and the normalisation layer that `forward` applies to its output."""
 
     def __init__(
         self,
@@ -166,32 +166,35 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         recompute: bool = False,
     ) -> None:
-        """Build it with random weights.
+        """Build a ResNet with random weights.
 
         Args:
             depth: 18, 34, 50 or 101.
-            style: where a bottleneck has its stride: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1.
-            norm: see `make_norm`.
-            frozen_stages: the stem and this many stages do not learn; 0 trains everything.
-            train_norm_affine: whether the scales and biases of "frozen_bn" learn in the stages that do.
-            out_stages: the maps to give, of 2 (stride 4) to 5 (stride 32); stages above the last are not built.
-            groups: of the 3x3 convolution of a bottleneck; above 1 it is a ResNeXt.
-            width_per_group: channels of a group in the first stage; 32 groups of 4 are ResNeXt 32x4d.
-            recompute: blocks that learn keep their input alone and compute the rest again in the backward pass: less
-                memory, more time. Results, gradients and statistics stay the same.
+            style: which convolution of a bottleneck has the stride: "pytorch" the 3x3, "caffe" the first 1x1.
+            norm: normalisation layer, see `make_norm`.
+            frozen_stages: number of frozen stages, including the stem; 0 trains everything, the stem too.
+            train_norm_affine: whether the scales and biases of "frozen_bn" are trained in the stages that are not
+                frozen.
+            out_stages: stages whose feature maps are returned, from 2 (stride 4) to 5 (stride 32). Stages above the
+                last of them are not built.
+            groups: number of groups of the 3x3 convolution of a bottleneck; ResNeXt if above 1.
+            width_per_group: number of channels per group in the first stage; ResNeXt 32x4d has 32 groups of 4.
+            recompute: activation checkpointing: trained blocks keep only their input and recompute the rest in the
+                backward pass, which saves memory and takes more time. Results, gradients and running statistics are
+                unchanged.
         """
         super().__init__()
         if depth not in BLOCKS_PER_STAGE:
-            raise ValueError(f"ResNet depth {depth} is none of {', '.join(map(str, BLOCKS_PER_STAGE))}")
+            raise ValueError(f"ResNet depth: expected one of {', '.join(map(str, BLOCKS_PER_STAGE))}, got {depth}")
         if style not in ("pytorch", "caffe"):
-            raise ValueError(f"ResNet style {style!r} is neither 'pytorch' nor 'caffe'")
+            raise ValueError(f"ResNet style: expected 'pytorch' or 'caffe', got {style!r}")
         if depth < 50 and (groups, width_per_group) != (1, 64):
             raise ValueError(f"ResNet-{depth} has no bottlenecks: groups and width_per_group need a depth of 50 or 101")
         if not out_stages or list(out_stages) != sorted(set(out_stages) & {2, 3, 4, 5}):
-            raise ValueError(f"ResNet out_stages {tuple(out_stages)}: give rising numbers of 2 to 5")
+            raise ValueError(f"ResNet out_stages: expected ascending numbers from 2 to 5, got {tuple(out_stages)}")
         self.num_stages = max(out_stages) - 1
         if not 0 <= frozen_stages <= self.num_stages:
-            raise ValueError(f"ResNet frozen_stages {frozen_stages} is not within 0..{self.num_stages}")
+            raise ValueError(f"ResNet frozen_stages: expected 0 to {self.num_stages}, got {frozen_stages}")
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
@@ -214,7 +217,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # The pictures need no gradient either, so autograd keeps nothing of what runs before the first trained stage.
+        # Images need no gradient either, so autograd stores no activations before the first trained stage.
         for module in self._frozen():
             module.requires_grad_(False)
         self.train()
@@ -228,14 +231,14 @@ class ResNet(nn.Module):
         return [self.conv1, self.bn1, *(self._stage(i + 1) for i in range(self.frozen_stages))]
 
     def train(self, mode: bool = True) -> ResNet:
-        """As in any module, but frozen stages stay in evaluation mode, so that theirs are constants with any norm."""
+        """Set the mode of all modules. Frozen stages stay in evaluation mode, so that their norms are constant."""
         super().train(mode)
         for module in self._frozen():
             module.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] normalised pixels -> the maps of `out_stages`."""
+        """[B, 3, H, W] normalised pixels -> feature maps of `out_stages`, finest first."""
         x = conv_norm(self.conv1, self.bn1, images, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []

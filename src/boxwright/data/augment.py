@@ -31,10 +31,10 @@ class Photometric:
         check_numbers(self, "brightness", "contrast", "saturation", least=0, most=1)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A changed copy of uint8 RGB [H, W, 3]."""
+        """Return a changed copy of a uint8 RGB image, [H, W, 3]."""
         strengths = np.array([self.brightness, self.contrast, self.saturation])
         brightness, contrast, saturation = 1 + strengths * rng.uniform(-1, 1, 3)
-        # Brightness and contrast act on each value alone, so that one table of 256 holds them both.
+        # Brightness and contrast are functions of a single value, so one lookup table of 256 entries applies both.
         mean = brightness * cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
         table = contrast * brightness * np.arange(256) + (1 - contrast) * mean
         image = cv2.LUT(image, np.clip(table + 0.5, 0, 255).astype(np.uint8))
@@ -46,32 +46,33 @@ class Photometric:
 class Augment:
     """Random flip, scale jitter and crop.
 
-    An image that is scaled up is cropped, at a random place, to the size that it has without jitter. So no image
-    outgrows its canvas, and the bucket of an image is known before the image is opened.
+    An image that is enlarged by scale jitter is cropped, at a random position, to its size without jitter. So no image
+    exceeds its canvas, and the bucket of an image is known before the image is opened.
     """
 
     flip: float = 0.0
-    """Probability of swapping left and right."""
+    """Probability of a horizontal flip."""
     scale_jitter: tuple[float, float] | None = None
-    """Least and largest factor on the resized size, drawn evenly; None: always 1."""
+    """Minimum and maximum factor on the resized size, drawn uniformly; None for no scale jitter."""
     crop: float | None = None
-    """Keep a random window whose height and width are each at least this share of the image's; None: keep all."""
+    """Random crop: minimum height and width of the crop as a fraction of the image's; None for no crop."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "flip", least=0, most=1)
         check_numbers(self, "scale_jitter", "crop")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ValueError(f"scale_jitter={self.scale_jitter}: give 0 < least <= largest, such as (0.8, 1.25)")
+            raise ValueError(f"scale_jitter={self.scale_jitter}: expected 0 < minimum <= maximum, such as (0.8, 1.25)")
         if self.crop is not None and not 0 < self.crop <= 1:
-            raise ValueError(f"crop={self.crop}: give the least share of each side that is kept, in 0..1")
+            raise ValueError(f"crop={self.crop}: expected a number above 0, at most 1")
 
     def draw(self, original: tuple[int, int], resize: Resize | None, rng: np.random.Generator) -> Placement:
-        """Draw a placement.
+        """Draw a random placement.
 
         Args:
             original: (height, width) of the image in its file.
-            resize: the limits; None keeps the size of the image.
-            rng: used for the same number of draws in all settings, so enabling one augmentation changes no other.
+            resize: limits of the sides; None keeps the size of the image.
+            rng: random generator. The number of draws does not depend on the settings, so enabling one augmentation
+                does not change the others.
         """
         at_flip, at_scale, at_height, at_width, at_top, at_left = rng.random(6)
         base = original if resize is None else resize.size(*original)
@@ -87,8 +88,8 @@ class Augment:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed what transforms from elsewhere draw from (torch, numpy, random) inside the block, and put it back after."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms of others still draw from it)
+    """Seed the global generators of torch, numpy and random within the block, and restore their states afterwards."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (third-party transforms still use it)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         random.seed(seed)

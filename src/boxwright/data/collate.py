@@ -1,6 +1,6 @@
-"""From samples to a padded batch.
+"""Collate samples into a padded batch.
 
-B images, G object slots, P proposals, M cells a side of a mask's grid.
+B images, G object slots, P proposals, M cells per side of a mask grid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_SLOTS = 8
 
 @dataclass(frozen=True)
 class PlacedSample:
-    """A sample, where it goes, the seed of all that is random about it later, and boxes proposed for it before."""
+    """A sample, its placement on the canvas, its seed for random sampling and, optionally, its proposals."""
 
     sample: Sample
     placement: Placement
@@ -35,7 +35,7 @@ class PlacedSample:
 
 
 def slots_for(max_objects: int) -> int:
-    """The object slots of a data set: the smallest of 8, 16, 32, ... that holds its fullest image."""
+    """Number of object slots of a data set: the smallest of 8, 16, 32, ... that is at least `max_objects`."""
     slots = MIN_SLOTS
     while slots < max_objects:
         slots *= 2
@@ -51,23 +51,23 @@ def collate(
     *,
     masks: bool = False,
 ) -> Batch:
-    """Write samples onto the canvases of one batch.
+    """Place samples on the canvases of one batch, and pad them.
 
     Args:
-        placed: B samples; taken one by one, so that a generator holds one decoded picture at a time.
+        placed: B samples, consumed one by one, so that a generator needs memory for only one decoded image.
         batch_size: B.
-        canvas: (height, width) that all of them fit.
+        canvas: (height, width) of the canvas.
         slots: G, or None for a batch without targets.
         proposal_slots: P, or None for a batch without proposals.
-        masks: whether targets hold masks, M x M bytes a slot.
+        masks: whether the targets include masks, M x M bytes per slot.
 
     Returns:
-        A batch whose padding is zero, in pixels as in targets. In memory the images' channels come last, as decoders
-        give them and convolutions like them.
+        Batch whose padding is 0, in images and targets. Images are in channels-last memory format, in which decoders
+        write and convolutions are fastest.
 
     Raises:
-        ValueError: a picture is not uint8 [H, W, 3] or does not fit the canvas, or has more objects than slots, or a
-            mask is faulty.
+        ValueError: an image is not uint8 [H, W, 3], does not fit the canvas, or has more objects than slots, or a mask
+            is invalid.
     """
     images = _canvases(batch_size, canvas)
     pixels = images.numpy()
@@ -86,14 +86,14 @@ def collate(
         height, width = placement.size
         if sample.image.dtype != np.uint8 or sample.image.shape[2:] != (3,):
             raise ValueError(
-                f"{sample.file_name}: the picture is {sample.image.dtype} {list(sample.image.shape)}: give uint8 "
-                "[H, W, 3], RGB; what makes it float, such as a normalisation, is the detector's"
+                f"{sample.file_name}: expected uint8 [H, W, 3] in RGB order, got {sample.image.dtype} "
+                f"{list(sample.image.shape)}. Remove transforms that convert to float: the detector normalises pixels"
             )
         if height > canvas[0] or width > canvas[1]:
             file_height, file_width = sample.image.shape[:2]
             raise ValueError(
-                f"{sample.file_name}: the file holds {file_width} x {file_height} pixels, which is another shape than "
-                f"the data set states: correct the width and height of its annotation"
+                f"{sample.file_name}: the file has {file_width} x {file_height} pixels, which differs from width and "
+                "height in the data set. Correct width and height in its annotation"
             )
         place_image(sample.image, placement, pixels[b])
         pixels[b, height:], pixels[b, :height, width:] = 0, 0
@@ -104,7 +104,8 @@ def collate(
             count = int(kept.sum())
             if count > slots:
                 raise ValueError(
-                    f"{sample.file_name}: {count} objects, but the data set's max_objects allows {slots}: correct it"
+                    f"{sample.file_name}: {count} objects exceed the {slots} slots for the data set's max_objects. "
+                    "Correct max_objects"
                 )
             boxes[b, :count], labels[b, :count] = placed_boxes[kept], sample.labels[kept]
             valid[b, :count], crowd[b, :count] = True, sample.crowd[kept]
@@ -141,11 +142,11 @@ def collate(
 
 
 def _canvases(batch_size: int, canvas: Canvas) -> Tensor:
-    """uint8 [B, H, W, 3], undefined; in a worker it lies in shared memory from the start, so that nothing copies it."""
+    """uint8 [B, H, W, 3], uninitialised. In a worker it is allocated in shared memory, so that it is never copied."""
     shape = (batch_size, *canvas, 3)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as in torch's default_collate
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
@@ -158,36 +159,36 @@ def _no_proposals(batch_size: int, slots: int) -> Proposals:
     )
 
 
-def _write_proposals(proposals: Proposals, image: int, given: GivenProposals, placement: Placement) -> None:
-    """Write an image's proposals, each in the slot of its number; those of which nothing is visible are invalid."""
-    boxes, visible = place_boxes(given.boxes, placement, min_visible=0.0)
+def _write_proposals(proposals: Proposals, image: int, file_proposals: GivenProposals, placement: Placement) -> None:
+    """Write the proposals of an image, each to the slot of its index. Proposals outside the canvas are invalid."""
+    boxes, visible = place_boxes(file_proposals.boxes, placement, min_visible=0.0)
     kept, count = torch.from_numpy(visible), len(boxes)
     proposals.boxes[image, :count] = torch.where(kept[:, None], torch.from_numpy(boxes), 0.0)
-    proposals.scores[image, :count] = torch.where(kept, torch.tensor(given.scores), 0.0)
+    proposals.scores[image, :count] = torch.where(kept, torch.tensor(file_proposals.scores), 0.0)
     proposals.valid[image, :count] = kept
 
 
 def _placed_boxes(sample: Sample, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """See `place_boxes`."""
+    """Apply `place_boxes` to the boxes of a sample, with its masks if the placement changes the boxes' shape."""
     if placement.keeps_boxes or sample.masks is None:
         return place_boxes(sample.boxes, placement)
     _require_a_mask_per_box(sample, sample.masks)
     try:
         return place_boxes(sample.boxes, placement, masks=sample.masks)
     except ValueError as error:
-        raise ValueError(f"{sample.file_name}: a mask does not fit: {error}") from error
+        raise ValueError(f"{sample.file_name}: invalid mask: {error}") from error
 
 
 def _require_a_mask_per_box(sample: Sample, masks: Sequence[Mask]) -> None:
     if len(masks) != len(sample.boxes):
         raise ValueError(
-            f"{sample.file_name}: {len(masks)} masks of {len(sample.boxes)} boxes: what drops a box must drop its "
-            "mask, too; give None for an object without one"
+            f"{sample.file_name}: {len(masks)} masks for {len(sample.boxes)} boxes. A transform that drops a box must "
+            "drop its mask too; use None for an object without a mask"
         )
 
 
 def _grid_of(sample: Sample, index: int) -> Grid | None:
-    """The grid of a sample's object, None where there is no mask to learn."""
+    """Mask grid of an object of a sample; None if the object has no mask to train on."""
     if sample.masks is None or sample.crowd[index]:
         return None
     _require_a_mask_per_box(sample, sample.masks)
@@ -195,4 +196,4 @@ def _grid_of(sample: Sample, index: int) -> Grid | None:
         height, width = sample.image.shape[:2]
         return mask_grid(sample.masks[index], (height, width))
     except ValueError as error:
-        raise ValueError(f"{sample.file_name}: the mask of object {index}: {error}") from error
+        raise ValueError(f"{sample.file_name}: mask of object {index}: {error}") from error

@@ -1,4 +1,4 @@
-"""Several data sets as one, and one several times over, for training."""
+"""Concatenate several data sets, or repeat one data set, for training."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from boxwright.data.dataset import Category, Dataset, DatasetInfo, Sample
 
 
 class ConcatDataset:
-    """The images of several data sets, one data set after the other, with the classes of the first.
+    """Concatenation of several data sets, with the categories of the first.
 
-    The parts must have the same class names; order and ids may differ. A class that a part does not annotate would be
-    trained on as background in that part. The image ids of a part stay unchanged unless an earlier part has one of
-    them; then one number is added to all of them, so that they follow the previous ids. `object_ids` are rows of the
-    image's part.
+    The parts must have the same class names; order and ids may differ. (Otherwise a class that a part does not annotate
+    would be trained as background in this part.) The image ids of a part are unchanged, unless an earlier part has one
+    of them; then a constant is added to all ids of the part, so that they follow the previous ids. `object_ids` are
+    indices into the image's part.
 
-    Evaluation uses the annotations of the parts, as `boxwright.evaluation.objects` reads each.
+    Evaluation reads the annotations of each part; see `boxwright.evaluation.objects`.
     """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:
-        """Join data sets; the same one may come more than once.
+        """Concatenate data sets; the same data set may occur more than once.
 
         Raises:
-            ValueError: There is none, or two do not have the same classes; the message lists what each alone has.
+            ValueError: There are no data sets, or two have different classes; the message lists the differences.
         """
         if not parts:
-            raise ValueError("there are no data sets to join: give at least one")
+            raise ValueError("data sets to concatenate: expected at least one, got none")
         self.parts = tuple(parts)
         infos = [DatasetInfo(part) for part in parts]
         names = [str(info.annotations or f"data set {number}") for number, info in enumerate(infos, 1)]
         self.categories: tuple[Category, ...] = tuple(parts[0].categories)
-        """The first part's."""
+        """Categories of the first part."""
         self.part_labels = [
             np.array(
                 match_by_name(
@@ -43,23 +43,23 @@ class ConcatDataset:
                     self.categories,
                     sides=(name, names[0]),
                     what="the data sets do not have the same categories",
-                    mend="Rename categories, or take them out of one and into the other, until both have the same.",
+                    mend="Rename, remove or add categories until both data sets have the same.",
                 ),
                 np.int64,
             )
             for name, part in zip(names, parts, strict=True)
         ]
-        """For each part, the joined data set's label of each of its own."""
+        """For each part, the label in the concatenated data set of each label of the part."""
         self.image_sizes: NDArray[np.int64] = np.concatenate([info.image_sizes for info in infos])
         """[N, 2] int64, (height, width)."""
         self.max_objects = max(info.max_objects for info in infos)
-        """The largest number of objects on one image."""
+        """Maximum number of objects per image."""
         self.num_masks, self.num_without_mask = _mask_counts(infos)
         """Objects with a mask (None if a part does not state it), and objects known to have none."""
         self.image_ids: NDArray[np.int64] = np.zeros(0, np.int64)
-        """[N] int64, unique if those of each part are."""
+        """[N] int64, unique if the ids of each part are unique."""
         self.part_shifts: list[int] = []
-        """For each part, by how much its image ids are raised."""
+        """For each part, the constant that is added to its image ids."""
         for info in infos:
             previous, ids = self.image_ids, info.image_ids
             shift = int(previous.max()) + 1 - int(ids.min()) if np.isin(ids, previous).any() else 0
@@ -71,7 +71,7 @@ class ConcatDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position, with the joined data set's labels and image id."""
+        """The sample at a position, with the label and image id of the concatenated data set."""
         k = int(np.searchsorted(self._ends, position, side="right"))
         part = self.parts[k]
         sample = part[position - int(self._ends[k]) + len(part)]
@@ -79,27 +79,27 @@ class ConcatDataset:
 
 
 class RepeatDataset:
-    """A data set several times over, so that an epoch holds as many passes and a small one is not all restarts.
+    """A data set repeated several times, so that an epoch over a small data set has more steps.
 
-    Each pass changes the pictures at random anew. A picture's image id is the same in each, so this is for training,
-    not for measuring.
+    Each repetition is augmented with different random numbers. An image has the same id in all repetitions, so use this
+    class for training, not for evaluation.
     """
 
     def __init__(self, dataset: Dataset, times: int) -> None:
-        """Take a data set `times` times.
+        """Repeat a data set `times` times.
 
         Raises:
-            ValueError: `times` is under 1.
+            ValueError: `times` is below 1.
         """
         if times < 1:
-            raise ValueError(f"times={times}: give at least 1")
+            raise ValueError(f"times={times}: expected at least 1")
         self.dataset, self.times = dataset, times
         self.categories: Sequence[Category] = dataset.categories
         info = DatasetInfo(dataset)
         self.max_objects = info.max_objects
-        """The largest number of objects on one image."""
+        """Maximum number of objects per image."""
         self.num_masks, self.num_without_mask = _mask_counts([info])
-        """Objects with a mask (None if the data set does not state it) and known to have none, each counted once."""
+        """Objects with a mask (None if the data set does not state it) and without; repetitions are not counted."""
         self.image_sizes: NDArray[np.int64] = np.tile(info.image_sizes, (times, 1))
         """[N, 2] int64, (height, width)."""
         self.image_ids: NDArray[np.int64] = np.tile(info.image_ids, times)

@@ -1,7 +1,7 @@
 """The data set protocol: categories, a length, and samples by position.
 
-Any object with these three members is a data set. `DatasetInfo` supplies everything else that loaders, evaluation and
-reports need to know about one.
+Any object with these three members is a data set. `DatasetInfo` provides everything else that loaders, evaluation and
+reports need to know about a data set.
 
 N images.
 """
@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A class of objects; its position in the data set's `categories` is the label that detectors learn."""
+    """A class of objects. Its position in the data set's `categories` is the label that detectors are trained on."""
 
     id: int
-    """The annotation file's id: may start anywhere and leave gaps."""
+    """Category id of the annotation file; ids may start at any number and have gaps."""
     name: str
-    """What people call it."""
+    """Class name."""
 
 
 Mask: TypeAlias = "Sequence[NDArray[np.floating[Any]]] | NDArray[np.bool_] | bytes | None"
-"""An object's mask: its polygons, each [points, 2] (x, y); or a bitmap [H, W] of the image's size; or its run lengths
-in COCO's compressed form; or None for an object that has a box only."""
+"""Mask of an object: polygons, each [points, 2] (x, y); or a bitmap [H, W] of the size of the image; or run lengths in
+COCO's compressed form; or None for an object without a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,39 +38,39 @@ class Sample:
     """One image with its n objects, in pixels of the file."""
 
     image: NDArray[np.uint8]
-    """[H, W, 3] uint8 RGB, upright (EXIF orientation applied)."""
+    """[H, W, 3] uint8 RGB, after EXIF orientation."""
     image_id: int
-    """The annotation file's image id."""
+    """Image id of the annotation file."""
     file_name: str
-    """As the annotation file names it, for messages."""
+    """File name in the annotation file, for messages."""
     boxes: NDArray[np.float32]
-    """[n, 4] float32 xyxy in pixels of the file, inside the image and with an area."""
+    """[n, 4] float32 xyxy in pixels of the file, inside the image and with a positive area."""
     labels: NDArray[np.int64]
-    """[n] int64, position in `categories`."""
+    """[n] int64, indices into `categories`."""
     crowd: NDArray[np.bool_]
-    """[n] bool, regions of many objects, and objects marked as difficult: neither trained on nor evaluated."""
+    """[n] bool, crowd regions and objects marked as difficult: ignored in training and evaluation."""
     object_ids: NDArray[np.int64]
-    """[n] int64, the objects' rows in the data set's index, from which their masks can be read."""
+    """[n] int64, rows of the objects in the index of the data set, from which their masks can be read."""
     masks: Sequence[Mask] | None = None
-    """n masks, in the file's pixels; None where there are none at all."""
+    """n masks in pixels of the file; None if no object has a mask."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
     """Images with their objects, by position.
 
-    A data set is pickled into every worker, so it should hold paths and memory maps rather than objects.
+    A data set is pickled for every worker, so it should hold paths and memory maps instead of large objects.
 
-    It may have further attributes, which `DatasetInfo` reads. They save passes over all samples (the first four), are
-    shown to the user, or lead to the annotations as they were before training dropped or clipped anything:
+    It may have further attributes, which `DatasetInfo` reads. The first four save passes over all samples; the others
+    are shown to the user or lead to the original annotations, before training dropped or clipped objects:
 
     - `image_sizes`: [N, 2] int (height, width);
     - `image_ids`: [N] int64;
-    - `max_objects`: int, the largest number of objects on one image, crowd regions included;
-    - `num_masks`: int, objects with a mask;
-    - `num_without_mask`: int, objects without a mask, crowd regions not counted;
-    - `annotations`, `images`: paths of the annotations, in a format of `boxwright.data.formats`, and of the images;
-    - `parts`: the data sets that this one joins.
+    - `max_objects`: int, maximum number of objects per image, including crowd regions;
+    - `num_masks`: int, number of objects with a mask;
+    - `num_without_mask`: int, number of objects without a mask, not counting crowd regions;
+    - `annotations`, `images`: paths of the annotations (in a format of `boxwright.data.formats`) and the image folder;
+    - `parts`: data sets that this data set concatenates.
     """
 
     @property
@@ -88,14 +88,14 @@ class Dataset(Protocol):
 
 
 class DatasetInfo:
-    """Facts about a data set, as it states them, otherwise computed from its samples.
+    """Facts about a data set: attributes of the data set if it has them, otherwise computed from its samples.
 
-    Facts are read on first use. The first that is not stated costs one pass over all samples, which decodes every
-    image; that pass supplies the other facts too.
+    Facts are read on first use. The first fact that the data set does not state costs one pass over all samples, which
+    decodes every image; the same pass computes the other facts.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        """Describe a data set; nothing is read yet."""
+        """Wrap a data set; nothing is read yet."""
         self._dataset = dataset
 
     @cached_property
@@ -113,23 +113,23 @@ class DatasetInfo:
 
     @cached_property
     def max_objects(self) -> int:
-        """The largest number of objects on one image, crowd regions included; 0 without images."""
+        """Maximum number of objects per image, including crowd regions; 0 without images."""
         stated = self._stated("max_objects")
         return max((count for _, _, count in self._samples), default=0) if stated is None else int(stated)
 
     @property
     def num_masks(self) -> int | None:
-        """Objects with a mask; None if the data set does not state it."""
+        """Number of objects with a mask; None if the data set does not state it."""
         return self._stated("num_masks")
 
     @property
     def num_without_mask(self) -> int | None:
-        """Objects without a mask, crowd regions not counted; None if the data set does not state it."""
+        """Number of objects without a mask, not counting crowd regions; None if the data set does not state it."""
         return self._stated("num_without_mask")
 
     @cached_property
     def has_masks(self) -> bool:
-        """Whether any object has a mask. If that is not stated, samples are read up to the first mask."""
+        """Whether any object has a mask. If the data set does not state it, samples are read up to the first mask."""
         if self.num_masks is not None:
             return self.num_masks > 0
         samples = map(self._dataset.__getitem__, range(len(self._dataset)))
@@ -137,17 +137,17 @@ class DatasetInfo:
 
     @property
     def annotations(self) -> Path | None:
-        """The annotations that the data set was read from; None if they are not files."""
+        """Path of the annotations; None if the data set was not read from files."""
         return self._path("annotations")
 
     @property
     def images(self) -> Path | None:
-        """The image folder of `annotations`; None if the data set does not state it."""
+        """Image folder of `annotations`; None if the data set does not state it."""
         return self._path("images")
 
     @property
     def source(self) -> str:
-        """Name for messages: the annotations, or the class; for a joined data set, the names of its parts."""
+        """Name for messages: the annotations or the class name; for a concatenated data set, the names of its parts."""
         parts = self._stated("parts")
         if parts is not None:
             return ", ".join(DatasetInfo(part).source for part in parts)

@@ -1,7 +1,7 @@
-"""From a picture's file to its pixels.
+"""Decode an image file.
 
-JPEG goes through OpenCV, everything else and every odd JPEG through Pillow, which torchvision brings along:
-`docs/benchmarks/decode.md` has the measurement behind the choice. Both give the same pixels.
+OpenCV decodes JPEG files; Pillow, a dependency of torchvision, decodes all other formats and unusual JPEG files.
+`docs/benchmarks/decode.md` has the measurements for this choice. Both decode to the same pixels.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
-"""What a picture may hold unless told otherwise: Pillow's guard against decompression bombs, 256 MiB as RGB."""
+"""Default maximum number of pixels: Pillow's limit against decompression bombs, 256 MiB as RGB."""
 
 _JPEG_END = b"\xff\xd9"
 
 
 def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The picture in a file, upright.
+    """Decode an image file and apply its EXIF orientation.
 
     Args:
-        path: a JPEG, PNG, BMP, GIF (first frame), TIFF or WebP file.
-        max_pixels: refuse a picture with more pixels than this, by its header, before any pixel is decoded. Pillow
-            itself refuses more than 178,956,970.
+        path: JPEG, PNG, BMP, GIF (first frame), TIFF or WebP file.
+        max_pixels: maximum number of pixels; the size in the header is checked before any pixel is decoded. Pillow
+            always refuses more than 178,956,970 pixels.
 
     Returns:
-        uint8 [H, W, 3], RGB, EXIF orientation applied. Grey is repeated over the channels, 16-bit values keep their
-        high byte, palettes are resolved and alpha is dropped.
+        uint8 [H, W, 3] RGB. Grey values are repeated for all channels, 16-bit values are reduced to their high byte,
+        palettes are resolved, and alpha is dropped.
 
     Raises:
-        ValueError: the file is missing, not a picture, cut short, or too large; the message names it.
+        ValueError: the file is missing, not an image, truncated or too large; the message contains its path.
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise ValueError(f"{path}: cannot be read: it is a folder, pipe or device, no file")
+            raise ValueError(f"{path}: cannot be read: it is a folder, pipe or device, not a file")
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
@@ -46,7 +46,7 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             width, height = header.size
             if width * height > max_pixels:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels")
-            # A JPEG without its end marker may be cut short, which OpenCV fills with grey and does not tell.
+            # OpenCV fills a truncated JPEG with grey without an error, so a JPEG without its end marker goes to Pillow.
             if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L") and data.endswith(_JPEG_END):
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
                 if pixels is not None:
@@ -54,29 +54,29 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             return _decode_with_pillow(header)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path}: refused as too large ({error}; the limit is {max_pixels} pixels): shrink it or raise max_pixels"
+            f"{path}: image is too large ({error}; the limit is {max_pixels} pixels). Shrink it or raise max_pixels"
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: cannot be decoded: {_not_a_picture(data)}") from error
-    except Exception as error:  # of damaged files Pillow's readers raise whatever they stumble over
+        raise ValueError(f"{path}: cannot be decoded: {_why_not_an_image(data)}") from error
+    except Exception as error:  # Pillow's decoders raise many types of exceptions for damaged files
         raise ValueError(
-            f"{path}: cannot be decoded: the file is damaged, cut short or no picture ({error})"
+            f"{path}: cannot be decoded: the file is damaged, truncated or not an image ({error})"
         ) from error
 
 
-def _not_a_picture(data: bytes) -> str:
-    return "it is of no picture format that can be read" if data else "the file is empty"
+def _why_not_an_image(data: bytes) -> str:
+    return "unknown image format" if data else "the file is empty"
 
 
 def _decode_with_pillow(image: Image.Image) -> np.ndarray:
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion clips instead of scaling in some versions.
+        # 16-bit grey. Some versions of Pillow clip instead of scaling.
         grey = (np.clip(np.asarray(upright), 0, 0xFFFF) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if upright.mode == "F":
-        raise OSError("floating-point pixels have no known range: save it with 8 or 16 bits a channel")
+        raise OSError("floating-point pixels have no known range. Save the image with 8 or 16 bits per channel")
     if upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")  # straight to RGB, Pillow warns about the alpha that is dropped on purpose
+        upright = upright.convert("RGBA")  # converting directly to RGB warns about the alpha channel
     return np.array(upright.convert("RGB"))

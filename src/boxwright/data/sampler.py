@@ -1,6 +1,6 @@
-"""Which pictures make up which batch: a pure function of seed and step, the same on every rank.
+"""Compose batches of images: a pure function of seed and step, equal on every rank.
 
-N pictures, K buckets.
+N images, K buckets.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from boxwright.data.buckets import Canvas, Canvases, holds
 
 @dataclass(frozen=True)
 class Step:
-    """The pictures of one batch, whole or one rank's share."""
+    """The images of one training step: all of them, or the share of one rank."""
 
     epoch: int
-    """How often the data set was gone through before."""
+    """Number of completed passes over the data set."""
     canvas: Canvas
-    """(height, width) that all of them fit."""
+    """(height, width) of the canvas of all images."""
     indices: np.ndarray
-    """int64 [B], positions in the data set."""
+    """int64 [B], indices into the data set."""
     scale: int = 0
-    """Which of the scales all of them have."""
+    """Index of the scale of all images."""
 
     def share(self, rank: int, world_size: int) -> Step:
-        """The part of one rank; the parts of all ranks, joined, are the step again."""
+        """Share of one rank. The shares of all ranks, concatenated, are the step."""
         per_rank = len(self.indices) // world_size
         return replace(self, indices=self.indices[rank * per_rank : (rank + 1) * per_rank])
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
-    """A 63-bit seed for all that is random about one picture in one epoch, whoever works on it."""
+    """63-bit seed for all randomness of one image in one epoch, independent of the worker that loads the image."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def group(
     order: np.ndarray, buckets: np.ndarray, canvases: Sequence[Canvases], batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Group pictures into batches of one bucket each, every picture once.
+    """Group images into batches from one bucket each; every image is used once.
 
-    What is left over of a bucket after its full batches joins the next larger bucket in use that holds it, so that
-    only buckets that no other holds (landscape and portrait) end on a short batch. A canvas for both would be two
-    thirds larger than any other, and set the memory that training needs.
+    The images that remain after the full batches of a bucket are moved to the next larger bucket in use that fits them.
+    So only buckets that no other bucket contains (landscape and portrait) end with an incomplete batch. A common canvas
+    for both would be two thirds larger than any other canvas and determine the memory that training needs.
 
     Args:
-        order: int64 [n], the pictures in the order in which they fill batches.
-        buckets: int64 [N], each picture's bucket.
-        canvases: [K], one or more of each bucket.
-        batch_size: pictures in a full batch.
+        order: int64 [n], images in the order in which they fill batches.
+        buckets: int64 [N], bucket of each image.
+        canvases: [K], one or more canvases of each bucket.
+        batch_size: number of images in a full batch.
 
     Returns:
-        (bucket, pictures) of each batch.
+        (bucket, images) of each batch.
     """
     in_use = sorted(set(buckets[order].tolist()), key=lambda k: (sum(h * w for h, w in canvases[k]), k))
     pools = {k: order[buckets[order] == k] for k in in_use}
@@ -72,10 +72,10 @@ def group(
 
 
 class TrainingSampler:
-    """The batches of endless epochs, each reachable by its step alone.
+    """The batches of an endless sequence of epochs. The batch of a step depends only on the seed and the step.
 
-    Every picture comes at least once an epoch. Short batches are filled up with pictures that come twice, so that
-    all batches have one size. The number of steps in an epoch never changes.
+    Every epoch contains every image at least once. Incomplete batches are filled with images that occur twice, so that
+    all batches have the same size. The number of steps per epoch is constant.
     """
 
     def __init__(
@@ -87,21 +87,21 @@ class TrainingSampler:
         seed: int,
         weights: Sequence[float] = (1.0,),
     ) -> None:
-        """Plan over N pictures.
+        """Create a sampler for N images.
 
         Args:
-            buckets: int64 [N], each picture's bucket.
-            canvases: [K], one for each scale.
-            batch_size: pictures of a step over all ranks together.
-            seed: of the run, not negative.
-            weights: how often a step has each scale, in proportion.
+            buckets: int64 [N], bucket of each image.
+            canvases: canvases of the K buckets, one per scale.
+            batch_size: number of images per step, over all ranks.
+            seed: seed of the run, not negative.
+            weights: relative frequency of each scale.
         """
         if len(buckets) == 0:
-            raise ValueError("the data set holds no pictures to train on")
+            raise ValueError("the training set contains no images")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give at least 1")
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
         if seed < 0:
-            raise ValueError(f"seed={seed}: give a seed that is not negative")
+            raise ValueError(f"seed={seed}: expected at least 0")
         self._buckets = buckets
         self._canvases = canvases
         self._batch_size = batch_size
@@ -112,7 +112,7 @@ class TrainingSampler:
         self.steps_per_epoch = len(self._batches)
 
     def step(self, step: int) -> Step:
-        """The batch of a step, counted from 0 over all epochs."""
+        """The batch of a step; steps are counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._batches_of(epoch)
@@ -133,5 +133,5 @@ class TrainingSampler:
             return indices
         fits = np.array([holds(self._canvases[bucket], canvases) for canvases in self._canvases])
         others = order[fits[self._buckets[order]] & ~np.isin(order, indices)]
-        # np.resize starts over where even all pictures together do not fill a batch.
+        # np.resize repeats the images if the whole data set does not fill a batch.
         return np.resize(np.concatenate([indices, others]), self._batch_size)

@@ -1,8 +1,8 @@
-"""A generated data set that a small detector learns in minutes: coloured circles, squares and triangles.
+"""Generated data set of coloured circles, squares and triangles, on which a small detector trains in minutes.
 
-They overlap, are cut by the border, and lie on textured ground. Circles are reddish, squares greenish and triangles
-bluish, since from random weights outlines take hours to learn. Every picture is a function of seed, split and number
-alone.
+Shapes overlap, are cut by the border, and are drawn on a textured background. Circles are reddish, squares greenish and
+triangles bluish, because learning outlines from random weights takes hours. Every image is a function of seed, split
+and index only.
 """
 
 from __future__ import annotations
@@ -20,39 +20,41 @@ Polygon = NDArray[np.float64]
 
 NAMES = ("circle", "square", "triangle")
 _CORNERS = {"circle": 32, "square": 4, "triangle": 3}
-# The direction of a first corner where the shape stands upright, and how far shapes lean from that.
+# Direction of the first corner of an upright shape, and maximum rotation away from upright.
 _UPRIGHT = {"circle": 0.0, "square": np.pi / 4, "triangle": -np.pi / 2}
 _LARGEST_LEAN = np.pi / 12
 _SPLITS = ("train", "val")
 _RADII = (12.0, 80.0)
 _MAX_OBJECTS = 8
-# What must be left of a shape to be worth finding, in pixels and as a share of the part inside the picture.
+# Minimum visible part of a shape, in pixels and as a fraction of the part inside the image.
 _MIN_PIXELS = 60
 _MIN_VISIBLE = 0.35
 _MIN_CONTRAST = 64
 
 
 def write_shapes(folder: Path, *, train: int = 400, val: int = 100, seed: int = 0) -> None:
-    """Write the data set in COCO's layout: `train/` and `val/` with PNGs, `annotations/instances_*.json`.
+    """Write the data set in COCO layout: `train/` and `val/` with PNG files, `annotations/instances_*.json`.
 
-    Polygons, boxes and areas are those of the whole shape inside the picture, also where another covers it.
+    Polygons, boxes and areas cover the whole shape inside the image, including parts hidden by other shapes.
 
     Args:
-        folder: Where to; must not hold a data set yet.
-        train: Number of pictures to learn from.
-        val: Number of pictures to measure with.
-        seed: What the pictures are drawn from.
+        folder: Target folder; it must not contain a data set.
+        train: Number of training images.
+        val: Number of validation images.
+        seed: Random seed.
 
     Raises:
-        ValueError: A number is below 1, or the seed below 0.
-        OSError: There is a data set already, or it cannot be written.
+        ValueError: `train` or `val` is below 1, or `seed` is below 0.
+        OSError: The folder contains a data set, or cannot be written.
     """
     if min(train, val) < 1 or seed < 0:
-        raise ValueError(f"train={train}, val={val}, seed={seed}: give one picture or more a split, and a seed from 0")
+        raise ValueError(
+            f"expected train and val of at least 1 and a seed of at least 0, got {train}, {val} and {seed}"
+        )
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for number, (split, count) in enumerate(zip(_SPLITS, (train, val), strict=True)):
         if any(folder.glob(f"annotations/instances_{split}.json")):
-            raise FileExistsError(f"{folder}: holds a data set already: delete it, or choose another folder")
+            raise FileExistsError(f"{folder} already contains a data set. Delete it, or use another folder")
         (folder / split).mkdir(exist_ok=True)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -68,12 +70,12 @@ def write_shapes(folder: Path, *, train: int = 400, val: int = 100, seed: int = 
                 )
         categories = [{"id": position + 1, "name": name} for position, name in enumerate(NAMES)]
         document = {"images": images, "annotations": annotations, "categories": categories}
-        # Last, so that a split is only ever there as a whole.
+        # The annotations are written last, so that they exist only if the split is complete.
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), "utf-8")
 
 
 def draw_picture(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int, Polygon]]]:
-    """One picture, [H, W, 3] RGB, and its shapes from back to front: position in `NAMES` and [points, 2] polygon."""
+    """Draw an image, [H, W, 3] RGB, and its shapes from back to front: index in `NAMES` and polygon [points, 2]."""
     rng = np.random.Generator(np.random.PCG64([seed, split, index]))
     long, short = int(rng.integers(288, 353)), int(rng.integers(208, 273))
     height, width = (short, long) if rng.random() < 0.6 else (long, short)
@@ -85,14 +87,14 @@ def draw_picture(seed: int, split: int, index: int) -> tuple[Image, list[tuple[i
         category = int(rng.integers(len(NAMES)))
         polygon = _cut(_outline(rng, category, height, width), height, width)
         covered = _fill(polygon, height, width)
-        # Of red, green and blue the one that leads is the class's.
+        # The strongest of red, green and blue identifies the class.
         colour = rng.integers(0, 160, 3)
         colour[category] = rng.integers(160, 256)
         surface = _texture(rng, height, width, colour, contrast=int(rng.integers(0, 33)))
         after = np.where(covered, len(shapes), owner)
         counts = np.bincount(after[after >= 0], minlength=len(shapes) + 1)
         wholes = np.array([int(mask.sum()) for *_, mask in shapes] + [int(covered.sum())])
-        # A shape that would melt into the ground, vanish at the border, or hide another, is not drawn.
+        # Skip a shape that has too little contrast, is mostly outside the image, or hides another shape.
         vanishes = (counts < np.maximum(_MIN_PIXELS, _MIN_VISIBLE * wholes)).any()
         if vanishes or np.abs(colour - ground).max() < _MIN_CONTRAST:
             continue
@@ -100,13 +102,13 @@ def draw_picture(seed: int, split: int, index: int) -> tuple[Image, list[tuple[i
         owner = after
         shapes.append((category, polygon, covered))
     if not shapes:
-        # By chance nothing fitted: draw again from numbers of its own.
+        # No shape was drawn: draw the image again with a different index.
         return draw_picture(seed, split, index + 1_000_000_007)
     return image, [(category, polygon) for category, polygon, _ in shapes]
 
 
 def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
-    # Hundredths of a pixel, like COCO; the box and area are those of the polygon as written.
+    # Round to hundredths of a pixel, like COCO. Box and area are computed from the rounded polygon.
     points = polygon.round(2)
     low, high = points.min(0), points.max(0)
     x, y = points.T
@@ -121,7 +123,7 @@ def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
 
 
 def _outline(rng: np.random.Generator, category: int, height: int, width: int) -> Polygon:
-    """[points, 2] x, y of a leaning shape around a centre in the picture, in rising angle."""
+    """[points, 2] x, y of a rotated shape around a centre inside the image, by ascending angle."""
     name = NAMES[category]
     corners = _CORNERS[name]
     centre = rng.random(2) * (width, height)
@@ -132,7 +134,7 @@ def _outline(rng: np.random.Generator, category: int, height: int, width: int) -
 
 
 def _cut(polygon: Polygon, height: int, width: int) -> Polygon:
-    """The part of a convex polygon inside the picture (Sutherland and Hodgman 1974); it has a point inside."""
+    """Clip a convex polygon that has a point inside the image to the image (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         depth = sign * (polygon[:, axis] - limit)
         points = []
@@ -149,7 +151,7 @@ def _cut(polygon: Polygon, height: int, width: int) -> Polygon:
 
 
 def _fill(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
-    """[H, W] whether a pixel's centre lies in a convex polygon of rising angle."""
+    """[H, W] whether the centre of each pixel is inside a convex polygon with ascending angles."""
     left, top = np.floor(polygon.min(0)).astype(int)
     right, bottom = np.ceil(polygon.max(0)).astype(int)
     x, y = np.arange(left, right) + 0.5, np.arange(top, bottom)[:, None] + 0.5
@@ -162,10 +164,10 @@ def _fill(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, colour: NDArray[np.int64], *, contrast: int) -> Image:
-    """[H, W, 3] a colour under blotches and grain."""
+    """[H, W, 3] texture of one colour with blotches and grain."""
     cell = int(rng.integers(8, 40))
     coarse = rng.integers(-contrast, contrast + 1, (height // cell + 2, width // cell + 2, 3)).astype(np.int16)
-    # The exact form gives the same pixels on every machine.
+    # INTER_LINEAR_EXACT gives the same pixels on every machine.
     size = (coarse.shape[1] * cell, coarse.shape[0] * cell)
     blotches = cv2.resize((coarse + 128).astype(np.uint8), size, interpolation=cv2.INTER_LINEAR_EXACT)
     grain = rng.integers(-2, 3, (height, width, 1), np.int16) * 3

@@ -1,4 +1,6 @@
-"""Cascade R-CNN: box heads one after another, each refining the boxes of the one before and asking for more overlap.
+"""Cascade R-CNN: a sequence of box heads in which each head refines the boxes of the previous one.
+
+The IoU threshold for positives rises from stage to stage.
 
 B images, P proposals, S sampled boxes, C classes.
 
@@ -30,27 +32,33 @@ Stds = tuple[float, float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeConfig:
-    """What differs from stage to stage, and how the stages are joined; the defaults are the 2018 toolbox's.
+    """Hyperparameters that differ between the stages, and how the stages are combined.
 
-    The first stage is the box head as it stands, so that the numbers are of the stages behind it.
+    The first stage is configured by `BoxConfig`. The tuples here have one entry for each later stage. The defaults
+    follow mmdetection 0.5 (2018).
     """
 
     positive_ious: tuple[float, ...] = (0.6, 0.7)
-    """A box with at least this IoU with an object is positive in the stage."""
+    """IoU threshold for positives of each later stage: a box with at least this IoU with an object is positive."""
     stds: tuple[Stds, ...] = ((0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
-    """Box deltas of the stage are divided by these: the boxes of a later stage are nearer to their objects."""
+    """Standard deviations (x, y, width, height) by which each later stage divides its box deltas. They fall from stage
+    to stage, because the boxes get closer to their objects."""
     loss_weights: tuple[float, ...] = (0.5, 0.25)
-    """What the stage's losses are multiplied by; the first stage's by 1."""
+    """Loss weight of each later stage; the first stage has weight 1."""
     mean_of: Literal["logits", "probabilities"] = "logits"
-    """What is averaged over the stages to score a box: class logits, then made probabilities (the 2018 toolbox and its
-    successors), or the probabilities themselves (Detectron2)."""
+    """How the class scores of the stages are averaged: "logits" averages the class logits and applies softmax to the
+    mean (mmdetection), "probabilities" averages the class probabilities (Detectron2)."""
     mask_in_all_stages: bool = True
-    """Whether each stage has a mask head, whose probabilities are averaged (the 2018 toolbox and its successors), or
-    the first alone, which learns from the first stage's boxes and looks at the last one's (Detectron2)."""
+    """Whether every stage has a mask head; their mask probabilities are averaged (mmdetection). If False, only the
+    first stage has one: it is trained on the first stage's boxes and applied to the last stage's detections
+    (Detectron2)."""
 
     def __post_init__(self) -> None:
         if not len(self.positive_ious) == len(self.stds) == len(self.loss_weights):
-            raise ValueError(f"{self}: give as many positive_ious as stds and loss_weights, one a stage but the first")
+            raise ValueError(
+                "cascade: positive_ious, stds and loss_weights must have the same length, got "
+                f"{len(self.positive_ious)}, {len(self.stds)} and {len(self.loss_weights)}"
+            )
         check_numbers(self, "positive_ious", least=0, most=1)
         check_numbers(self, "loss_weights", least=0)
         for stds in self.stds:
@@ -60,7 +68,7 @@ class CascadeConfig:
 
 
 class CascadeRCNN(Detector):
-    """A backbone, a region proposal network and a box head a stage, maybe mask heads too."""
+    """A backbone, a region proposal network, one box head per stage and, optionally, mask heads."""
 
     def __init__(
         self,
@@ -73,16 +81,16 @@ class CascadeRCNN(Detector):
         mean_of: Literal["logits", "probabilities"] = "logits",
         pixel_stats: PixelStats,
     ) -> None:
-        """Put the parts together.
+        """Assemble the detector from its parts.
 
         Args:
-            backbone: gives a pyramid whose levels have equal channels.
-            rpn: where the first stage's boxes come from.
-            box_heads: one a stage, class-agnostic but for the last.
-            mask_heads: one a stage, or one for the first, or none.
-            loss_weights: one a stage.
+            backbone: feature pyramid whose levels all have the same number of channels.
+            rpn: proposes the boxes of the first stage.
+            box_heads: one per stage; all except the last must be class-agnostic.
+            mask_heads: one per stage, or one for the first stage, or none.
+            loss_weights: one per stage.
             mean_of: see `CascadeConfig`.
-            pixel_stats: what the backbone expects of pixels.
+            pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
         """
         super().__init__()
         self.num_classes = box_heads[0].num_classes
@@ -106,12 +114,12 @@ class CascadeRCNN(Detector):
         return cast(list[BoxHead], list(self.box_heads))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The RPN's losses and, with the stage's number behind their names, each stage's, weighted.
+        """The RPN's losses and the weighted losses of each stage, whose names end with the stage number (from 1).
 
-        As in the 2018 toolbox, the boxes that a stage looked at are refined by it, and the next one samples anew among
-        them and the ground truth; the refined ground truth itself is dropped. detectron2 instead adds ground truth
-        before the first stage alone, refines it too, and looks at the same boxes in all stages. It weighs the
-        stages alike, and the gradients that they send to the features by one over their number.
+        As in mmdetection 0.5 (2018), a stage refines its sampled boxes, and the next stage draws a new sample from the
+        refined boxes and the ground truth; refined ground-truth boxes are dropped. Detectron2 instead adds ground truth
+        before the first stage only, refines it too, and uses the same boxes in all stages. Detectron2 also weights all
+        stages equally and scales the gradients that they send to the features by 1 / number of stages.
         """
         assert batch.targets is not None, "losses need targets"
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
@@ -122,31 +130,31 @@ class CascadeRCNN(Detector):
         for stage, (head, weight) in enumerate(zip(stages, self.loss_weights, strict=True)):
             sampled = head.sample(proposals, batch.targets, batch.seeds, features, stage)
             logits, deltas = head(features, sampled.boxes, sampled.valid)
-            own = head.losses_of(logits, deltas, sampled, batch.targets)
+            stage_losses = head.losses_of(logits, deltas, sampled, batch.targets)
             if stage < len(self.mask_heads):
                 max_positives = head.config.max_positives
                 mask_head = cast(MaskHead, self.mask_heads[stage])
-                own |= mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
-            losses |= {f"{name}_{stage + 1}": weight * loss for name, loss in own.items()}
+                stage_losses |= mask_head.losses(features, sampled, batch.targets, max_positives=max_positives)
+            losses |= {f"{name}_{stage + 1}": weight * loss for name, loss in stage_losses.items()}
             if stage + 1 < len(stages):
                 proposals = refined_proposals(head, sampled, deltas, batch.image_sizes)
         return losses
 
     def detect(self, batch: Batch) -> Detections:
-        """The last stage's boxes, scored by all stages; their masks are the mean of all mask heads' probabilities."""
+        """Boxes of the last stage; class scores are averaged over the stages, masks over the mask heads."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals = self.rpn.propose(
             features, (batch.images.shape[2], batch.images.shape[3]), batch.image_sizes, training=False
         )
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
         stages = self._stages
-        said = []
+        stage_scores = []
         for head in stages:
             logits, deltas = head(features, boxes, proposals.valid)
-            said.append(logits if self.mean_of == "logits" else logits.softmax(-1))
+            stage_scores.append(logits if self.mean_of == "logits" else logits.softmax(-1))
             refined = head.refine(boxes, deltas, batch.image_sizes)
             boxes = refined[:, :, 0]
-        mean = torch.stack(said).mean(0)
+        mean = torch.stack(stage_scores).mean(0)
         probabilities = mean.softmax(-1) if self.mean_of == "logits" else mean
         detections = stages[-1].best_detections(probabilities, refined, proposals.valid)
         return self._with_masks(features, detections) if self.needs_masks else detections
@@ -159,16 +167,16 @@ class CascadeRCNN(Detector):
 
 @torch.no_grad()
 def refined_proposals(head: BoxHead, sampled: SampledBoxes, deltas: Tensor, image_sizes: Tensor) -> Proposals:
-    """The next stage's proposals: the boxes that this stage looked at, as it would have them, without ground truth.
+    """Proposals for the next stage: this stage's sampled boxes after refinement, without the ground-truth boxes.
 
     Args:
-        head: the stage, class-agnostic.
-        sampled: what it looked at, S slots.
-        deltas: [B, S, 1, 4] what it said.
+        head: class-agnostic box head of this stage.
+        sampled: the S sampled boxes of this stage.
+        deltas: [B, S, 1, 4] box deltas that `head` predicted for `sampled`.
         image_sizes: [B, 2] (height, width).
 
     Returns:
-        S slots, known by the sources that they were made from; their order and scores mean nothing.
+        Proposals in S slots. They keep the `sources` of the sampled boxes; their order and scores carry no information.
     """
     return Proposals(
         boxes=head.refine(sampled.boxes, deltas, image_sizes)[:, :, 0],
@@ -193,18 +201,19 @@ def cascade_rcnn(
     """Build a Cascade R-CNN on a feature pyramid.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         rpn: hyperparameters of the region proposal network.
         box: hyperparameters of the first stage, and of the later stages except for those in `cascade`.
-        cascade: what is different in the stages behind the first.
-        rpn_head: called with (channels, strides, rpn, conventions).
-        box_head: called for each stage with (channels, strides, num_classes, hyperparameters, conventions).
+        cascade: hyperparameters that differ in the later stages, and how the stages are combined.
+        rpn_head: RPN head factory, called with (channels, strides, rpn, conventions).
+        box_head: box head factory, called for each stage with (channels, strides, num_classes, hyperparameters,
+            conventions).
 
     Raises:
-        ValueError: `box` has a box for each class, and so none to hand on to a next stage.
+        ValueError: `box` is not class-agnostic, so there is no single box to pass on to the next stage.
     """
     channels, strides = backbone.channels[0], backbone.strides
     return CascadeRCNN(
@@ -233,26 +242,28 @@ def cascade_mask_rcnn(
     box_head: Callable[..., BoxHead] = BoxHead,
     mask_head: Callable[..., MaskHead] = MaskHead,
 ) -> CascadeRCNN:
-    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with a mask head in each stage or in the first.
+    """Build a Cascade Mask R-CNN on a feature pyramid: `cascade_rcnn` with mask heads in all stages or in the first.
 
-    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019), two of
-    its three forms.
+    Source: Cai & Vasconcelos, Cascade R-CNN: High Quality Object Detection and Instance Segmentation (2019); two of
+    the three variants in the paper.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         rpn: hyperparameters of the region proposal network.
         box: hyperparameters of the first stage, and of the later stages except for those in `cascade`.
-        cascade: what is different in the stages behind the first.
+        cascade: hyperparameters that differ in the later stages, and how the stages are combined.
         mask: hyperparameters of each mask head.
-        rpn_head: called with (channels, strides, rpn, conventions).
-        box_head: called for each stage with (channels, strides, num_classes, hyperparameters, conventions).
-        mask_head: called for each mask head with (channels, strides, num_classes, mask, conventions).
+        rpn_head: RPN head factory, called with (channels, strides, rpn, conventions).
+        box_head: box head factory, called for each stage with (channels, strides, num_classes, hyperparameters,
+            conventions).
+        mask_head: mask head factory, called for each mask head with (channels, strides, num_classes, mask,
+            conventions).
 
     Raises:
-        ValueError: as `cascade_rcnn`.
+        ValueError: `box` is not class-agnostic.
     """
     channels, strides = backbone.channels[0], backbone.strides
     stages = _stage_configs(box, cascade)
@@ -270,6 +281,8 @@ def cascade_mask_rcnn(
 
 def _stage_configs(box: BoxConfig, cascade: CascadeConfig) -> list[BoxConfig]:
     if cascade.positive_ious and not box.class_agnostic:
-        raise ValueError("a cascade hands one box of each proposal on to its next stage: set box.class_agnostic=true")
+        raise ValueError(
+            "box.class_agnostic: expected true for a cascade, got false. Use --set box.class_agnostic=true"
+        )
     later = zip(cascade.positive_ious, cascade.stds, strict=True)
     return [box, *(replace(box, positive_iou=iou, stds=stds) for iou, stds in later)]

@@ -1,4 +1,4 @@
-"""Which parameters have rows of classes, and how to copy the rows of shared classes from other weights.
+"""Find the parameters with one block of rows per class, and copy the rows of shared classes from other weights.
 
 A anchors per position (1 except in RetinaNet), C classes of the model, D classes of the weights, V values per class.
 """
@@ -15,14 +15,14 @@ from boxwright.heads.class_rows import ClassRows
 
 @runtime_checkable
 class HasClassRows(Protocol):
-    """A module that declares its layers with rows of classes."""
+    """A module that declares which of its layers have rows per class."""
 
     class_rows: Mapping[str, ClassRows]
-    """Layout of each such layer, by the attribute that holds it."""
+    """Layout of the rows, by the name of the attribute that holds the layer."""
 
 
 def class_rows(detector: nn.Module) -> dict[str, ClassRows]:
-    """Layouts of the parameters with rows of classes, by name in the `state_dict`, as the detector's parts declare."""
+    """Layouts of the parameters with rows per class, by `state_dict` name, as declared by the detector's modules."""
     layouts = {}
     for path, module in detector.named_modules():
         if isinstance(module, HasClassRows):
@@ -34,27 +34,31 @@ def class_rows(detector: nn.Module) -> dict[str, ClassRows]:
 
 
 def with_shared_rows(
-    own: Tensor, given: Tensor, layout: ClassRows, *, shared: Sequence[int | None], num_given: int
+    current: Tensor, source: Tensor, layout: ClassRows, *, shared: Sequence[int | None], num_given: int
 ) -> Tensor | None:
-    """A parameter with the rows of shared classes, and of background, taken from the weights'.
+    """Copy the rows of shared classes, and of background, from a parameter of other weights into the model's parameter.
 
     Args:
-        own: [A * (C + background) * V, ...] the model's parameter, whose other rows stay.
-        given: [A * (D + background) * V, ...] the weights'.
-        layout: of the rows of both.
-        shared: C, for each class of the model the weights' label of it, or None.
+        current: [A * (C + background) * V, ...] parameter of the model; its other rows are kept.
+        source: [A * (D + background) * V, ...] the same parameter in the other weights.
+        layout: layout of the rows of both parameters.
+        shared: for each of the C classes of the model, the class's label in the other weights, or None.
         num_given: D.
 
     Returns:
-        A copy with these rows; None if the two parameters differ in more than their classes.
+        A new tensor; None if the two parameters differ in more than the number of classes.
     """
-    num_own = len(shared)
-    anchors = layout.num_anchors(len(own), num_own)
-    if anchors is None or anchors != layout.num_anchors(len(given), num_given) or own.shape[1:] != given.shape[1:]:
+    num_classes = len(shared)
+    anchors = layout.num_anchors(len(current), num_classes)
+    if (
+        anchors is None
+        or anchors != layout.num_anchors(len(source), num_given)
+        or current.shape[1:] != source.shape[1:]
+    ):
         return None
     pairs = [(label, other) for label, other in enumerate(shared) if other is not None]
-    pairs += [(num_own + row, num_given + row) for row in range(layout.background)]
-    mixed = own.detach().clone().unflatten(0, (anchors, num_own + layout.background, layout.values))
-    source = given.unflatten(0, (anchors, num_given + layout.background, layout.values))
-    mixed[:, [to for to, _ in pairs]] = source[:, [origin for _, origin in pairs]].to(mixed)
-    return mixed.flatten(0, 2)
+    pairs += [(num_classes + row, num_given + row) for row in range(layout.background)]
+    merged = current.detach().clone().unflatten(0, (anchors, num_classes + layout.background, layout.values))
+    source = source.unflatten(0, (anchors, num_given + layout.background, layout.values))
+    merged[:, [to for to, _ in pairs]] = source[:, [origin for _, origin in pairs]].to(merged)
+    return merged.flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The base class of detectors, and the normalisation of pixels that comes first in each."""
+"""Base class of all detectors, and the pixel normalisation that every detector applies first."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from boxwright.structures import Batch, Detections
 
 
 class Detector(nn.Module):
-    """A module with `losses(batch)` and `detect(batch)`; no mode changes what either returns.
+    """A module with `losses(batch)` and `detect(batch)`. `train()` and `eval()` do not change what either returns.
 
-    Subclass it, or write any `nn.Module` with `num_classes`, `max_detections`, `losses` and `detect`: `as_detector`
-    gives the latter the defaults of the other attributes.
+    Subclass `Detector`, or write any `nn.Module` with `num_classes`, `max_detections`, `losses` and `detect`:
+    `as_detector` then sets the optional attributes to the defaults below.
     """
 
     num_classes: int
-    """Classes of the data set; labels are 0 to `num_classes` - 1."""
+    """Number of classes of the data set; labels are 0 to `num_classes` - 1."""
     max_detections: int
-    """Upper bound of the number of detections per image."""
+    """Maximum number of detections per image."""
     needs_masks: bool = False
     """Whether `losses` reads masks from the batch's targets."""
     needs_proposals: bool = False
-    """Whether batches must hold proposals, because the detector has no network that makes them."""
+    """Whether batches must contain proposals, because the detector has no RPN."""
     class_agnostic: bool = False
-    """Whether detections are objects of any class (label 0), as proposals are. They are measured by their recall."""
+    """Whether detections are class-agnostic proposals (label 0). They are evaluated by recall instead of AP."""
     suppression: Suppression | None = None
-    """NMS that selects detections; with it the detections of several views of an image are merged. None if unknown."""
+    """NMS that selects detections; test-time augmentation uses it to merge the detections of several views of an image.
+    None if unknown."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar float32 losses by name; training minimises their sum. Raises if the batch has no targets."""
@@ -42,13 +43,13 @@ class Detector(nn.Module):
 
 
 def as_detector(module: nn.Module) -> Detector:
-    """Check that a module is a detector, and give it the default of each optional attribute that it lacks.
+    """Check that a module is a detector, and set every optional attribute that it lacks to its default.
 
     Args:
-        module: a `Detector`, or another `nn.Module` with its required attributes; changed in place.
+        module: a `Detector`, or another `nn.Module` with the required attributes; changed in place.
 
     Raises:
-        ValueError: it is no `nn.Module`, or lacks a required attribute.
+        ValueError: `module` is no `nn.Module`, or lacks a required attribute.
     """
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
@@ -68,23 +69,23 @@ def as_detector(module: nn.Module) -> Detector:
     return cast(Detector, module)
 
 
-def require_proposals(detector: Detector, given: bool) -> None:
-    """Check that proposals are given to a detector that needs them, and to no other.
+def require_proposals(detector: Detector, has_proposals: bool) -> None:
+    """Check that proposals are passed to a detector that needs them, and only to such a detector.
 
     Raises:
-        ValueError: they are missing, or have no use.
+        ValueError: proposals are missing, or the detector does not use any.
     """
-    if detector.needs_proposals and not given:
+    if detector.needs_proposals and not has_proposals:
         raise ValueError(
-            "the model has no network for proposals, so they must be given: write them with boxwright propose and name "
-            "the file with --proposals (in Python: proposals=)"
+            "this model has no RPN and needs proposals. Write them with boxwright propose, then pass the file with "
+            "--proposals (in Python: proposals=)"
         )
-    if given and not detector.needs_proposals:
-        raise ValueError("proposals are given, but the model makes its own: leave them out, or take a Fast R-CNN")
+    if has_proposals and not detector.needs_proposals:
+        raise ValueError("proposals were passed, but this model has its own RPN: remove them, or use a Fast R-CNN")
 
 
 class PixelNormalizer(nn.Module):
-    """Brings uint8 RGB pixels to the scale and colour order that a backbone was trained with."""
+    """Converts uint8 RGB pixels to the scale and colour order that a backbone was trained with."""
 
     mean: Tensor
     std: Tensor
@@ -100,17 +101,17 @@ class PixelNormalizer(nn.Module):
 
         Args:
             images: [B, 3, H, W] uint8 RGB.
-            image_sizes: [B, 2] int64 (height, width) of the image on the canvas.
+            image_sizes: [B, 2] int64 (height, width) of each image within the padded canvas.
 
         Returns:
-            [B, 3, H, W] float32 in the backbone's colour order, channels last in memory, as convolutions are fastest; 0
-            in the padding.
+            [B, 3, H, W] float32 in the backbone's colour order, with 0 in the padding. The memory format is channels
+            last, in which convolutions are fastest.
         """
         if self.reverse_colours:
             images = images.flip(1)
         height, width = images.shape[2:]
-        # On rows of W x 3 values every operation runs along contiguous memory, and in place, because fresh memory
-        # costs a CPU more than the arithmetic does.
+        # Rows of W x 3 values keep every operation on contiguous memory. The operations are in place because allocating
+        # memory costs more than the arithmetic on a CPU.
         pixels = images.permute(0, 2, 3, 1).contiguous().to(self.mean.dtype, copy=True).flatten(2)
         pixels = pixels.sub_(self.mean.flatten().repeat(width)).div_(self.std.flatten().repeat(width))
         rows = torch.arange(height, device=images.device)[:, None] < image_sizes[:, 0, None, None]

@@ -1,4 +1,4 @@
-"""The former place of `boxwright.layers.optimize`."""
+"""Deprecated module: use `boxwright.optimize_for_cpu`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from boxwright.layers.optimize import optimize_for_cpu
 
 
 def pack_convolutions(detector: nn.Module) -> None:
-    """The former name of `optimize_for_cpu`."""
+    """Deprecated name of `optimize_for_cpu`."""
     warnings.warn(
-        "boxwright.detectors.inference.pack_convolutions is now boxwright.optimize_for_cpu; call that",
+        "boxwright.detectors.inference.pack_convolutions is deprecated: use boxwright.optimize_for_cpu",
         DeprecationWarning,
         stacklevel=2,
     )

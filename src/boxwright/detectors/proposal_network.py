@@ -1,4 +1,4 @@
-"""RPN as a detector of its own: class-agnostic boxes, measured by their recall."""
+"""RPN as a stand-alone detector: class-agnostic boxes, evaluated by recall."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProposalNetwork(Detector):
         return self.rpn.losses(features, (batch.images.shape[2], batch.images.shape[3]), batch, batch.targets)
 
     def detect(self, batch: Batch) -> Detections:
-        """The proposals of testing as detections of class 0, scored by objectness."""
+        """The RPN's test-time proposals as detections of class 0, scored by objectness."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals = self.rpn.propose(
             features, (batch.images.shape[2], batch.images.shape[3]), batch.image_sizes, training=False
@@ -56,15 +56,15 @@ def proposal_network(
     rpn: RPNConfig = RPNConfig(),
     rpn_head: Callable[..., RPNHead] = RPNHead,
 ) -> ProposalNetwork:
-    """Build an RPN.
+    """Build an RPN as a stand-alone detector.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: of the data set; a proposal network takes all of them for one.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of classes of the data set. It is ignored: the RPN treats all classes as one.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         rpn: hyperparameters of the head.
-        rpn_head: called with (channels, strides, rpn, conventions).
+        rpn_head: RPN head factory, called with (channels, strides, rpn, conventions).
     """
     head = rpn_head(backbone.channels[0], backbone.strides, rpn, conventions)
     return ProposalNetwork(backbone=backbone, rpn=head, pixel_stats=pixel_stats)

@@ -1,4 +1,4 @@
-"""The two-stage detectors: proposals first, then what they hold."""
+"""Two-stage detectors: an RPN (or a file) proposes boxes, then a box head classifies and refines them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from boxwright.structures import Batch, Detections, Proposals, Targets
 
 
 class RCNN(Detector):
-    """A backbone, a region proposal network (or proposals that come with the batch), a box head, maybe a mask head."""
+    """A backbone, a region proposal network (or proposals from the batch), a box head and, optionally, a mask head."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RCNN(Detector):
         return losses
 
     def detect(self, batch: Batch) -> Detections:
-        """The box head's detections on the proposals of testing, with masks where there is a head for them."""
+        """The box head's detections, with masks if there is a mask head."""
         features = self.backbone(self.normalize(batch.images, batch.image_sizes))
         proposals, _ = self._proposals(features, batch, None)
         detections = self.box_head.detect(features, proposals, batch.image_sizes)
@@ -66,9 +66,9 @@ class RCNN(Detector):
     def _proposals(
         self, features: Sequence[Tensor], batch: Batch, targets: Targets | None
     ) -> tuple[Proposals, dict[str, Tensor]]:
-        """The first stage: proposals and, where there are targets to learn from, its losses."""
+        """Proposals and the RPN's losses; there are no losses without targets or without an RPN."""
         if self.rpn is None:
-            assert batch.proposals is not None, "a detector without an RPN needs proposals in its batch"
+            assert batch.proposals is not None, "a detector without an RPN needs batch.proposals"
             return batch.proposals, {}
         canvas = (batch.images.shape[2], batch.images.shape[3])
         proposals = self.rpn.propose(features, canvas, batch.image_sizes, training=targets is not None)
@@ -84,15 +84,15 @@ def fast_rcnn(
     box: BoxConfig = BoxConfig(),
     box_head: Callable[..., BoxHead] = BoxHead,
 ) -> RCNN:
-    """Build a Fast R-CNN (Girshick, 2015) on a feature pyramid; its proposals come with the batch.
+    """Build a Fast R-CNN (Girshick, 2015) on a feature pyramid. The batch must contain the proposals.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         box: hyperparameters of the box head.
-        box_head: called with (channels, strides, num_classes, box, conventions).
+        box_head: box head factory, called with (channels, strides, num_classes, box, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     head = box_head(channels, strides, num_classes, box, conventions)
@@ -113,14 +113,14 @@ def faster_rcnn(
     """Build a Faster R-CNN (Ren et al., 2015) on a feature pyramid.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         rpn: hyperparameters of the region proposal network.
         box: hyperparameters of the box head.
-        rpn_head: called with (channels, strides, rpn, conventions).
-        box_head: called with (channels, strides, num_classes, box, conventions).
+        rpn_head: RPN head factory, called with (channels, strides, rpn, conventions).
+        box_head: box head factory, called with (channels, strides, num_classes, box, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(
@@ -147,16 +147,16 @@ def mask_rcnn(
     """Build a Mask R-CNN (He et al., 2017) on a feature pyramid.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         rpn: hyperparameters of the region proposal network.
         box: hyperparameters of the box head.
         mask: hyperparameters of the mask head.
-        rpn_head: called with (channels, strides, rpn, conventions).
-        box_head: called with (channels, strides, num_classes, box, conventions).
-        mask_head: called with (channels, strides, num_classes, mask, conventions).
+        rpn_head: RPN head factory, called with (channels, strides, rpn, conventions).
+        box_head: box head factory, called with (channels, strides, num_classes, box, conventions).
+        mask_head: mask head factory, called with (channels, strides, num_classes, mask, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(
@@ -179,17 +179,17 @@ def fast_mask_rcnn(
     box_head: Callable[..., BoxHead] = BoxHead,
     mask_head: Callable[..., MaskHead] = MaskHead,
 ) -> RCNN:
-    """Build a Mask R-CNN whose proposals come with the batch, as Fast R-CNN's do.
+    """Build a Mask R-CNN without an RPN. The batch must contain the proposals, as for Fast R-CNN.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels.
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         box: hyperparameters of the box head.
         mask: hyperparameters of the mask head.
-        box_head: called with (channels, strides, num_classes, box, conventions).
-        mask_head: called with (channels, strides, num_classes, mask, conventions).
+        box_head: box head factory, called with (channels, strides, num_classes, box, conventions).
+        mask_head: mask head factory, called with (channels, strides, num_classes, mask, conventions).
     """
     channels, strides = backbone.channels[0], backbone.strides
     return RCNN(

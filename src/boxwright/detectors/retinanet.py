@@ -1,4 +1,4 @@
-"""RetinaNet: one stage, every anchor classified and refined."""
+"""RetinaNet: a one-stage detector that classifies and refines every anchor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from boxwright.structures import Batch, Detections
 
 
 class RetinaNet(Detector):
-    """A backbone and a head at every level."""
+    """A backbone and a head that is shared by all feature levels."""
 
     def __init__(self, *, backbone: Backbone, head: RetinaHead, pixel_stats: PixelStats) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def retinanet(
     """Build a RetinaNet (Lin et al., 2017) on a feature pyramid.
 
     Args:
-        backbone: gives a pyramid whose levels have equal channels; P3 to P7 in the paper.
-        num_classes: object classes, background not counted.
-        pixel_stats: what the backbone expects of pixels.
-        conventions: the geometry that the weights were or will be trained with.
+        backbone: feature pyramid whose levels all have the same number of channels (P3 to P7 in the paper).
+        num_classes: number of object classes, without background.
+        pixel_stats: pixel mean, standard deviation and colour order that the backbone was trained with.
+        conventions: box geometry that the weights were (or will be) trained with.
         retina: hyperparameters of the head.
-        retina_head: called with (channels, strides, num_classes, retina, conventions).
+        retina_head: head factory, called with (channels, strides, num_classes, retina, conventions).
     """
     head = retina_head(backbone.channels[0], backbone.strides, num_classes, retina, conventions)
     return RetinaNet(backbone=backbone, head=head, pixel_stats=pixel_stats)

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks, measured by hotcoco, whose numbers are pycocotools' numbers.
+"""COCO's average precision of boxes and masks, computed by hotcoco, which gives the same values as pycocotools.
 
 T IoU thresholds, R recall points (0, 0.01, ... 1), C categories, A areas (all, small, medium, large), M limits.
 """
@@ -24,24 +24,25 @@ NUM_RECALLS = 101
 
 @dataclass(frozen=True, kw_only=True)
 class CocoMetrics:
-    """COCO's numbers of one data set, in 0..1; -1 (as in pycocotools) where there is no object to measure with."""
+    """COCO metrics of a data set, in 0..1; -1 (as in pycocotools) if there is no object to evaluate on."""
 
     summary: dict[str, float]
-    """The twelve numbers, by name: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl (limits as asked for)."""
+    """The twelve metrics by name: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl (with the detection limits
+    used)."""
     categories: Sequence[Category]
-    """The data set's categories."""
+    """Categories of the data set."""
     num_objects: np.ndarray
-    """[C] int64, objects of each category in the evaluated images, crowd regions not counted."""
+    """[C] int64, number of objects of each category in the evaluated images, without crowd regions."""
     per_class: np.ndarray
-    """[C, 7] float64, the numbers of each category in the order of `CLASS_COLUMNS`."""
+    """[C, 7] float64, metrics of each category in the order of `CLASS_COLUMNS`."""
     precision: np.ndarray
-    """[3, R, C] float64, precision over recall for each of `CURVES`: the mean over IoU 0.50:0.95, IoU 0.5, IoU 0.75."""
+    """[3, R, C] float64, precision over recall for each of `CURVES`: mean over IoU 0.50:0.95, IoU 0.5, IoU 0.75."""
     masks: CocoMetrics | None = None
-    """The same of the detections' masks, where they have any; all else here is of their boxes."""
+    """Metrics of the masks, if the detections have masks. All other fields are metrics of the boxes."""
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The summary of the boxes, and that of the masks under `mask_AP`, `mask_AP50` and so on."""
+        """Summary of the boxes, and summary of the masks as `mask_AP`, `mask_AP50` and so on."""
         masks = {} if self.masks is None else self.masks.summary
         return {**self.summary, **{f"mask_{name}": value for name, value in masks.items()}}
 
@@ -53,7 +54,7 @@ class CocoMetrics:
         *,
         with_masks: bool = False,
     ) -> CocoMetrics:
-        """Metrics of the right shapes in which nothing is measured."""
+        """Metrics of the right shapes in which every value is -1 or 0 (nothing evaluated)."""
         return cls(
             summary=dict.fromkeys(summary_names(max_detections), -1.0),
             categories=list(categories),
@@ -64,16 +65,16 @@ class CocoMetrics:
         )
 
     def pack(self) -> np.ndarray:
-        """All numbers as one float64 vector, to send to other ranks."""
+        """All metrics as one float64 vector, to send to other ranks."""
         parts = [np.array(list(self.summary.values())), self.num_objects, self.per_class, self.precision]
         parts += [] if self.masks is None else [self.masks.pack()]
         return np.concatenate([part.astype(np.float64).ravel() for part in parts])
 
-    def unpack(self, numbers: np.ndarray) -> CocoMetrics:
-        """Metrics shaped as these that hold `numbers` (from `pack`)."""
+    def unpack(self, values: np.ndarray) -> CocoMetrics:
+        """Metrics with the shapes of these metrics and the values in `values` (from `pack`)."""
         parts = (np.array(list(self.summary.values())), self.num_objects, self.per_class, self.precision)
         ends = np.cumsum([part.size for part in parts])
-        summary, num_objects, per_class, precision, masks = np.split(numbers, ends)
+        summary, num_objects, per_class, precision, masks = np.split(values, ends)
         return CocoMetrics(
             summary=dict(zip(self.summary, summary.tolist(), strict=True)),
             categories=self.categories,
@@ -85,36 +86,36 @@ class CocoMetrics:
 
 
 def summary_names(max_detections: Sequence[int] = (1, 10, 100)) -> list[str]:
-    """The names of the twelve numbers, in COCO's order."""
+    """Names of the twelve metrics, in COCO's order."""
     return ["AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AR{limit}" for limit in max_detections), "ARs", "ARm", "ARl"]
 
 
 def coco_limits(max_detections: int) -> tuple[int, int, int]:
-    """COCO's 1, 10 and 100 detections an image and category, the last raised to what a detector gives an image."""
+    """COCO's limits of 1, 10 and 100 detections per image and category; the last is raised to `max_detections`."""
     return (1, 10, max(100, max_detections))
 
 
 def coco_metrics(
     ground_truth: GroundTruth | Dataset, results: Results, *, max_detections: tuple[int, int, int] = (1, 10, 100)
 ) -> CocoMetrics:
-    """Measure `results` against the ground truth, over the images in `results.evaluated` alone.
+    """Evaluate `results` against the ground truth, on the images in `results.evaluated` only.
 
-    Where results have masks, these are measured too (`CocoMetrics.masks`).
+    If the results have masks, the masks are evaluated too (`CocoMetrics.masks`).
 
     Args:
-        ground_truth: A data set, or its `GroundTruth` where it is measured more than once.
-        results: Labels are rows of the data set's categories.
-        max_detections: Three rising limits of detections an image and category; COCO's numbers are stated for the
-            last one (average recall: for each). Crowded images need more than COCO's 100.
+        ground_truth: A data set, or its `GroundTruth` to read the objects only once for several evaluations.
+        results: Detections; labels are indices into the data set's categories.
+        max_detections: Three ascending limits of detections per image and category. Average precision uses the last
+            one, average recall each of them. Crowded images need more than COCO's 100.
 
     Raises:
-        ValueError: As `GroundTruth.evaluator`.
+        ValueError: The limits are not ascending; or as `GroundTruth.evaluator`.
     """
     truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth)
     for limit in max_detections:
         check_count("max_detections", limit)
     if len(max_detections) != 3 or list(max_detections) != sorted(max_detections):
-        raise ValueError(f"max_detections={max_detections}: expected three rising limits, such as (1, 10, 100)")
+        raise ValueError(f"max_detections={max_detections}: expected three ascending limits, such as (1, 10, 100)")
     metrics = _measure(truth, results, max_detections, with_masks=False)
     if results.masks is None:
         return metrics
@@ -124,7 +125,7 @@ def coco_metrics(
 def _measure(
     truth: GroundTruth, results: Results, max_detections: tuple[int, int, int], *, with_masks: bool
 ) -> CocoMetrics:
-    """The numbers of the boxes, or of the masks."""
+    """Metrics of the boxes, or of the masks."""
     evaluator = truth.evaluator(results, max_detections=max_detections, with_masks=with_masks)
     tables = accumulate(evaluator)
     order = _file_order(evaluator, truth.categories)
@@ -160,7 +161,7 @@ def _measure(
 
 
 def accumulate(evaluator: hotcoco.COCOeval) -> dict[str, np.ndarray]:
-    """Run an evaluator; `precision` [T, R, C, A, M] and `recall` [T, C, A, M]."""
+    """Run an evaluator. Returns, among others, `precision` [T, R, C, A, M] and `recall` [T, C, A, M]."""
     evaluator.evaluate()
     evaluator.accumulate()
     tables = evaluator.eval
@@ -169,19 +170,19 @@ def accumulate(evaluator: hotcoco.COCOeval) -> dict[str, np.ndarray]:
 
 
 def _file_order(evaluator: hotcoco.COCOeval, categories: Sequence[Category]) -> list[int]:
-    """For each category of ours, its place on the evaluator's category axis (which hotcoco may have sorted)."""
-    places = {int(category_id): place for place, category_id in enumerate(evaluator.params.cat_ids)}
-    return [places[category.id] for category in categories]
+    """Index of each category on the evaluator's category axis, which hotcoco may have sorted."""
+    positions = {int(category_id): position for position, category_id in enumerate(evaluator.params.cat_ids)}
+    return [positions[category.id] for category in categories]
 
 
 def mean_measured(values: np.ndarray) -> float:
-    """The mean over what could be measured, -1 where nothing could: pycocotools' rule."""
+    """Mean over the defined values (above -1), or -1 if there are none, as in pycocotools."""
     measured = values[values > -1]
     return float(measured.mean()) if len(measured) else -1.0
 
 
 def _count_objects(coco: hotcoco.COCO, categories: Sequence[Category], evaluated: np.ndarray) -> np.ndarray:
-    """Objects of each category in the evaluated images."""
+    """Number of objects of each category in the evaluated images."""
     images = evaluated.tolist()
     return np.array(
         [

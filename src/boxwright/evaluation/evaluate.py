@@ -1,6 +1,6 @@
-"""Run a detector over a data set, the images shared out over all ranks, and measure what it found.
+"""Evaluate a detector on a data set, with the images distributed over all ranks.
 
-B images, D detections an image; N detections over the data set.
+B images, D detections per image; N detections over the data set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from boxwright.precision import Precision, autocast
 from boxwright.structures import Batch, Detections, map_tensors, to_device
 
 COORDINATE_DECIMALS = 3
-"""Coordinates are kept to a thousandth of a pixel, about what float32 resolves, which keeps results files short."""
+"""Coordinates are rounded to a thousandth of a pixel, about the resolution of float32, to keep results files small."""
 
 
 def evaluate(
@@ -43,20 +43,22 @@ def evaluate(
     max_detections: tuple[int, int, int] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Results, CocoMetrics]:
-    """Detect over `batches` and measure against `dataset`; every rank returns the results and metrics of all ranks.
+    """Detect objects in `batches` and evaluate them on `dataset`.
+
+    Every rank returns the results and metrics of all ranks.
 
     Args:
-        detector: Its training mode is left as found.
-        dataset: The ground truth.
-        batches: This rank's share, as `EvaluationLoader` gives it.
-        device: Where the detector is.
-        precision: What the detector computes in; `auto` is bfloat16 on GPUs that have it, else float32.
-        categories: The model's, whose order its labels follow; left out, they are the data set's.
-        max_detections: See `coco_metrics`; left out, `coco_limits` of what the detector gives at most.
-        progress: Called with the number of images of each finished batch of this rank.
+        detector: Detector; its training mode is restored afterwards.
+        dataset: Data set with the ground truth.
+        batches: This rank's share of the images, from `EvaluationLoader`.
+        device: Device of the detector.
+        precision: Precision of the computation; `auto` is bfloat16 on GPUs that support it, float32 otherwise.
+        categories: Categories of the model, in the order of its labels; None for the categories of the data set.
+        max_detections: See `coco_metrics`; None for `coco_limits` of the detector's maximum number of detections.
+        progress: Called after each batch of this rank with its number of images.
 
     Raises:
-        ValueError: The model's category names are not the data set's.
+        ValueError: The categories of the model and of the data set have different names.
     """
     new_labels = None if categories is None else match_categories(categories, dataset.categories)
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress)
@@ -75,9 +77,9 @@ def evaluate_proposals(
     precision: Precision = "float32",
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Results, dict[str, float]]:
-    """As `evaluate`, for a detector of proposals: their average recall by name (see `proposal_recall`).
+    """Evaluate an RPN: like `evaluate`, but returns the average recall of proposals by name (see `proposal_recall`).
 
-    The results hold the best 1000 of an image, which are all that it is measured with.
+    The results contain the best 1000 proposals per image, which is the largest limit of the metrics.
     """
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress, limit=LIMITS[-1])
     if _is_first_rank():
@@ -96,10 +98,10 @@ def detect_dataset(
     progress: Callable[[int], Any] | None = None,
     limit: int | None = None,
 ) -> Results:
-    """What `detector` finds in every image of every rank, in pixels of the files and clipped to them.
+    """Detect objects in the images of all ranks. Boxes are in pixels of the files and clipped to the images.
 
-    Every rank gets the whole, in the same order whatever the number of ranks. Arguments as in `evaluate`; of an image
-    the best `limit` are kept, all where it is None.
+    Every rank gets the results of all ranks, in an order that does not depend on the number of ranks. Arguments as in
+    `evaluate`; `limit` is the maximum number of detections per image (None for all).
     """
     device, detector = check_device(device), as_detector(detector)
     if limit is not None:
@@ -109,25 +111,25 @@ def detect_dataset(
     pending: list[Future[tuple[np.ndarray, Masks | None]]] = []
     detector.eval()
     try:
-        # Masks are pasted and encoded while the device is at the next batch.
-        with ThreadPoolExecutor(1) as beside, torch.inference_mode(), autocast(device, precision):
+        # Masks are pasted and encoded on a thread while the device processes the next batch.
+        with ThreadPoolExecutor(1) as thread, torch.inference_mode(), autocast(device, precision):
             for batch in batches:
                 detections = without_non_finite(detector.detect(to_device(batch, device)))
                 detections = map_tensors(detections, lambda slots: slots[:, :limit].cpu())
                 if pending:
-                    pending[-1].result()  # So that batches do not pile up, and an error shows at once.
-                pending.append(beside.submit(_in_files, batch, detections))
+                    pending[-1].result()  # Keeps batches from piling up, and raises errors early.
+                pending.append(thread.submit(_in_files, batch, detections))
                 evaluated.append(batch.image_ids.numpy())
                 if progress is not None:
                     progress(len(batch.image_ids))
-        found = [future.result() for future in pending]
+        parts = [future.result() for future in pending]
     finally:
         detector.train(was_training)
-    masks = [part for _, part in found if part is not None]
-    table = _gather_rows(np.concatenate([np.zeros((0, 7)), *(rows for rows, _ in found)]), device)
+    masks = [part for _, part in parts if part is not None]
+    table = _gather_rows(np.concatenate([np.zeros((0, 7)), *(rows for rows, _ in parts)]), device)
     image_ids = _gather_rows(np.concatenate(evaluated)[:, None].astype(np.float64), device)[:, 0]
     gathered = _gather_masks(masks, device)
-    # By image, and stable within one: the order, and with it how equal scores rank, is that of a single process.
+    # Sort stably by image, so that the order, and with it the rank of equal scores, is the same as in a single process.
     order = np.argsort(table[:, 0], kind="stable")
     table = table[order]
     return Results(
@@ -142,20 +144,20 @@ def detect_dataset(
 
 @torch.inference_mode()
 def _in_files(batch: Batch, detections: Detections) -> tuple[np.ndarray, Masks | None]:
-    """`_file_table` and `file_masks`, None where there are no masks."""
+    """Table and masks of detections in pixels of the files; masks are None if the detector has none."""
     return _file_table(batch, detections), None if detections.masks is None else file_masks(batch, detections)
 
 
 def without_non_finite(detections: Detections) -> Detections:
-    """Mark detections invalid whose score or box is not finite; Boxwright's own detectors keep none."""
+    """Mark detections with a non-finite score or box as invalid. Boxwright's own detectors output none."""
     finite = detections.boxes.isfinite().all(-1) & detections.scores.isfinite()
     return replace(detections, valid=detections.valid & finite)
 
 
 def file_boxes(batch: Batch, detections: Detections) -> Tensor:
-    """[B, D, 4] float64 on the CPU: the detections' boxes as xyxy in pixels of the files, clipped to the files.
+    """[B, D, 4] float64 on the CPU: boxes of detections as xyxy in pixels of the files, clipped to the images.
 
-    A box with x2 < x1 or y2 < y1 becomes one without area.
+    A box with x2 < x1 or y2 < y1 becomes a box without area.
     """
     to_file = affine.invert(batch.transforms.cpu().double())
     boxes = affine.transform_boxes(detections.boxes.cpu().double(), to_file)
@@ -166,11 +168,11 @@ def file_boxes(batch: Batch, detections: Detections) -> Tensor:
 
 
 def file_masks(batch: Batch, detections: Detections) -> Masks:
-    """The masks of the valid detections, image after image, in pixels of the files."""
+    """Masks of the valid detections, image after image, in pixels of the files."""
     assert detections.masks is not None
     valid = detections.valid.cpu()
     sizes = batch.original_sizes.cpu()[:, None].expand(*valid.shape, 2)
-    # The columns of a mirrored picture's masks run against those of its file.
+    # The columns of masks of a flipped image are reversed.
     mirrored = (batch.transforms[:, 0, 0] < 0).cpu()[:, None, None, None]
     masks = detections.masks.cpu().float()
     return paste_masks(
@@ -181,7 +183,7 @@ def file_masks(batch: Batch, detections: Detections) -> Masks:
 
 
 def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
-    """[N, 7] float64, one row a detection: image id, label, score, x, y, width, height (ids are exact up to 2^53)."""
+    """[N, 7] float64, one row per detection: image id (exact up to 2^53), label, score, x, y, width, height."""
     boxes = file_boxes(batch, detections)
     valid = detections.valid.cpu()
     rows = torch.cat(
@@ -198,26 +200,26 @@ def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
 
 
 def _gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows of all ranks, rank after rank. Plain tensors travel, since gathering objects would unpickle them."""
+    """Concatenate the rows of all ranks. Tensors are sent because gathering Python objects would unpickle data."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     count = torch.tensor([len(rows)], device=device)
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     lengths = [int(count.item()) for count in counts]
-    own = torch.from_numpy(rows).to(device)
-    padded = own.new_zeros((max(lengths), *own.shape[1:]))
-    padded[: len(rows)] = own
+    local = torch.from_numpy(rows).to(device)
+    padded = local.new_zeros((max(lengths), *local.shape[1:]))
+    padded[: len(rows)] = local
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return np.concatenate([part[:length].cpu().numpy() for part, length in zip(parts, lengths, strict=True)])
 
 
 def _gather_masks(masks: Sequence[Masks], device: torch.device) -> Masks | None:
-    """The masks of all ranks, rank after rank; None where no rank has any."""
+    """Concatenate the masks of all ranks; None if no rank has masks."""
     counts = [characters for part in masks for characters in part.counts]
     sizes = np.concatenate([np.zeros((0, 2), np.int64), *(part.sizes for part in masks)])
-    # A rank without images does not know whether the detector gives masks.
+    # A rank without images does not know whether the detector outputs masks.
     if not _gather_rows(np.array([bool(masks)]), device).any():
         return None
     lengths = _gather_rows(np.array([len(characters) for characters in counts], np.int64), device)
@@ -233,7 +235,7 @@ def shared_metrics(
     device: torch.device | str,
     max_detections: tuple[int, int, int] = (1, 10, 100),
 ) -> CocoMetrics:
-    """`coco_metrics` computed by rank 0 alone and sent to the others, so that one process reads the annotations."""
+    """Compute `coco_metrics` on rank 0 and send them to all ranks, so that only one process reads the annotations."""
     if _is_first_rank():
         metrics = coco_metrics(dataset, results, max_detections=max_detections)
     else:
@@ -245,10 +247,10 @@ def _is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _from_first_rank(numbers: np.ndarray, device: torch.device | str) -> np.ndarray:
-    """Rank 0's numbers, on every rank, which all pass as many."""
+def _from_first_rank(values: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """Broadcast the values of rank 0. All ranks must pass an array of the same size."""
     if not dist.is_initialized():
-        return numbers
-    tensor = torch.from_numpy(numbers).to(device)
+        return values
+    tensor = torch.from_numpy(values).to(device)
     dist.broadcast(tensor, src=0)
     return tensor.cpu().numpy()

@@ -1,4 +1,4 @@
-"""What detections are measured against: the objects of a data set in hotcoco's form."""
+"""Ground truth for evaluation: the objects of a data set in hotcoco's format."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from boxwright.evaluation.results import Results
 
 
 class GroundTruth:
-    """The objects to measure with: the annotation file's own, areas and crowd regions included.
+    """The objects of a data set as annotated, with the areas and crowd regions of the annotation file.
 
-    What training drops or clips stays as annotated here, so that the numbers are comparable with anyone's.
+    Objects that training drops or clips stay as annotated, so that metrics are comparable with other programs.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        """Read a data set's objects (see `read_objects`).
+        """Read the objects of a data set with `read_objects`.
 
         Raises:
             ValueError: The data set has no categories; or as `read_objects`.
         """
         if not dataset.categories:
-            raise ValueError("the data set has no categories, so there is nothing to measure")
+            raise ValueError("the data set has no categories, so there is nothing to evaluate")
         self.categories = list(dataset.categories)
         self._objects = read_objects(dataset)
         self.coco: hotcoco.COCO = self._objects.index()
 
     @cached_property
     def coco_of_masks(self) -> hotcoco.COCO:
-        """The objects with their masks, the same otherwise.
+        """The objects with their masks.
 
-        The box of an object without a mask is a crowd region here: what is found in it counts neither as right nor as
-        wrong.
+        The box of an object without a mask becomes a crowd region: detections inside count neither as true nor as false
+        positives.
         """
         return self._objects.index(with_masks=True)
 
     def masks(self, objects: Sequence[dict[str, Any]]) -> Masks:
-        """The masks of objects (from `coco`), the box for those without."""
-        same = self.coco_of_masks.load_anns([thing["id"] for thing in objects])
-        runs = [self.coco_of_masks.ann_to_rle(thing) for thing in same]
+        """Masks of objects (entries of `coco`); the mask of an object without one is its box."""
+        same = self.coco_of_masks.load_anns([item["id"] for item in objects])
+        runs = [self.coco_of_masks.ann_to_rle(item) for item in same]
         return Masks.of([run["counts"] for run in runs], [run["size"] for run in runs])
 
     def require_images(self, results: Results) -> None:
-        """Check that results are of images of this ground truth, and sound.
+        """Check that results are valid and belong to images of this ground truth.
 
-        Detections in images of the ground truth that were not evaluated are allowed: they do not count.
+        Detections in images that are in the ground truth but were not evaluated are allowed, and are ignored.
 
         Raises:
             ValueError: As `check_images`, for the evaluated images and the images of all detections; or as
@@ -63,15 +63,15 @@ class GroundTruth:
     def evaluator(
         self, results: Results, *, max_detections: Sequence[int], with_masks: bool = False
     ) -> hotcoco.COCOeval:
-        """A hotcoco evaluator of `results` over the images that were evaluated, not yet run.
+        """A hotcoco evaluator of `results` on the evaluated images; it has not been run yet.
 
         Args:
-            results: Labels are rows of the categories.
-            max_detections: Rising limits of detections an image and category.
-            with_masks: Whether masks are compared, in place of boxes.
+            results: Detections; labels are indices into the categories.
+            max_detections: Ascending limits of detections per image and category.
+            with_masks: Whether to evaluate masks instead of boxes.
 
         Raises:
-            ValueError: As `require_images`; or a mask is not of its image's size.
+            ValueError: As `require_images`; or a mask does not have the size of its image.
         """
         self.require_images(results)
         category_ids = np.array([category.id for category in self.categories], dtype=np.int64)
@@ -81,10 +81,10 @@ class GroundTruth:
             assert results.masks is not None
             self._require_sizes(results, results.masks)
             runs: list[Any] = results.masks.to_coco()
-            found = self.coco_of_masks.load_res(rows, segmentation=runs)
-            # Small, medium and large go by a mask's own area, as they do for objects, not by its box's.
-            found.update_anns(ids=np.arange(1, len(runs) + 1), area=hotcoco.mask.area(runs))
-            evaluator = hotcoco.COCOeval(self.coco_of_masks, found, "segm")
+            detections = self.coco_of_masks.load_res(rows, segmentation=runs)
+            # The area ranges (small, medium, large) use the area of the mask, as for objects, instead of the box.
+            detections.update_anns(ids=np.arange(1, len(runs) + 1), area=hotcoco.mask.area(runs))
+            evaluator = hotcoco.COCOeval(self.coco_of_masks, detections, "segm")
         else:
             evaluator = hotcoco.COCOeval(self.coco, self.coco.load_res(rows), "bbox")
         evaluator.params.img_ids = results.evaluated.tolist()
@@ -93,34 +93,34 @@ class GroundTruth:
         return evaluator
 
     def _require_sizes(self, results: Results, masks: Masks) -> None:
-        """Check that masks are of their pictures' sizes: hotcoco would take others for masks that overlap nothing.
+        """Check that masks have the sizes of their images; hotcoco treats masks of other sizes as without overlap.
 
         Raises:
-            ValueError: One in an evaluated image is not.
+            ValueError: A mask in an evaluated image has a different size.
         """
         sizes = {image["id"]: (image["height"], image["width"]) for image in self._objects.images}
         rows = np.flatnonzero(np.isin(results.image_ids, results.evaluated))
         image_ids = results.image_ids[rows].tolist()
-        wanted = np.array([sizes[image_id] for image_id in image_ids], np.int64).reshape(-1, 2)
-        wrong = np.flatnonzero((masks.sizes[rows] != wanted).any(axis=1))
+        expected = np.array([sizes[image_id] for image_id in image_ids], np.int64).reshape(-1, 2)
+        wrong = np.flatnonzero((masks.sizes[rows] != expected).any(axis=1))
         if len(wrong):
             first = wrong[0]
             raise ValueError(
-                "a mask in image {} is {} x {} pixels, the picture {} x {} (height x width): masks are measured in "
-                "pixels of the files".format(image_ids[first], *masks.sizes[rows[first]], *wanted[first])
+                "a mask in image {} has {} x {} pixels, but the image has {} x {} (height x width). Masks must be in "
+                "pixels of the files".format(image_ids[first], *masks.sizes[rows[first]], *expected[first])
             )
 
 
 def check_images(results: Results, image_ids: Collection[int]) -> None:
-    """Check that the evaluated images, and the images of all detections, are among `image_ids`.
+    """Check that the evaluated images, and the images of all detections, are in `image_ids`.
 
     Raises:
-        ValueError: No image was evaluated, or there are images that the ground truth does not have.
+        ValueError: No image was evaluated, or images are not in the ground truth.
     """
     if not len(results.evaluated):
-        raise ValueError("no image was evaluated, so there is nothing to measure")
+        raise ValueError("no image was evaluated, so there are no metrics")
     known = np.fromiter(image_ids, np.int64)
-    fix = "the results belong to another data set or another split. Measure them with the split that they come from"
+    fix = "the results belong to another data set or split. Evaluate them on the split that they come from"
     unknown = np.setdiff1d(results.evaluated, known)
     if len(unknown):
         raise ValueError(
@@ -137,5 +137,5 @@ def check_images(results: Results, image_ids: Collection[int]) -> None:
 
 
 def _examples(image_ids: np.ndarray) -> str:
-    """The first three."""
+    """The first three ids, for a message."""
     return ", ".join(map(str, image_ids[:3].tolist())) + (", ..." if len(image_ids) > 3 else "")

@@ -1,4 +1,4 @@
-"""The objects of a data set as measuring needs them, of annotation files and of any other data set.
+"""Read the objects of a data set for evaluation, from its annotation file or from its samples.
 
 K objects.
 """
@@ -23,24 +23,24 @@ from boxwright.data.formats.columns import POLYGONS, RLE, Columns
 from boxwright.data.masks import rle
 
 COORDINATE_DECIMALS = 3
-"""Of the corners of annotated polygons."""
+"""Number of decimals to which polygon coordinates are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """The objects of a data set, K of them."""
+    """The K objects of a data set."""
 
     images: list[dict[str, Any]]
-    """Hotcoco's entry of each picture: id, file_name, height, width."""
+    """hotcoco's entry of each image: id, file_name, height, width."""
     categories: list[dict[str, Any]]
-    """Hotcoco's entry of each class: id, name."""
+    """hotcoco's entry of each category: id, name."""
     columns: dict[str, np.ndarray]
-    """What hotcoco takes for each object: image_ids, category_ids, boxes (x, y, width, height), ids, area, iscrowd."""
+    """hotcoco's columns of the objects: image_ids, category_ids, boxes (x, y, width, height), ids, area, iscrowd."""
     masks: Callable[[], Sequence[Any]]
-    """Gives K masks as polygons or runs, None where there is none; called only where masks are measured."""
+    """Returns K masks, as polygons or run lengths, or None for objects without; called only if masks are evaluated."""
 
     def index(self, *, with_masks: bool = False) -> hotcoco.COCO:
-        """Hotcoco's form of them; with masks, objects without one are crowd regions of their boxes' shape."""
+        """Convert to hotcoco. With masks, an object without a mask becomes a crowd region of the shape of its box."""
         columns: dict[str, Any] = self.columns
         if with_masks:
             masks = self.masks()
@@ -54,13 +54,13 @@ class Objects:
 
 
 def read_objects(dataset: Dataset) -> Objects:
-    """The objects of a data set: of its annotation file (`annotations`) where it has one, else of its samples.
+    """Read the objects of a data set, from its annotations (`annotations`) if it has any, else from its samples.
 
-    Those of a `ConcatDataset` are its parts', each read so. What is in a file stays as annotated, where samples hold
-    what training makes of it.
+    The objects of a `ConcatDataset` are read from its parts. Objects from annotations are as annotated, whereas samples
+    are preprocessed for training.
 
     Raises:
-        ValueError: Two pictures have the same id, or a sample's mask does not fit its picture.
+        ValueError: Two images have the same id, or a mask of a sample does not fit its image.
     """
     info = DatasetInfo(dataset)
     if info.annotations is not None:
@@ -72,23 +72,23 @@ def read_objects(dataset: Dataset) -> Objects:
     for image_id, count in Counter(image["id"] for image in objects.images).most_common(1):
         if count > 1:
             raise ValueError(
-                f"{count} pictures have the image id {image_id}, so that their objects cannot be told apart: give each "
-                "its own (a RepeatDataset is for training: measure on what it repeats)"
+                f"{count} images have the image id {image_id}. Give each image its own id (a RepeatDataset is for "
+                "training: evaluate on the data set that it repeats)"
             )
     return objects
 
 
 def _outline(box: Sequence[float]) -> list[list[float]]:
-    """A box (x, y, width, height) as a polygon."""
+    """Convert a box (x, y, width, height) to a polygon."""
     x, y, width, height = box
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 def _from_file(annotations: Path, image_folder: Path | None) -> Objects:
-    """Ground truth from annotations in any known format, read as training reads them.
+    """Read ground truth from annotations in any supported format, with the same reader as for training.
 
-    hotcoco's own reader refuses what training takes: a byte order mark, a licence that is no number, fields of one's
-    own that COCO uses otherwise.
+    hotcoco's own reader rejects files that the training accepts: with a byte order mark, a licence that is not a
+    number, or custom fields with names that COCO uses differently.
     """
     columns, _ = read_columns(annotations, image_folder)
     images = [
@@ -114,8 +114,8 @@ def _from_file(annotations: Path, image_folder: Path | None) -> Objects:
 
 
 def _masks_of(columns: Columns) -> list[Any]:
-    """Each annotation's polygons or runs, None where it has none."""
-    # The columns are float32; files have two decimals or so, which come back to the last digit.
+    """Polygons or run lengths of each annotation; None for an annotation without a mask."""
+    # The columns are float32. Files have about two decimals, which rounding restores exactly.
     points = np.asarray(columns.points).astype(np.float64).round(COORDINATE_DECIMALS).tolist()
     point_ends, polygon_ends = [0, *columns.point_ends], [0, *columns.polygon_ends]
     rle_ends, sizes = [0, *columns.rle_ends], np.asarray(columns.rle_sizes).reshape(-1, 2).tolist()
@@ -133,9 +133,9 @@ def _masks_of(columns: Columns) -> list[Any]:
 
 
 def _from_parts(dataset: ConcatDataset) -> Objects:
-    """Ground truth of joined data sets: each part's own, under the joined image ids and classes."""
+    """Ground truth of a concatenation: ground truth of the parts, with the concatenation's image ids and labels."""
     images: list[dict[str, Any]] = []
-    chosen: list[tuple[Objects, np.ndarray]] = []
+    selected: list[tuple[Objects, np.ndarray]] = []
     columns: list[dict[str, np.ndarray]] = []
     joined_ids = np.array([category.id for category in dataset.categories], dtype=np.int64)
     image_ids = np.split(dataset.image_ids, np.cumsum([len(part) for part in dataset.parts])[:-1])
@@ -143,38 +143,39 @@ def _from_parts(dataset: ConcatDataset) -> Objects:
         dataset.parts, dataset.part_labels, dataset.part_shifts, image_ids, strict=True
     ):
         objects = read_objects(part)
-        # A file may hold pictures that the part leaves out, whose ids another part may have.
-        own = set((ids - shift).tolist())
-        images += [{**image, "id": image["id"] + int(shift)} for image in objects.images if image["id"] in own]
+        # A file may contain images that the part omits, and another part may have their ids.
+        part_ids = set((ids - shift).tolist())
+        images += [{**image, "id": image["id"] + int(shift)} for image in objects.images if image["id"] in part_ids]
         categories = {category.id: joined_ids[label] for category, label in zip(part.categories, labels, strict=True)}
         kept = np.isin(objects.columns["image_ids"], ids - shift)
         kept &= np.isin(objects.columns["category_ids"], list(categories))
         rows = np.flatnonzero(kept)
-        own_columns = {name: column[rows] for name, column in objects.columns.items()}
-        own_columns["image_ids"] = own_columns["image_ids"] + shift
-        own_columns["category_ids"] = np.array([categories[i] for i in own_columns["category_ids"].tolist()], np.int64)
-        columns.append(own_columns)
-        chosen.append((objects, rows))
-    together = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+        part_columns = {name: column[rows] for name, column in objects.columns.items()}
+        part_columns["image_ids"] = part_columns["image_ids"] + shift
+        category_ids = [categories[i] for i in part_columns["category_ids"].tolist()]
+        part_columns["category_ids"] = np.array(category_ids, np.int64)
+        columns.append(part_columns)
+        selected.append((objects, rows))
+    merged = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     return Objects(
         images=images,
         categories=[{"id": category.id, "name": category.name} for category in dataset.categories],
-        columns={**together, "ids": np.arange(1, len(together["boxes"]) + 1)},
-        masks=partial(_masks_of_parts, chosen),
+        columns={**merged, "ids": np.arange(1, len(merged["boxes"]) + 1)},
+        masks=partial(_masks_of_parts, selected),
     )
 
 
-def _masks_of_parts(chosen: Sequence[tuple[Objects, np.ndarray]]) -> list[Any]:
-    """The masks of some objects (rows, [k] int) of each part."""
-    found: list[Any] = []
-    for objects, rows in chosen:
+def _masks_of_parts(selected: Sequence[tuple[Objects, np.ndarray]]) -> list[Any]:
+    """Masks of the selected objects (rows, [k] int) of each part."""
+    selected_masks: list[Any] = []
+    for objects, rows in selected:
         masks = objects.masks()
-        found += [masks[row] for row in rows.tolist()]
-    return found
+        selected_masks += [masks[row] for row in rows.tolist()]
+    return selected_masks
 
 
 def _from_samples(dataset: Dataset) -> Objects:
-    """Ground truth from one pass over the samples; an area is its mask's, or its box's where there is no mask."""
+    """Ground truth from one pass over the samples. The area of an object is the area of its mask, else of its box."""
     images, image_ids, boxes, labels, crowd = [], [], [], [], []
     masks: list[dict[str, Any] | None] = []
     for index in range(len(dataset)):
@@ -209,36 +210,36 @@ def _from_samples(dataset: Dataset) -> Objects:
 
 
 def _sample_masks(sample: Sample) -> list[dict[str, Any] | None]:
-    """A sample's masks as compressed runs, which are the only form that a whole data set's memory allows.
+    """Masks of a sample as compressed run lengths, which are small enough to keep for a whole data set.
 
     Raises:
-        ValueError: There are more or fewer masks than objects, or one is not of the picture's size.
+        ValueError: The numbers of masks and objects differ, or a mask does not have the size of the image.
     """
     if sample.masks is None:
         return [None] * len(sample.boxes)
     if len(sample.masks) != len(sample.boxes):
         raise ValueError(
-            f"{sample.file_name}: {len(sample.masks)} masks for {len(sample.boxes)} objects: give each object one, or "
-            "None"
+            f"{sample.file_name}: {len(sample.masks)} masks for {len(sample.boxes)} objects. Give each object a "
+            "mask or None"
         )
     try:
         return [_mask_runs(mask, sample.image.shape[:2]) for mask in sample.masks]
     except ValueError as error:
-        raise ValueError(f"{sample.file_name}: a mask does not fit: {error}") from error
+        raise ValueError(f"{sample.file_name}: invalid mask: {error}") from error
 
 
 def _mask_runs(mask: Mask, image_size: tuple[int, int]) -> dict[str, Any] | None:
-    """A mask as COCO writes compressed runs, rasterised as the COCO API does it; None where there is none."""
+    """Convert a mask to COCO's compressed run lengths, rasterised as in the COCO API; None for no mask."""
     height, width = image_size
     if mask is None:
         return None
     if isinstance(mask, bytes):
         if (total := int(rle.decompress(mask).sum())) != height * width:
-            raise ValueError(f"its run lengths add up to {total} pixels, the picture has {height} x {width}")
+            raise ValueError(f"run lengths add up to {total} pixels, but the image has {height} x {width}")
         counts = mask
     elif isinstance(mask, np.ndarray):
         if mask.shape != image_size:
-            raise ValueError(f"its shape is {mask.shape}, that of the picture {image_size}: make both the same")
+            raise ValueError(f"shape {mask.shape} differs from the image's {image_size}")
         counts = hotcoco.mask.encode(np.asfortranarray(mask != 0, np.uint8))["counts"]
     else:
         points = [np.asarray(polygon, np.float64).round(COORDINATE_DECIMALS) for polygon in mask if len(polygon) >= 3]

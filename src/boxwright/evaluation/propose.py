@@ -1,7 +1,7 @@
-"""The proposals of a whole data set, written into one file by all ranks together.
+"""Write the proposals for a whole data set to one file, from all ranks.
 
-Each rank writes a part for each split, beside the file; the first joins the parts. So no process ever holds more than
-its own share of one split, and nothing but a few counts travels between them.
+Each rank writes a part file per split; rank 0 joins the parts. So no process holds more than its own share of one
+split, and only a few counts are communicated.
 """
 
 from __future__ import annotations
@@ -27,60 +27,62 @@ from boxwright.structures import Batch, to_device
 
 
 class ProposalWriter:
-    """Collects the splits of a proposals file; all ranks do the same with it."""
+    """Collects the splits of a proposals file; all ranks must make the same calls."""
 
     def __init__(self, path: Path) -> None:
-        """Begin a file, in a folder that all ranks see; it appears with `finish`, and nothing else is left behind."""
+        """Prepare a file in a folder that all ranks can access. Only `finish` creates the file; parts are removed."""
         self.path = path
         self._parts = path.parent / f".{path.name}.parts"
         self._splits: list[dict[str, Any]] = []
         self._orders: list[list[int]] = []
 
     def __enter__(self) -> ProposalWriter:
-        if _rank() == 0:  # what cannot be written is told before the work
+        if _rank() == 0:  # fail before the work if the file cannot be written
             if self.path.is_dir():
-                raise IsADirectoryError(f"{self.path} is a folder: give the path of the file to write")
+                raise IsADirectoryError(f"{self.path} is a folder. Use the path of a file")
             shutil.rmtree(self._parts, ignore_errors=True)
             try:
                 self._parts.mkdir(parents=True)
             except OSError as error:
                 raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
-        _meet()
+        _barrier()
         return self
 
     def __exit__(self, *_: object) -> None:
         if _rank() == 0:
             shutil.rmtree(self._parts, ignore_errors=True)
 
-    def add(self, name: str, annotations: str, image_ids: Iterable[int], found: Mapping[int, GivenProposals]) -> None:
+    def add(
+        self, name: str, annotations: str, image_ids: Iterable[int], proposals: Mapping[int, GivenProposals]
+    ) -> None:
         """Add a split.
 
         Args:
-            name: Of the split, unlike the others'.
-            annotations: The name of its annotation file, for the record.
-            image_ids: Of all its images, in the data set's order.
-            found: This rank's share, by image id.
+            name: Name of the split, unique in the file.
+            annotations: Name of the annotation file of the split, stored in the metadata.
+            image_ids: Ids of all images of the split, in the order of the data set.
+            proposals: Proposals of this rank's images, by image id.
         """
         self._orders.append(list(image_ids))
         self._splits.append({"name": name, "annotations": annotations, "images": len(self._orders[-1])})
         write_proposals(
             self._part(len(self._splits) - 1, _rank()),
-            image_ids=found.keys(),
-            counts=[len(given.boxes) for given in found.values()],
-            images=found.values(),
-            page={"splits": [{"name": name, "images": len(found)}]},
+            image_ids=proposals.keys(),
+            counts=[len(image.boxes) for image in proposals.values()],
+            images=proposals.values(),
+            page={"splits": [{"name": name, "images": len(proposals)}]},
         )
 
     def finish(self, page: Mapping[str, Any]) -> tuple[int, int]:
         """Join the parts on rank 0.
 
         Args:
-            page: What the file says besides its splits.
+            page: Metadata of the file, in addition to the splits.
 
         Returns:
-            The numbers of images and of proposals written; zeros on the other ranks.
+            Number of images and number of proposals written; zeros on the other ranks.
         """
-        _meet()
+        _barrier()
         total = (0, 0)
         if _rank() == 0:
             counts = np.concatenate([self._counts(number) for number in range(len(self._splits))])
@@ -92,7 +94,7 @@ class ProposalWriter:
                 page={"splits": self._splits, **page},
             )
             total = len(counts), int(counts.sum())
-        _meet()
+        _barrier()
         return total
 
     def _counts(self, number: int) -> np.ndarray:
@@ -125,36 +127,36 @@ def propose(
     limit: int = 1000,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[dict[int, GivenProposals], dict[str, float]]:
-    """What a proposal network proposes on this rank's images, and the recall of all ranks' proposals.
+    """Compute the proposals of an RPN for this rank's images, and the recall of the proposals of all ranks.
 
     Args:
-        detector: Its training mode is left as found.
-        dataset: The ground truth.
-        batches: This rank's share, as `EvaluationLoader` gives it.
-        device: Where the detector is.
-        precision: What the detector computes in.
-        limit: The best so many of an image are kept.
-        progress: Called with the number of images of each finished batch of this rank.
+        detector: RPN; its training mode is restored afterwards.
+        dataset: Data set with the ground truth.
+        batches: This rank's share of the images, from `EvaluationLoader`.
+        device: Device of the detector.
+        precision: Precision of the computation.
+        limit: Maximum number of proposals per image; the best are kept.
+        progress: Called after each batch of this rank with its number of images.
 
     Returns:
-        The proposals by image id, in pixels of the files and clipped to them, and the recall by name.
+        Proposals by image id, in pixels of the files and clipped to the images, and recall by name.
     """
     check_count("limit", limit)
     device, detector = check_device(device), as_detector(detector)
     was_training = detector.training
     detector.eval()
-    found: dict[int, GivenProposals] = {}
+    proposals: dict[int, GivenProposals] = {}
     counter = RecallCounter(dataset)
     with torch.inference_mode(), autocast(device, precision):
         for batch in batches:
             detections = without_non_finite(detector.detect(to_device(batch, device)))
             boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
-            for image_id, own, certainty, valid in zip(
+            for image_id, image_boxes, image_scores, valid in zip(
                 batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
             ):
-                given = GivenProposals(own[valid][:limit], certainty[valid][:limit])
-                found[image_id] = given
-                corners = given.boxes.astype(np.float64)
+                image_proposals = GivenProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
+                proposals[image_id] = image_proposals
+                corners = image_proposals.boxes.astype(np.float64)
                 counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
             if progress is not None:
                 progress(len(batch.image_ids))
@@ -162,7 +164,7 @@ def propose(
     if dist.is_initialized():
         counts = torch.from_numpy(counter.counts)
         dist.all_reduce(counts)  # in place, on the host
-    return found, counter.recall()
+    return proposals, counter.recall()
 
 
 def _rank() -> int:
@@ -173,7 +175,7 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _meet() -> None:
-    """Wait for the others, on the host."""
+def _barrier() -> None:
+    """Wait for all ranks, on the host."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))

@@ -1,6 +1,6 @@
-"""What a detector found over a data set, as flat arrays, and its COCO results file.
+"""Detections over a data set as flat arrays, and COCO results files.
 
-N detections over M images; boxes here are COCO's (x, y, width, height) in pixels of the image file.
+N detections in M images; boxes are COCO's (x, y, width, height) in pixels of the image file.
 """
 
 from __future__ import annotations
@@ -24,59 +24,59 @@ _Id = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Length = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Run = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _MASKS_AT_ONCE = 500
-"""Masks of a file are checked in pieces, whose runs fit a processor's cache."""
+"""Number of masks of a file that are checked at once; their runs fit into the CPU's cache."""
 _NOT_FINITE = re.compile(rb"(?<=[:,\[\s])-?(?:NaN|Infinity)\b")
-_BOX_FORM = "give boxes as [x, y, width, height], where (x, y) is the upper left corner"
+_BOX_FORM = "Write boxes as [x, y, width, height], where (x, y) is the upper left corner"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Detections over a data set, one row each, ordered by image and within an image as the detector gave them."""
+    """Detections over a data set, one per row, sorted by image and, within an image, in the order of the detector."""
 
     image_ids: np.ndarray
-    """[N] int64, the data set's own image ids."""
+    """[N] int64, image ids of the data set."""
     boxes: np.ndarray
     """[N, 4] float64, (x, y, width, height) in pixels of the file."""
     scores: np.ndarray
     """[N] float64 in 0..1."""
     labels: np.ndarray
-    """[N] int64, rows of the categories that belong to these results."""
+    """[N] int64, indices into the categories that belong to these results."""
     evaluated: np.ndarray
-    """[M] int64, every image the detector has seen, those without a detection included."""
+    """[M] int64, ids of all images that the detector was applied to, including images without detections."""
     masks: Masks | None = None
-    """N masks in pixels of the files; None of a detector of boxes alone."""
+    """N masks in pixels of the files, or None for a detector without masks."""
 
     def __len__(self) -> int:
         """The number of detections."""
         return len(self.image_ids)
 
     def check(self) -> None:
-        """Check that every detection has a finite score and a finite box of width and height 0 or more.
+        """Check that every detection has a finite score and a finite box with non-negative width and height.
 
-        COCO's API measures anything: it ranks NaN last, ignores a box with one negative side, because the area is
+        The COCO API accepts anything: it ranks NaN last, ignores a box with one negative side, because the area is
         negative, and counts a box with two negative sides as a false positive.
 
         Raises:
-            ValueError: A detection has not; the first such row is named.
+            ValueError: A detection is invalid; the message has the index of the first.
         """
         for name, values in (("score", self.scores[:, None]), ("box", self.boxes)):
             faulty = np.flatnonzero(~np.isfinite(values).all(axis=1))
             if len(faulty):
                 row = faulty[0]
                 raise ValueError(
-                    f"detection {row} has the {name} {values[row].tolist()}, which is not finite ({len(faulty)} of "
-                    f"{len(self)} detections): leave out what is no number, and look for the cause in the detector"
+                    f"detection {row}: {name} {values[row].tolist()} is not finite ({len(faulty)} of {len(self)} "
+                    "detections). Remove such detections, and find the cause in the detector"
                 )
         negative = np.flatnonzero((self.boxes[:, 2:] < 0).any(axis=1))
         if len(negative):
             row = negative[0]
             raise ValueError(
-                f"detection {row} has the box {self.boxes[row].tolist()} of negative width or height ({len(negative)} "
-                f"of {len(self)} detections): {_BOX_FORM}"
+                f"detection {row}: box {self.boxes[row].tolist()} has a negative width or height ({len(negative)} of "
+                f"{len(self)} detections). {_BOX_FORM}"
             )
 
     def select(self, rows: np.ndarray) -> Results:
-        """The detections at `rows` ([N] bool or [K] int); the evaluated images stay the same."""
+        """Detections at `rows` ([N] bool or [K] int); the evaluated images are unchanged."""
         return Results(
             image_ids=self.image_ids[rows],
             boxes=self.boxes[rows],
@@ -87,7 +87,7 @@ class Results:
         )
 
     def relabel(self, new_labels: Sequence[int]) -> Results:
-        """The same detections with label `l` replaced by `new_labels[l]` (see `match_categories`); -1 drops them."""
+        """Replace each label `l` by `new_labels[l]` (see `match_categories`); -1 drops the detections."""
         relabelled = replace(self, labels=np.asarray(new_labels, dtype=np.int64)[self.labels])
         return relabelled if min(new_labels, default=0) >= 0 else relabelled.select(relabelled.labels >= 0)
 
@@ -98,7 +98,7 @@ class _Mask(msgspec.Struct):
 
 
 def join(parts: Sequence[Results]) -> Results:
-    """The detections of several results over the same images, one after the other; all have masks or none has."""
+    """Concatenate results on the same images; either all have masks or none has."""
     first, masks = parts[0], [part.masks for part in parts if part.masks is not None]
     assert len(masks) in (0, len(parts))
     return Results(
@@ -114,9 +114,9 @@ def join(parts: Sequence[Results]) -> Results:
 
 
 class _Row(msgspec.Struct):
-    """One entry of a COCO results file; whatever else an entry holds is passed over.
+    """One entry of a COCO results file; other fields of an entry are ignored.
 
-    So are polygons: the COCO API puts the outline of each box there when it has read a file of boxes.
+    Polygons are ignored too: the COCO API adds the outline of each box when it reads a file of boxes.
     """
 
     image_id: _Id
@@ -127,12 +127,12 @@ class _Row(msgspec.Struct):
 
 
 def match_categories(model: Sequence[Category], data: Sequence[Category]) -> list[int]:
-    """For each category of the model, the row of the same-named one in the data set (see `match_by_name`).
+    """For each category of the model, the index of the category of the same name in the data set (see `match_by_name`).
 
-    It is -1 for what the model has rows for and no name (`UNUSED`) and the data set has not.
+    The index is -1 for placeholder categories of the model (`UNUSED`) that the data set does not have.
 
     Raises:
-        ValueError: The two sides do not have the same names; the message lists what each side alone has.
+        ValueError: The model and the data set have different category names; the message lists the differences.
     """
     names = {category.name for category in data}
     used = [category for category in model if category.name in names or not category.name.startswith(UNUSED)]
@@ -150,9 +150,8 @@ def match_categories(model: Sequence[Category], data: Sequence[Category]) -> lis
 def write_results(path: Path, results: Results, categories: Sequence[Category]) -> None:
     """Write a COCO results file: `[{image_id, category_id, bbox: [x, y, width, height], score}, ...]`.
 
-    Results with masks have `segmentation: {size: [height, width], counts}` as well, in COCO's compressed form. The file
-    appears whole or not at all, and holds the numbers to the last digit: measuring the file gives what measuring
-    `results` gives.
+    Results with masks also have `segmentation: {size: [height, width], counts}`, in COCO's compressed form. The file is
+    written atomically, and with all digits: evaluating the file gives the same metrics as evaluating `results`.
     """
     category_ids = np.array([category.id for category in categories], dtype=np.int64)[results.labels]
     rows = zip(
@@ -170,19 +169,19 @@ def write_results(path: Path, results: Results, categories: Sequence[Category]) 
 
 
 def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence[int] | None = None) -> Results:
-    """Read a COCO results file of boxes, masks or both, from any program.
+    """Read a COCO results file of boxes, masks or both, written by any program.
 
-    Where an entry has a mask alone, its box is the smallest one around the mask. Scores may be any finite numbers: only
-    their order matters. Boxes of width or height 0 are kept, as false positives.
+    The box of an entry with only a mask is the bounding box of the mask. Scores may be any finite numbers, since only
+    their order matters. Boxes with width or height 0 are kept, as false positives.
 
     Args:
-        path: The file.
-        categories: The data set's categories, whose ids the file uses; labels are rows of it.
-        evaluated: The image ids that the detector has seen; left out, those that occur in the file.
+        path: Results file.
+        categories: Categories of the data set, whose ids the file uses; labels are indices into them.
+        evaluated: Ids of the images that the detector was applied to; None for the images in the file.
 
     Raises:
-        ValueError: The file is not in COCO results form, has a category that the data set does not have, NaN,
-            infinity, or a box of negative width or height. `coco_metrics` refuses images that the data set does not
+        ValueError: The file is not in COCO results format, has a category that the data set does not have, NaN,
+            infinity, or a box with negative width or height. `coco_metrics` rejects images that the data set does not
             have.
     """
     content = path.read_bytes()
@@ -191,8 +190,8 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if word := _NOT_FINITE.search(content):
             raise ValueError(
-                f"{path} holds {word[0].decode()} at byte {word.start()}: scores and boxes are finite numbers. "
-                "Leave such detections out, and look for the cause in the program that wrote the file"
+                f"{path} contains {word[0].decode()} at byte {word.start()}, but scores and boxes must be finite. "
+                "Remove such detections, and find the cause in the program that wrote the file"
             ) from error
         raise ValueError(f"{path} is not a COCO results file of boxes or masks: {error}") from error
     labels = {category.id: label for label, category in enumerate(categories)}
@@ -208,15 +207,15 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     if None in boxes:
         if masks is None:
             number = boxes.index(None) + 1
-            raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation: correct or remove it")
+            raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation. Correct or remove it")
         around = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
         boxes = [least if box is None else box for box, least in zip(boxes, around, strict=True)]
     box_array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     negative = np.flatnonzero((box_array[:, 2:] < 0).any(axis=1))
     if len(negative):
         raise ValueError(
-            f"{path}: entry {negative[0] + 1} has the bbox {list(boxes[negative[0]])} of negative width or height "
-            f"({len(negative)} of {len(rows)} entries): {_BOX_FORM}"
+            f"{path}: entry {negative[0] + 1}: bbox {list(boxes[negative[0]])} has a negative width or height "
+            f"({len(negative)} of {len(rows)} entries). {_BOX_FORM}"
         )
     return Results(
         image_ids=image_ids,
@@ -229,55 +228,55 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
 
 
 def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
-    """The masks of a results file, if it has any.
+    """Masks of a results file; None if it has none.
 
     Raises:
-        ValueError: Some entries have a mask and others none, or one is not in COCO's form.
+        ValueError: Only some entries have a mask, or a mask is not in COCO's format.
     """
-    given = [row.segmentation for row in rows if isinstance(row.segmentation, _Mask)]
-    if not given:
+    entries = [row.segmentation for row in rows if isinstance(row.segmentation, _Mask)]
+    if not entries:
         return None
-    if len(given) < len(rows):
+    if len(entries) < len(rows):
         raise ValueError(
-            f"{path}: {len(given)} of {len(rows)} entries have a segmentation: give one to each, or to none"
+            f"{path}: {len(entries)} of {len(rows)} entries have a segmentation. Either all or none must have one"
         )
-    sizes = np.array([mask.size for mask in given], dtype=np.int64)
-    written = [mask.counts.encode() if isinstance(mask.counts, str) else rle.compress(mask.counts) for mask in given]
+    sizes = np.array([mask.size for mask in entries], dtype=np.int64)
+    written = [mask.counts.encode() if isinstance(mask.counts, str) else rle.compress(mask.counts) for mask in entries]
     totals = np.zeros(len(written), np.int64)
     for start in range(0, len(written), _MASKS_AT_ONCE):
         try:
             runs, lengths = rle.decompress_all(written[start : start + _MASKS_AT_ONCE])
         except ValueError as error:
-            raise ValueError(f"{path}: a segmentation is {error}: correct it, or write it anew") from error
+            raise ValueError(f"{path}: a segmentation is {error}. Correct it, or write the file again") from error
         negative = np.flatnonzero(runs < 0)
         if len(negative):
             number = start + int(np.searchsorted(np.cumsum(lengths), negative[0], side="right")) + 1
-            raise ValueError(f"{path}: the mask of entry {number} has a run of less than no pixels: write it anew")
+            raise ValueError(f"{path}: mask of entry {number} has a negative run length. Write the file again")
         sums = np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)]
         totals[start : start + _MASKS_AT_ONCE] = np.diff(sums, prepend=0)
     wrong = np.flatnonzero(totals != sizes.prod(axis=1))
     if len(wrong):
         number, (height, width) = wrong[0], sizes[wrong[0]]
         raise ValueError(
-            f"{path}: the mask of entry {number + 1} has runs of {totals[number]} pixels in all for a picture of "
-            f"{height} x {width}: correct or remove it"
+            f"{path}: mask of entry {number + 1} has run lengths of {totals[number]} pixels in total, but its size is "
+            f"{height} x {width}. Correct or remove it"
         )
     return Masks.of(written, sizes)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON; the file appears whole or not at all."""
+    """Write `value` as JSON, atomically."""
     write_whole(path, msgspec.json.encode(value))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that no reader and no crash meets half of it."""
+    """Write a temporary file and rename it, so that readers never see, and crashes never leave, an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
-    except OSError as error:  # of a full disk, Python does not say which file
+    except OSError as error:  # for a full disk, Python's message does not contain the path
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)

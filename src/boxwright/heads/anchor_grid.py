@@ -1,6 +1,6 @@
-"""What heads that predict at anchors share: the anchors, and their order.
+"""The anchors of a feature pyramid, and the order in which heads predict for them.
 
-B images, L levels, A anchors a position, N anchors of all levels together.
+B images, L levels, A anchors per position, N anchors of all levels together.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.geometry.conventions import Conventions
 
 DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
-"""Boxes are told from anchors by plain deltas, divided by nothing."""
+"""Standard deviations of the box deltas of anchors: 1, so the deltas are not rescaled."""
 
 
 class AnchorGrid(nn.Module):
-    """The anchors of a pyramid."""
+    """Generates the anchors of a feature pyramid."""
 
     def __init__(
         self,
@@ -26,13 +26,13 @@ class AnchorGrid(nn.Module):
         ratios: Sequence[float],
         conventions: Conventions,
     ) -> None:
-        """Lay out the first position of each level.
+        """Compute the anchors at the first position of each level.
 
         Args:
-            strides: pixels of the canvas a feature position stands for, one a level, finest first.
-            sizes: L x the sides of a level's square anchors, in pixels.
-            ratios: height over width; every size has an anchor of each, of the same area.
-            conventions: the geometry that the weights were or will be trained with.
+            strides: stride of each level in pixels of the canvas, finest first.
+            sizes: for each of the L levels, the sides of its square anchors in pixels.
+            ratios: aspect ratios (height / width). Each size has one anchor per ratio, all of the same area.
+            conventions: box geometry that the weights were (or will be) trained with.
         """
         super().__init__()
         self.strides = tuple(strides)
@@ -42,14 +42,14 @@ class AnchorGrid(nn.Module):
             self.register_buffer(f"base_{level}", base, persistent=False)
 
     def forward(self, features: Sequence[Tensor], canvas: tuple[int, int]) -> list[Tensor]:
-        """The anchors of feature maps.
+        """Generate the anchors at every position of the feature maps.
 
         Args:
-            features: L of [B, C, H_l, W_l], finest first; their shapes alone matter.
-            canvas: (height, width) in pixels that the features were computed from.
+            features: L of [B, C, H_l, W_l], finest first; only their shapes are used.
+            canvas: (height, width) of the canvas that the features were computed from, in pixels.
 
         Returns:
-            L x [H_l * W_l * A, 4] float32 xyxy in pixels of the canvas; A fastest, then x, then y.
+            L x [H_l * W_l * A, 4] float32 xyxy in pixels of the canvas; A varies fastest, then x, then y.
         """
         shapes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         strides: list[tuple[int, int]] = [(stride, stride) for stride in self.strides]
@@ -59,5 +59,5 @@ class AnchorGrid(nn.Module):
 
 
 def by_anchor(maps: Tensor, values: int) -> Tensor:
-    """[B, A * values, H, W] of a level -> [B, H * W * A, values], in the anchors' order."""
+    """Reorder one level's head output, [B, A * values, H, W], like the anchors: [B, H * W * A, values]."""
     return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, values)

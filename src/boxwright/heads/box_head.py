@@ -1,7 +1,7 @@
-"""The second stage: the class of each proposal, and its box once more.
+"""Box head of a two-stage detector: classifies each proposal and refines its box.
 
-B images, P proposals, S sampled proposals, C classes, K boxes a proposal (C, or 1 where they are class-agnostic),
-G object slots, D detections.
+B images, P proposals, S sampled proposals, C classes, K boxes per proposal (C, or 1 if class-agnostic), G object slots,
+D detections.
 
 Source: Girshick, Fast R-CNN (2015); on a pyramid: Lin et al., Feature Pyramid Networks (2017), section 4.2.
 """
@@ -23,7 +23,7 @@ from boxwright.checks import check_choice, check_counts, check_numbers
 from boxwright.geometry import boxes as box_geometry
 from boxwright.geometry.conventions import MODERN, Conventions
 from boxwright.heads.box_loss import BoxLoss, box_regression_loss, check_box_loss
-from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, taken
+from boxwright.heads.box_sample import Candidates, SampledBoxes, candidates, gather_sampled
 from boxwright.heads.class_rows import ClassRows
 from boxwright.heads.grid_convs import GridNorm, grid_convs, init_relu_convs
 from boxwright.heads.slots import used_slots
@@ -40,30 +40,30 @@ SAMPLING_SALT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BoxConfig:
-    """The numbers of a box head; the defaults are the 2018 toolbox's."""
+    """Hyperparameters of a box head; the defaults follow mmdetection 0.5 (2018)."""
 
     num_convs: int = 0
-    """3x3 convolutions before the fully connected layers."""
+    """Number of 3x3 convolutions before the fully connected layers."""
     conv_width: int = 256
-    """Channels of each of them."""
+    """Number of channels of each convolution."""
     norm: GridNorm | None = None
-    """Normalises after each of them; None normalises nowhere."""
+    """Normalisation layer after each convolution; None for no normalisation."""
     num_fcs: int = 2
-    """Fully connected layers before the last ones, 1 or more."""
+    """Number of hidden fully connected layers, at least 1."""
     width: int = 1024
-    """Units of each of them."""
+    """Number of units of each hidden fully connected layer."""
     output_size: int = 7
-    """Side of the grid that RoIAlign gives."""
+    """RoIAlign output size: side of the grid of features per RoI, in cells."""
     sampling_ratio: int = 2
-    """RoIAlign samples this many points a side in each cell of the grid."""
+    """RoIAlign sampling ratio: number of sampling points per side of each cell; 0 adapts it to the size of the RoI."""
     num_levels: int = 4
-    """The finest levels that proposals are pooled from; P2 to P5 of five."""
+    """Number of pyramid levels that RoIs are pooled from, starting with the finest: 4 for P2 to P5."""
     positive_iou: float = 0.5
-    """A proposal with at least this IoU with an object is positive, any other negative."""
+    """IoU threshold for positives: a proposal with at least this IoU with an object is positive, any other negative."""
     num_sampled: int = 512
-    """Proposals an image that the losses look at."""
+    """Number of proposals per image that are sampled for the losses."""
     positive_fraction: float = 0.25
-    """At most this share of them is positive."""
+    """Maximum fraction of positives among the sampled proposals."""
     box_loss: BoxLoss = "smooth_l1"
     """Box regression loss: "smooth_l1" on box deltas, or "giou", "diou", "ciou" or a function on decoded boxes."""
     smooth_l1_beta: float = 1.0
@@ -73,24 +73,26 @@ class BoxConfig:
     box_loss_weight: float = 1.0
     """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight, such as 10."""
     stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
-    """Box deltas are divided by these, so that their loss weighs as much as the class's."""
+    """Standard deviations (x, y, width, height) by which box deltas are divided, so that the box loss is about as large
+    as the classification loss."""
     class_agnostic: bool = False
-    """Whether a proposal gets one refined box for all classes, in place of one for each."""
+    """Whether the head predicts one refined box per proposal, shared by all classes, instead of one box per class."""
     hard_examples: bool = False
-    """Whether the losses look at the positives and negatives of highest classification loss (OHEM) rather than at
-    random ones. Costs a pass of the head over all proposals."""
+    """Online hard example mining (OHEM): sample the positives and negatives with the highest classification loss
+    instead of random ones. Costs one extra forward pass of the head over all proposals."""
     score_threshold: float = 0.05
-    """Detections must score more."""
+    """Score threshold: detections with a score of at most this are discarded."""
     nms: Literal["hard", "linear", "gaussian"] = "hard"
-    """Of overlapping detections of a class, the worse goes ("hard"), or loses score (Soft-NMS, see `ops.soft_nms`)."""
+    """NMS method: "hard" removes overlapping detections of a class, "linear" and "gaussian" lower their scores
+    (Soft-NMS)."""
     nms_iou: float = 0.5
-    """Detections of a class that overlap more than this compete; "gaussian" takes any overlap."""
+    """NMS IoU threshold, applied within each class. With "gaussian" any overlap lowers the score."""
     nms_sigma: float = 0.5
-    """How gently "gaussian" lowers scores."""
+    """Gaussian Soft-NMS sigma: the larger, the less overlapping detections lose of their scores."""
     max_detections: int = 100
-    """Detections an image."""
+    """Maximum number of detections per image."""
     min_size: float = 1e-2
-    """Detections with a shorter side, in pixels of the canvas, are dropped."""
+    """Minimum side of a detection, in pixels of the canvas; smaller detections are discarded."""
 
     def __post_init__(self) -> None:
         check_counts(
@@ -107,20 +109,21 @@ class BoxConfig:
 
     @property
     def max_positives(self) -> int:
-        """The sampled slots that may hold positives, the first ones."""
+        """Number of leading sampled slots that may hold positives."""
         return int(self.num_sampled * self.positive_fraction)
 
 
 class BoxHead(nn.Module):
-    """Fully connected layers on RoIAlign's grid, then class logits and box deltas for each class or for all.
+    """Fully connected layers on RoI features that predict class logits and box deltas, per class or class-agnostic.
 
-    Convolutions may come first, as in the heads of Wu & He, Group Normalization (2018): four of them, and one layer.
+    Convolutions may precede them, as in Wu & He, Group Normalization (2018): four convolutions and one hidden layer.
     """
 
     class_rows = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
     output_stds = MappingProxyType({"class_logits": 1.1, "box_deltas": 0.55})
     grid_linears = ("fc1",)
-    """Layers that `optimize_for_cpu` packs in the order of RoIAlign's grids."""
+    """Linear layers on flattened RoI features; `optimize_for_cpu` packs their weights in the memory order of
+    RoIAlign."""
 
     def __init__(
         self,
@@ -133,11 +136,11 @@ class BoxHead(nn.Module):
         """Build the head.
 
         Args:
-            channels: channels of every level.
-            strides: pixels of the canvas a feature position stands for, one a level, finest first.
-            num_classes: C; background is class C of the logits, the last.
-            config: the numbers.
-            conventions: the geometry that the weights were or will be trained with.
+            channels: number of channels of every feature level.
+            strides: stride of each level in pixels of the canvas, finest first.
+            num_classes: C. Background is the last class of the logits, with index C.
+            config: hyperparameters of the head.
+            conventions: box geometry that the weights were (or will be) trained with.
         """
         super().__init__()
         self.config = config
@@ -170,7 +173,7 @@ class BoxHead(nn.Module):
         Args:
             features: L of [B, channels, H_l, W_l], finest first; the first `num_levels` are used.
             boxes: [B, P, 4] xyxy in pixels of the canvas.
-            valid: [B, P] bool; the others give numbers without meaning.
+            valid: [B, P] bool; outputs for invalid slots are meaningless.
 
         Returns:
             logits: [B, P, C + 1] float32, background last.
@@ -192,7 +195,8 @@ class BoxHead(nn.Module):
         for conv in self.convs:
             grid = conv_norm(conv, None, grid, relu=True)
         if self.convs and torch.compiler.is_compiling():
-            # A compiler believes that GroupNorm changes the order in memory, which it keeps, and flattens accordingly.
+            # The compiler assumes that GroupNorm changes the memory format, although it keeps it; flattening is then
+            # wrong.
             grid = grid.clone(memory_format=torch.contiguous_format)
         first, *others = self._fcs
         hidden = linear_on_grid(first, grid).relu().unflatten(0, boxes.shape[:2])
@@ -209,61 +213,62 @@ class BoxHead(nn.Module):
         features: Sequence[Tensor] | None = None,
         stage: int = 0,
     ) -> SampledBoxes:
-        """Choose what the losses look at, among the proposals and the ground truth itself.
+        """Sample the boxes that the losses are computed on, from the proposals and the ground-truth boxes.
 
         Args:
-            proposals: P slots an image.
+            proposals: P slots per image.
             targets: ground truth.
-            seeds: [B] int64 of the batch.
-            features: L of [B, channels, H_l, W_l], finest first; wanted only with `hard_examples`.
-            stage: tells the stages of a cascade apart, so that they draw independently.
+            seeds: [B] int64 random seeds of the batch.
+            features: L of [B, channels, H_l, W_l], finest first; required only with `hard_examples`.
+            stage: index of the cascade stage; each stage draws an independent sample.
         """
         config = self.config
-        found = candidates(proposals, targets, positive_iou=config.positive_iou, plus_one=self.conventions.plus_one)
+        pool = candidates(proposals, targets, positive_iou=config.positive_iou, plus_one=self.conventions.plus_one)
         if config.hard_examples:
-            assert features is not None, "hard examples are found by looking at features"
+            assert features is not None, "hard_examples needs features"
             sampled = hardest(
-                found.matches.labels,
-                self._class_losses(features, found, targets),
-                found.sources,
+                pool.matches.labels,
+                self._class_losses(features, pool, targets),
+                pool.sources,
                 num=config.num_sampled,
                 positive_fraction=config.positive_fraction,
             )
         else:
             sampled = sample(
-                found.matches.labels,
+                pool.matches.labels,
                 seeds,
                 num=config.num_sampled,
                 positive_fraction=config.positive_fraction,
                 salt=SAMPLING_SALT + stage,
-                identities=found.sources,
+                identities=pool.sources,
             )
-        return taken(found, sampled)
+        return gather_sampled(pool, sampled)
 
-    def _class_losses(self, features: Sequence[Tensor], found: Candidates, targets: Targets) -> Tensor:
+    def _class_losses(self, features: Sequence[Tensor], pool: Candidates, targets: Targets) -> Tensor:
         """[B, P + G] current classification loss of every candidate, without gradients."""
         with without_gradients():
-            logits, _ = self(features, found.boxes, found.valid)
-        objects = take_slots(targets.labels, found.matches.matched)
-        labels = torch.where(found.matches.labels == POSITIVE, objects, self.num_classes)
-        return cross_entropy(logits, labels, found.valid)
+            logits, _ = self(features, pool.boxes, pool.valid)
+        objects = take_slots(targets.labels, pool.matches.matched)
+        labels = torch.where(pool.matches.labels == POSITIVE, objects, self.num_classes)
+        return cross_entropy(logits, labels, pool.valid)
 
     def losses(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
-        """Cross-entropy of classes and the box loss, both over the number of sampled boxes.
+        """Cross-entropy of the classes and box regression loss, both averaged over the sampled boxes.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
             sampled: from `sample`; no gradient flows into the boxes.
-            targets: the batch's ground truth.
+            targets: ground truth of the batch.
 
         Returns:
-            `box_class` and `box_regression`, scalars. Without objects every box is background and the second is 0.
+            Scalars `box_class` and `box_regression`. Without objects, all boxes are background and `box_regression`
+            is 0.
         """
         logits, deltas = self(features, sampled.boxes, sampled.valid)
         return self.losses_of(logits, deltas, sampled, targets)
 
     def losses_of(self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
-        """`losses` from the head's outputs for the sampled boxes: logits [B, S, C + 1], deltas [B, S, K, 4]."""
+        """Losses from the head's outputs for the sampled boxes: logits [B, S, C + 1], deltas [B, S, K, 4]."""
         config = self.config
         boxes, matched, positive, valid, _ = sampled
         labels = torch.where(positive, take_slots(targets.labels, matched), self.num_classes)
@@ -285,7 +290,7 @@ class BoxHead(nn.Module):
         }
 
     def refine(self, boxes: Tensor, deltas: Tensor, image_sizes: Tensor) -> Tensor:
-        """Move boxes as the head said, and clip them to their pictures.
+        """Apply the predicted box deltas and clip the boxes to their images.
 
         Args:
             boxes: [B, P, 4] xyxy in pixels of the canvas.
@@ -300,15 +305,15 @@ class BoxHead(nn.Module):
         return box_geometry.clip(refined, image_sizes, plus_one=plus_one)
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> Detections:
-        """Score every proposal for every class, then NMS within each class.
+        """Classify every proposal, then apply NMS within each class.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
-            proposals: P slots an image.
+            proposals: P slots per image.
             image_sizes: [B, 2] (height, width), to which boxes are clipped.
 
         Returns:
-            Detections in D = `max_detections` slots (fewer where there are fewer than D proposals x classes).
+            Detections in D = min(`max_detections`, P * C) slots.
         """
         boxes = torch.where(proposals.valid[..., None], proposals.boxes, 0.0)
         num_slots = used_slots(proposals.valid)
@@ -318,10 +323,10 @@ class BoxHead(nn.Module):
         return self.best_detections(logits.softmax(-1), self.refine(boxes, deltas, image_sizes), proposals.valid)
 
     def best_detections(self, probabilities: Tensor, boxes: Tensor, valid: Tensor) -> Detections:
-        """The detections that refined boxes come to.
+        """Select the detections from class probabilities and refined boxes.
 
         Args:
-            probabilities: [B, P, C + 1] of the classes, background last.
+            probabilities: [B, P, C + 1] class probabilities, background last.
             boxes: [B, P, K, 4] from `refine`.
             valid: [B, P] bool.
         """
@@ -334,7 +339,7 @@ class BoxHead(nn.Module):
 
     @property
     def suppression(self) -> Suppression:
-        """How scored boxes become detections."""
+        """Score threshold and NMS that turn scored boxes into detections."""
         config = self.config
         return Suppression(
             score_threshold=config.score_threshold,

@@ -1,6 +1,6 @@
-"""The box regression loss that RPN, box head and RetinaNet head share, chosen by their configurations.
+"""Box regression loss of the RPN, the box head and the RetinaNet head.
 
-... any leading dimensions, such as B images and S sampled boxes.
+Shapes: ... stands for any leading dimensions, such as B images and S sampled boxes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from boxwright.losses import at_least_float32, ciou_loss, diou_loss, giou_loss, 
 
 BoxLossName = Literal["smooth_l1", "giou", "diou", "ciou"]
 BoxLoss = BoxLossName | Callable[..., Tensor]
-"""A loss by name, or a function `(predictions, targets) -> losses` of decoded boxes, from [..., 4] xyxy in pixels each
-to [...]. To be saved with an experiment, the function must be defined at the top of an importable module."""
+"""Name of a box loss, or a function `(predictions, targets) -> losses` that maps decoded boxes, [..., 4] xyxy in
+pixels, to one loss per box, [...]. An experiment can be saved only if the function is defined at the top of an
+importable module."""
 
 
 def box_regression_loss(
@@ -33,28 +34,28 @@ def box_regression_loss(
 ) -> Tensor:
     """Losses of predicted boxes, 0 where `positive` is False.
 
-    Smooth L1 compares box deltas and sums over the four of them. Every other loss compares decoded boxes.
+    Smooth L1 compares box deltas and is summed over the four deltas. Every other loss compares decoded boxes.
 
     Args:
-        kind: the loss.
+        kind: name of the loss, or a loss function.
         deltas: [..., 4] predicted box deltas.
         references: [..., 4] xyxy, the anchors or proposals that the deltas refer to; broadcast with `deltas`.
         matched_boxes: [..., 4] xyxy, the ground truth box of each positive.
-        positive: [...] bool; elsewhere the other arguments may hold anything, NaN included.
+        positive: [...] bool; elsewhere the other arguments may have any value, including NaN.
         stds: standard deviations of the deltas, see `boxes.encode`.
         smooth_l1_beta: see `losses.smooth_l1`.
-        plus_one: 1 for the geometry of 2018, see `geometry.boxes`.
+        plus_one: 1 for the box geometry of mmdetection 0.5 (2018), else 0; see `geometry.boxes`.
     """
     mask = positive[..., None]
     if kind == "smooth_l1":
         matched_boxes = torch.where(mask, matched_boxes, references)
         targets = box_geometry.encode(matched_boxes, references, stds, plus_one=plus_one)
         return smooth_l1(deltas, targets, smooth_l1_beta, mask).sum(-1)
-    # Masked before decoding, since exp of padding may overflow.
+    # Mask before decoding: exp() of padding may overflow.
     deltas = torch.where(mask, at_least_float32(deltas), 0.0)
     references, matched_boxes = torch.where(mask, references, 0.0), torch.where(mask, matched_boxes, 0.0)
     predictions = box_geometry.decode(deltas, references, stds, plus_one=plus_one)
-    if plus_one:  # x2 and y2 name the last pixel inside the box; the losses take the box's edges.
+    if plus_one:  # x2 and y2 are the last pixel inside the box, but the losses expect the edges of the box.
         predictions, matched_boxes = _with_last_pixel(predictions, plus_one), _with_last_pixel(matched_boxes, plus_one)
     losses = _FUNCTIONS[kind](predictions, matched_boxes) if isinstance(kind, str) else kind(predictions, matched_boxes)
     if losses.shape != positive.shape:
@@ -76,7 +77,7 @@ def check_box_loss(box_loss: BoxLoss) -> None:
     """Check the `box_loss` field of a configuration.
 
     Raises:
-        ValueError: it is neither the name of a loss nor a function.
+        ValueError: `box_loss` is neither the name of a loss nor a function.
     """
     if not callable(box_loss) and box_loss not in get_args(BoxLossName):
         names = ", ".join(get_args(BoxLossName))

@@ -1,4 +1,4 @@
-"""Which boxes the losses of the second stage look at, among the proposals and the ground truth itself.
+"""Candidates for the losses of the second stage (proposals and ground-truth boxes), and the boxes sampled from them.
 
 B images, P proposals, G object slots, N = P + G candidates, S sampled boxes.
 """
@@ -15,45 +15,45 @@ from boxwright.assign.sample import Sampled
 from boxwright.structures import Proposals, Targets, take_slots
 
 FIRST_OBJECT_SOURCE = 2**31
-"""Ground truth boxes join the proposals with numbers of their own, above all of the proposals' sources."""
+"""Source number of the first ground-truth box; all sources of proposals are smaller."""
 
 
 class SampledBoxes(NamedTuple):
-    """What the losses of the second stage look at."""
+    """The boxes that the losses of the second stage are computed on."""
 
     boxes: Tensor
     """[B, S, 4] float32, xyxy in pixels of the canvas; positives come first."""
     matched: Tensor
-    """[B, S] int64, the object slot of each positive, else 0."""
+    """[B, S] int64, slot of the matched object for positives, else 0."""
     positive: Tensor
-    """[B, S] bool, the slots that hold a box of an object, the first ones."""
+    """[B, S] bool, slots that hold a positive; these are the first slots."""
     valid: Tensor
-    """[B, S] bool, the slots that hold a box."""
+    """[B, S] bool, slots that hold a box."""
     sources: Tensor
-    """[B, S] int64, the proposal's source, or `FIRST_OBJECT_SOURCE` + slot for a box that is ground truth itself."""
+    """[B, S] int64, source of the proposal, or `FIRST_OBJECT_SOURCE` + object slot for a ground-truth box."""
 
 
 class Candidates(NamedTuple):
-    """What may be sampled."""
+    """The boxes that can be sampled: proposals and ground-truth boxes."""
 
     boxes: Tensor
-    """[B, N, 4] float32, xyxy in pixels of the canvas; proposals, then objects; 0 in invalid slots."""
+    """[B, N, 4] float32, xyxy in pixels of the canvas; proposals first, then objects; 0 in invalid slots."""
     valid: Tensor
-    """[B, N] bool, the slots that hold a finite box; crowd regions do not count."""
+    """[B, N] bool, slots that hold a finite box; crowd regions are not valid."""
     sources: Tensor
     """[B, N] int64, as in `SampledBoxes`."""
     matches: Matches
-    """Their labels and the objects that they belong to."""
+    """Labels and matched objects of the candidates."""
 
 
 def candidates(proposals: Proposals, targets: Targets, *, positive_iou: float, plus_one: float) -> Candidates:
-    """Proposals and ground truth in one, matched with the objects.
+    """Concatenate proposals and ground-truth boxes, and match them with the objects.
 
     Args:
-        proposals: P slots an image.
+        proposals: P slots per image.
         targets: ground truth.
-        positive_iou: a box with at least this IoU with an object is positive, any other negative.
-        plus_one: what widths and heights add.
+        positive_iou: IoU threshold for positives; boxes below it are negative.
+        plus_one: 1 if widths and heights are x2 - x1 + 1 and y2 - y1 + 1, else 0.
     """
     boxes = torch.cat([proposals.boxes, targets.boxes], 1)
     valid = torch.cat([proposals.valid, targets.valid & ~targets.crowd], 1) & boxes.isfinite().all(-1)
@@ -72,12 +72,12 @@ def candidates(proposals: Proposals, targets: Targets, *, positive_iou: float, p
     return Candidates(boxes, valid, sources, matches)
 
 
-def taken(found: Candidates, sampled: Sampled) -> SampledBoxes:
-    """The candidates that were sampled."""
+def gather_sampled(pool: Candidates, sampled: Sampled) -> SampledBoxes:
+    """Gather the sampled candidates."""
     return SampledBoxes(
-        boxes=take_slots(found.boxes, sampled.indices),
-        matched=torch.where(sampled.positive, take_slots(found.matches.matched, sampled.indices), 0),
+        boxes=take_slots(pool.boxes, sampled.indices),
+        matched=torch.where(sampled.positive, take_slots(pool.matches.matched, sampled.indices), 0),
         positive=sampled.positive,
         valid=sampled.valid,
-        sources=take_slots(found.sources, sampled.indices),
+        sources=take_slots(pool.sources, sampled.indices),
     )

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions with which a head looks at RoIAlign's grids."""
+"""3x3 convolutions that a head applies to RoI features."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 from boxwright.layers.norm import make_norm
 
 GridNorm = Literal["gn", "frozen_bn"]
-"""Norms of which no statistics are taken from the batch, since those would count the grids of empty slots."""
+"""Normalisation layers without batch statistics, because batch statistics would include the RoIs of empty slots."""
 
 
 def grid_convs(inputs: int, width: int, num_convs: int, norm: GridNorm | None) -> nn.ModuleList:
-    """Convolutions that keep a grid's size, one after another; a ReLU is to follow each.
+    """3x3 convolutions that keep the size of the RoI features. The caller applies a ReLU after each of them.
 
     Args:
-        inputs: channels of the grid.
-        width: channels of each convolution.
-        num_convs: how many there are.
-        norm: normalises after each, which then has no bias; None normalises nowhere.
+        inputs: number of input channels.
+        width: number of output channels of each convolution.
+        num_convs: number of convolutions.
+        norm: normalisation layer after each convolution, which then has no bias; None for no normalisation.
     """
     layers = nn.ModuleList()
     for index in range(num_convs):
@@ -29,9 +29,9 @@ def grid_convs(inputs: int, width: int, num_convs: int, norm: GridNorm | None) -
 
 
 def init_relu_convs(head: nn.Module) -> None:
-    """Random weights for the convolutions of a head, those that upsample too, that keep scale through ReLUs; biases 0.
+    """Initialise the (transposed) convolutions of a head for ReLU: Kaiming normal weights by fan-out, zero biases.
 
-    Source: He et al., Delving Deep into Rectifiers (2015), by the number of outputs.
+    Source: He et al., Delving Deep into Rectifiers (2015).
     """
     for layer in head.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -1,6 +1,6 @@
-"""The mask of each object: which cells of a grid on its box it covers.
+"""Mask head: predicts the mask of each object on a grid over the object's box.
 
-B images, P boxes (positives of the sample, or detections), C classes, G object slots, S cells a side of a mask.
+B images, P boxes (sampled positives, or detections), C classes, G object slots, S cells per side of a mask.
 
 Source: He et al., Mask R-CNN (2017), section 3 and the right half of figure 4.
 """
@@ -32,20 +32,20 @@ from boxwright.structures import Detections, Targets, take_slots
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """The numbers of a mask head; the defaults are the 2018 toolbox's."""
+    """Hyperparameters of a mask head; the defaults follow mmdetection 0.5 (2018)."""
 
     width: int = 256
-    """Channels of every layer."""
+    """Number of channels of every layer."""
     num_convs: int = 4
-    """3x3 convolutions before the grid is doubled."""
+    """Number of 3x3 convolutions before the upsampling layer."""
     norm: GridNorm | None = None
-    """Normalises after each of them; None normalises nowhere."""
+    """Normalisation layer after each convolution; None for no normalisation."""
     output_size: int = 14
-    """Side of the grid that RoIAlign gives; masks have twice as many cells a side."""
+    """RoIAlign output size: side of the grid of features per RoI, in cells. Masks have twice as many cells per side."""
     sampling_ratio: int = 2
-    """RoIAlign samples this many points a side in each cell of the grid."""
+    """RoIAlign sampling ratio: number of sampling points per side of each cell; 0 adapts it to the size of the RoI."""
     num_levels: int = 4
-    """The finest levels that boxes are pooled from; P2 to P5 of five."""
+    """Number of pyramid levels that RoIs are pooled from, starting with the finest: 4 for P2 to P5."""
     mask_loss_weight: float = 1.0
     """Weight of the mask loss."""
 
@@ -57,7 +57,7 @@ class MaskConfig:
 
 
 class MaskHead(nn.Module):
-    """Convolutions on RoIAlign's grid, a deconvolution that doubles it, and a logit for each class and cell."""
+    """Convolutions on RoI features, a transposed convolution that doubles their size, and one mask logit per class."""
 
     class_rows = MappingProxyType({"mask_logits": ClassRows()})
 
@@ -72,11 +72,11 @@ class MaskHead(nn.Module):
         """Build the head.
 
         Args:
-            channels: channels of every level.
-            strides: pixels of the canvas a feature position stands for, one a level, finest first.
-            num_classes: C.
-            config: the numbers.
-            conventions: the geometry that the weights were or will be trained with.
+            channels: number of channels of every feature level.
+            strides: stride of each level in pixels of the canvas, finest first.
+            num_classes: C, without background.
+            config: hyperparameters of the head.
+            conventions: box geometry that the weights were (or will be) trained with.
         """
         super().__init__()
         self.config = config
@@ -88,13 +88,13 @@ class MaskHead(nn.Module):
         init_relu_convs(self)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """The masks of boxes, each for one class alone.
+        """Predict the mask of each box for the class in `labels`.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first; the first `num_levels` are used.
             boxes: [B, P, 4] xyxy in pixels of the canvas.
-            labels: [B, P] int64, the class of each, 0 <= label < C.
-            valid: [B, P] bool; the others give numbers without meaning.
+            labels: [B, P] int64, class of each box, 0 <= label < C.
+            valid: [B, P] bool; outputs for invalid slots are meaningless.
 
         Returns:
             [B, P, S, S] float32 logits.
@@ -128,23 +128,23 @@ class MaskHead(nn.Module):
 
     @property
     def _last_layer_is_stock(self) -> bool:
-        """Whether the last layer is a 1x1 convolution with a bias that nobody has attached anything to."""
+        """Whether the last layer is an unmodified 1x1 convolution with a bias and without hooks."""
         layer = self.mask_logits
         return is_stock(layer, *CONVS) and keeps_map_size(layer, kernel=1) and layer.bias is not None
 
     def losses(
         self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets, *, max_positives: int
     ) -> dict[str, Tensor]:
-        """Cross-entropy of each cell of the positives' masks, for the class of their object alone.
+        """Binary cross-entropy of the masks of the positives, each for the class of its matched object.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
             sampled: from `BoxHead.sample`; no gradient flows into the boxes.
-            targets: the batch's ground truth, with masks.
-            max_positives: how many of the first slots of `sampled` may hold positives.
+            targets: ground truth of the batch, with masks.
+            max_positives: number of leading slots of `sampled` that may hold positives.
 
         Returns:
-            `mask`, scalar: the mean over all cells of the positives whose object has a mask; 0 without any.
+            Scalar `mask`: the mean over all cells of the positives whose object has a mask; 0 if there are none.
         """
         assert targets.masks is not None, "a mask head needs masks in its targets"
         num_slots = used_slots(sampled.positive[:, :max_positives])
@@ -152,7 +152,7 @@ class MaskHead(nn.Module):
         positive = positive & take_slots(targets.masks.valid, matched)
         labels = torch.where(positive, take_slots(targets.labels, matched), 0)
         logits = self(features, boxes, labels, positive)
-        wanted = mask_target(
+        mask_targets = mask_target(
             targets.masks,
             boxes,
             matched,
@@ -160,15 +160,15 @@ class MaskHead(nn.Module):
             output_size=logits.shape[-1],
             plus_one=self.conventions.plus_one,
         )
-        loss = binary_cross_entropy(logits, wanted, positive[..., None, None]).mean((2, 3))
+        loss = binary_cross_entropy(logits, mask_targets, positive[..., None, None]).mean((2, 3))
         return {"mask": self.config.mask_loss_weight * weighted_mean(loss, positive)}
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
-        """The detections with their masks, each for its own class; 0 in invalid slots.
+        """Add to each detection the mask for its class; masks are 0 in invalid slots.
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
-            detections: D slots an image.
+            detections: D slots per image.
         """
         valid = detections.valid
         num_slots = used_slots(valid)

@@ -1,6 +1,6 @@
-"""RetinaNet's head: a class and a box at every anchor, learnt from all anchors at once.
+"""RetinaNet head: predicts class logits and box deltas for every anchor, and is trained on all anchors (focal loss).
 
-B images, L levels, A anchors a position, N anchors of all levels together, C classes, G object slots, D detections.
+B images, L levels, A anchors per position, N anchors of all levels together, C classes, G object slots, D detections.
 
 Source: Lin et al., Focal Loss for Dense Object Detection (2017), section 4.
 """
@@ -34,28 +34,31 @@ from boxwright.structures import Detections, Targets, take_slots
 
 @dataclass(frozen=True, kw_only=True)
 class RetinaConfig:
-    """The numbers of a RetinaNet; the defaults are the 2018 toolbox's."""
+    """Hyperparameters of a RetinaNet head; the defaults follow mmdetection 0.5 (2018)."""
 
     num_convs: int = 4
-    """3x3 convolutions before the last one, in each of the two branches."""
+    """Number of 3x3 convolutions before the output layer, in each of the two branches."""
     norm: Literal["gn"] | None = None
-    """Normalises after each of them; None normalises nowhere."""
+    """Normalisation layer after each convolution; None for no normalisation."""
     anchor_scale: float = 4.0
-    """The smallest anchor's side in units of its level's stride."""
+    """Side of the smallest anchor of a level, in multiples of the stride of the level."""
     scales_per_octave: int = 3
-    """Anchor sizes a level, evenly spaced in log scale up to the next level's."""
+    """Number of anchor sizes per level, evenly spaced on a log scale up to the smallest size of the next level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Height over width of the anchors of each size."""
+    """Anchor aspect ratios (height / width) for each size."""
     positive_iou: float = 0.5
-    """An anchor with at least this IoU with an object is positive."""
+    """IoU threshold for positives: an anchor with at least this IoU with an object is positive."""
     negative_iou: float = 0.4
-    """An anchor with less than this IoU with every object is negative; those between are ignored."""
+    """IoU threshold for negatives: an anchor with less than this IoU with every object is negative. Anchors between the
+    two thresholds are ignored."""
     low_quality: float | None = 0.0
-    """IoU from which the best anchors of each object are positive anyway; None turns that off."""
+    """Low-quality matches: the best anchors of each object are also positive if their IoU is at least this. None
+    disables low-quality matches."""
     prior: float = 0.01
-    """The score that every class starts from at every anchor, so that negatives do not drown the first steps."""
+    """Prior probability of every class at every anchor before training. A low prior keeps the many negatives from
+    dominating the loss of the first steps."""
     focal_alpha: float = 0.25
-    """Weight of "yes" in the focal loss; that of "no" is 1 less this."""
+    """Focal loss alpha: weight of positive classes; negative classes have weight 1 - alpha."""
     focal_gamma: float = 2.0
     """Focusing parameter gamma: how strongly well-classified anchors are down-weighted."""
     box_loss: BoxLoss = "smooth_l1"
@@ -67,19 +70,19 @@ class RetinaConfig:
     box_loss_weight: float = 1.0
     """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight."""
     pre_nms_per_level: int = 1000
-    """The best scores of each level that become candidates."""
+    """Number of highest-scoring (anchor, class) pairs per level that are passed to NMS."""
     score_threshold: float = 0.05
-    """Detections must score more."""
+    """Score threshold: detections with a score of at most this are discarded."""
     nms_iou: float = 0.5
-    """Of two detections of a class that overlap more than this, the worse goes."""
+    """NMS IoU threshold, applied within each class."""
     max_detections: int = 100
-    """Detections an image."""
+    """Maximum number of detections per image."""
     clip_first: bool = True
-    """Whether boxes are cut at the picture's edges before they compete, or after it (Detectron2); then those of which
-    nothing is left are dropped, and their slots stay empty."""
+    """Whether boxes are clipped to the image before NMS. If False, boxes are clipped after NMS (Detectron2), and boxes
+    that are then empty are discarded without replacement."""
     drop_empty: bool = False
-    """Whether boxes without area, as cutting leaves them of those outside the picture, are dropped first (mmdetection
-    3.x)."""
+    """Whether boxes without area are discarded before NMS (mmdetection 3.x). Clipping leaves no area of boxes outside
+    the image."""
 
     def __post_init__(self) -> None:
         check_counts(self, "num_convs", "scales_per_octave", least=0)
@@ -89,30 +92,30 @@ class RetinaConfig:
         check_numbers(self, "anchor_scale", "ratios", least=0, above=True)
         check_numbers(self, "focal_gamma", "smooth_l1_beta", least=0)
         if not 0 < self.prior < 1:
-            raise ValueError(f"prior={self.prior!r}: expected a number between 0 and 1, such as 0.01")
+            raise ValueError(f"prior={self.prior!r}: expected a number above 0 and below 1, such as 0.01")
         check_choice("norm", self.norm, (None, "gn"))
-        # Sizes a hundredth of an octave apart are the same boxes to any IoU that matters.
+        # Anchor sizes a hundredth of an octave apart have nearly the same IoU with any object.
         if not 1 <= self.scales_per_octave <= 100:
-            raise ValueError(f"scales_per_octave={self.scales_per_octave}: give 1 to 100, such as 3")
+            raise ValueError(f"scales_per_octave={self.scales_per_octave}: expected 1 to 100, such as 3")
         check_box_loss(self.box_loss)
         check_numbers(self, "class_loss_weight", "box_loss_weight", least=0)
 
 
 class RetinaOutput(NamedTuple):
-    """The head's answer at every anchor."""
+    """Output of the head for every anchor."""
 
     logits: tuple[Tensor, ...]
-    """L x [B, N_l, C] as computed, finest level first. They stay apart because they are large."""
+    """L x [B, N_l, C] in the dtype of the computation, finest level first; not concatenated because they are large."""
     deltas: Tensor
-    """[B, N, 4] float32, the box relative to its anchor, levels one after another."""
+    """[B, N, 4] float32 box deltas relative to the anchors, levels concatenated."""
     anchors: Tensor
     """[N, 4] float32, xyxy in pixels of the canvas."""
     level_lengths: tuple[int, ...]
-    """Anchors of each of the L levels; they sum to N."""
+    """Number of anchors of each of the L levels; they sum to N."""
 
 
 class RetinaHead(nn.Module):
-    """Two branches of 3x3 convolutions, shared by all levels, with their losses and their detections."""
+    """Two branches of 3x3 convolutions, shared by all levels, with their losses and detections."""
 
     class_rows = MappingProxyType({"class_logits": ClassRows()})
     output_stds = MappingProxyType({"class_logits": 0.4, "box_deltas": 0.1})
@@ -128,11 +131,11 @@ class RetinaHead(nn.Module):
         """Build the head.
 
         Args:
-            channels: channels of every level.
-            strides: pixels of the canvas a feature position stands for, one a level, finest first.
-            num_classes: C, background not counted.
-            config: the numbers.
-            conventions: the geometry that the weights were or will be trained with.
+            channels: number of channels of every feature level.
+            strides: stride of each level in pixels of the canvas, finest first.
+            num_classes: C, without background.
+            config: hyperparameters of the head.
+            conventions: box geometry that the weights were (or will be) trained with.
         """
         super().__init__()
         self.config = config
@@ -161,7 +164,7 @@ class RetinaHead(nn.Module):
 
         Args:
             features: L of [B, channels, H_l, W_l], finest first.
-            canvas: (height, width) in pixels that the features were computed from.
+            canvas: (height, width) of the canvas that the features were computed from, in pixels.
         """
         logits = [by_anchor(self.class_logits(self.class_convs(x)), self.num_classes) for x in features]
         deltas = [at_least_float32(by_anchor(self.box_deltas(self.box_convs(x)), 4)) for x in features]
@@ -173,14 +176,14 @@ class RetinaHead(nn.Module):
         )
 
     def losses(self, output: RetinaOutput, targets: Targets) -> dict[str, Tensor]:
-        """Focal loss of classes and the box loss, both over the number of positive anchors of the batch.
+        """Focal loss of the classes and box regression loss, both divided by the number of positives in the batch.
 
         Args:
-            output: the head's answer.
-            targets: the batch's ground truth.
+            output: output of the head.
+            targets: ground truth of the batch.
 
         Returns:
-            `retina_class` and `retina_box`, scalars. Without objects every anchor is background and the second is 0.
+            Scalars `retina_class` and `retina_box`. Without objects, every anchor is background and `retina_box` is 0.
         """
         config, plus_one = self.config, self.conventions.plus_one
         matches = match(
@@ -194,8 +197,8 @@ class RetinaHead(nn.Module):
         positive, counts = matches.labels == POSITIVE, matches.labels != IGNORED
         labels = torch.where(positive, take_slots(targets.labels, matches.matched), self.num_classes)
         class_loss = [
-            sigmoid_focal_loss(logits, own, valid, alpha=config.focal_alpha, gamma=config.focal_gamma)
-            for logits, own, valid in zip(
+            sigmoid_focal_loss(logits, level_labels, valid, alpha=config.focal_alpha, gamma=config.focal_gamma)
+            for logits, level_labels, valid in zip(
                 output.logits, *(rows.split(output.level_lengths, 1) for rows in (labels, counts)), strict=True
             )
         ]
@@ -217,19 +220,20 @@ class RetinaHead(nn.Module):
 
     @torch.no_grad()
     def detect(self, output: RetinaOutput, image_sizes: Tensor) -> Detections:
-        """The best scores of each level, then NMS within each class over all levels.
+        """Select the best scores of each level, then apply NMS within each class over all levels.
 
         Args:
-            output: the head's answer.
+            output: output of the head.
             image_sizes: [B, 2] (height, width), to which boxes are clipped.
 
         Returns:
-            Detections in D = `max_detections` slots (fewer where there are fewer candidates).
+            Detections in D = `max_detections` slots, or fewer if there are fewer candidates.
         """
         config, plus_one = self.config, self.conventions.plus_one
         logits, indices, labels, start = [], [], [], 0
         for level, length in zip(output.logits, output.level_lengths, strict=True):
-            # The best scores lie at the anchors of the best maxima, and those are far fewer to sort.
+            # The k best (anchor, class) scores belong to the k anchors with the best maximum scores. Sorting N maxima
+            # is much cheaper than sorting N * C scores.
             best_class = level.amax(2)
             best_class = torch.where(best_class.isfinite(), best_class, -torch.inf)
             anchors = best_class.topk(min(config.pre_nms_per_level, length)).indices
@@ -249,15 +253,15 @@ class RetinaHead(nn.Module):
         kept = torch.ones_like(classes, dtype=torch.bool)
         if config.drop_empty:
             kept = _has_area(boxes, plus_one)
-        found = self.suppression(boxes, scores, classes, kept)
+        detections = self.suppression(boxes, scores, classes, kept)
         if config.clip_first:
-            return found
-        boxes = box_geometry.clip(found.boxes, image_sizes, plus_one=plus_one)
-        return replace(found, boxes=boxes, valid=found.valid & _has_area(boxes, plus_one))
+            return detections
+        boxes = box_geometry.clip(detections.boxes, image_sizes, plus_one=plus_one)
+        return replace(detections, boxes=boxes, valid=detections.valid & _has_area(boxes, plus_one))
 
     @property
     def suppression(self) -> Suppression:
-        """How scored boxes become detections."""
+        """Score threshold and NMS that turn scored boxes into detections."""
         return Suppression(
             score_threshold=self.config.score_threshold,
             iou_threshold=self.config.nms_iou,
@@ -271,7 +275,7 @@ def _has_area(boxes: Tensor, plus_one: float) -> Tensor:
 
 
 class _Branch(nn.Sequential):
-    """3x3 convolutions, each followed by a ReLU, with a norm between the two if there is one."""
+    """3x3 convolutions, each followed by an optional normalisation layer and a ReLU."""
 
     def __init__(self, channels: int, config: RetinaConfig) -> None:
         layers: list[nn.Module] = []

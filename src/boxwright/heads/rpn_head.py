@@ -1,6 +1,6 @@
-"""The region proposal network: which anchors hold an object of any class, and where exactly.
+"""Region proposal network (RPN) head: scores every anchor for containing an object of any class, and refines its box.
 
-B images, L levels, A anchors a position, N anchors of all levels together, S sampled anchors, G object slots,
+B images, L levels, A anchors per position, N anchors of all levels together, S sampled anchors, G object slots,
 P proposals.
 
 Source: Ren et al., Faster R-CNN (2015), section 3; on a pyramid: Lin et al., Feature Pyramid Networks (2017),
@@ -37,26 +37,28 @@ SAMPLING_SALT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
-    """The numbers of a region proposal network; the defaults are the 2018 toolbox's."""
+    """Hyperparameters of a region proposal network; the defaults follow mmdetection 0.5 (2018)."""
 
     num_convs: int = 1
-    """3x3 convolutions before the two 1x1 ones, at least 1."""
+    """Number of 3x3 convolutions before the two 1x1 output convolutions, at least 1."""
     anchor_scale: float = 8.0
-    """An anchor's side in units of its level's stride."""
+    """Side of the anchors of a level, in multiples of the stride of the level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Height over width of the anchors at each position."""
+    """Anchor aspect ratios (height / width) at each position."""
     positive_iou: float = 0.7
-    """An anchor with at least this IoU with an object is positive."""
+    """IoU threshold for positives: an anchor with at least this IoU with an object is positive."""
     negative_iou: float = 0.3
-    """An anchor with less than this IoU with every object is negative; those between are ignored."""
+    """IoU threshold for negatives: an anchor with less than this IoU with every object is negative. Anchors between the
+    two thresholds are ignored."""
     low_quality: float | None = 0.3
-    """IoU from which the best anchors of each object are positive anyway; None turns that off."""
+    """Low-quality matches: the best anchors of each object are also positive if their IoU is at least this. None
+    disables low-quality matches."""
     border: float | None = 0.0
-    """In training, anchors that reach over the picture's edge by more pixels are left out; None keeps all."""
+    """Anchors that extend beyond the image by more than this many pixels are ignored in training; None keeps all."""
     num_sampled: int = 256
-    """Anchors an image that the losses look at."""
+    """Number of anchors per image that are sampled for the losses."""
     positive_fraction: float = 0.5
-    """At most this share of them is positive."""
+    """Maximum fraction of positives among the sampled anchors."""
     box_loss: BoxLoss = "smooth_l1"
     """Box regression loss: "smooth_l1" on box deltas, or "giou", "diou", "ciou" or a function on decoded boxes."""
     smooth_l1_beta: float = 1 / 9
@@ -66,17 +68,17 @@ class RPNConfig:
     box_loss_weight: float = 1.0
     """Weight of the box loss. IoU losses are smaller than smooth L1 and usually get a higher weight."""
     pre_nms_per_level: int = 2000
-    """In training, the best anchors of each level that become proposals."""
+    """Number of highest-scoring anchors per level that are passed to NMS in training."""
     num_proposals: int = 2000
-    """In training, the proposals an image that survive NMS."""
+    """Maximum number of proposals per image after NMS in training."""
     test_pre_nms_per_level: int = 2000
-    """The same in testing."""
+    """Number of highest-scoring anchors per level that are passed to NMS at test time."""
     test_num_proposals: int = 2000
-    """The same in testing."""
+    """Maximum number of proposals per image after NMS at test time."""
     nms_iou: float = 0.7
-    """Of two proposals of a level that overlap more than this, the worse goes."""
+    """NMS IoU threshold, applied within each pyramid level."""
     min_size: float = 1e-3
-    """Proposals with a shorter side, in pixels, are dropped."""
+    """Minimum side of a proposal, in pixels; smaller proposals are discarded."""
 
     def __post_init__(self) -> None:
         check_counts(self, "num_convs", "num_sampled", "pre_nms_per_level", "num_proposals")
@@ -91,20 +93,20 @@ class RPNConfig:
 
 
 class RPNOutput(NamedTuple):
-    """The head's answer at every anchor, levels one after another, finest first."""
+    """Output of the head for every anchor; the levels are concatenated, finest first."""
 
     objectness: Tensor
     """[B, N] float32 logits."""
     deltas: Tensor
-    """[B, N, 4] float32, the box relative to its anchor."""
+    """[B, N, 4] float32 box deltas relative to the anchors."""
     anchors: Tensor
     """[N, 4] float32, xyxy in pixels of the canvas."""
     level_lengths: tuple[int, ...]
-    """Anchors of each of the L levels; they sum to N."""
+    """Number of anchors of each of the L levels; they sum to N."""
 
 
 class RPNHead(nn.Module):
-    """3x3 convolutions, as a rule one, and two 1x1 ones, shared by all levels; their losses and their proposals."""
+    """One or more 3x3 convolutions and two 1x1 ones, shared by all levels, with their losses and proposals."""
 
     output_stds = MappingProxyType({"objectness": 1.0, "deltas": 0.1})
 
@@ -118,10 +120,10 @@ class RPNHead(nn.Module):
         """Build the head.
 
         Args:
-            channels: channels of every level.
-            strides: pixels of the canvas a feature position stands for, one a level, finest first.
-            config: the numbers.
-            conventions: the geometry that the weights were or will be trained with.
+            channels: number of channels of every feature level.
+            strides: stride of each level in pixels of the canvas, finest first.
+            config: hyperparameters of the head.
+            conventions: box geometry that the weights were (or will be) trained with.
         """
         super().__init__()
         self.config = config
@@ -149,7 +151,7 @@ class RPNHead(nn.Module):
 
         Args:
             features: L of [B, C, H_l, W_l], finest first.
-            canvas: (height, width) in pixels that the features were computed from.
+            canvas: (height, width) of the canvas that the features were computed from, in pixels.
         """
         objectness, deltas = [], []
         for feature in features:
@@ -169,19 +171,20 @@ class RPNHead(nn.Module):
     def losses(
         self, features: Sequence[Tensor], canvas: tuple[int, int], batch: Batch, targets: Targets
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of objectness and the box loss, both over the number of sampled anchors.
+        """Binary cross-entropy of objectness and box regression loss, both averaged over the sampled anchors.
 
-        The losses look at a few hundred anchors of a hundred thousand, and which ones does not depend on what the head
-        says of them. So the head is computed at those alone, and so is its gradient, which is 0 anywhere else.
+        The losses use a few hundred of about a hundred thousand anchors, and the sample does not depend on the head's
+        output. The head, and its gradient, is therefore computed at the sampled anchors only; the gradient of all
+        other anchors is 0.
 
         Args:
             features: L of [B, C, H_l, W_l], finest first.
-            canvas: (height, width) in pixels that the features were computed from.
-            batch: for the pictures' sizes and seeds.
-            targets: the batch's ground truth; classes do not matter.
+            canvas: (height, width) of the canvas that the features were computed from, in pixels.
+            batch: provides image sizes and seeds.
+            targets: ground truth of the batch; its classes are not used.
 
         Returns:
-            `rpn_objectness` and `rpn_box`, scalars. Without objects the first learns background and the second is 0.
+            Scalars `rpn_objectness` and `rpn_box`. Without objects, all anchors are negative and `rpn_box` is 0.
         """
         config, plus_one = self.config, self.conventions.plus_one
         all_anchors = torch.cat(self.anchors(features, canvas))
@@ -221,15 +224,15 @@ class RPNHead(nn.Module):
         }
 
     def at_anchors(self, features: Sequence[Tensor], canvas: tuple[int, int], indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The output of `forward` at a few anchors.
+        """The output of `forward` for selected anchors.
 
         The stock head with stock layers is computed at the positions of these anchors only. Otherwise (a subclass with
-        its own `forward`, replaced layers, hooks) the head is called, and its output gathered.
+        its own `forward`, replaced layers, hooks) the whole head is applied and its output is gathered.
 
         Args:
             features: L of [B, C, H_l, W_l], finest first.
-            canvas: (height, width) in pixels that the features were computed from.
-            indices: [B, S] int64, which of the N anchors.
+            canvas: (height, width) of the canvas that the features were computed from, in pixels.
+            indices: [B, S] int64 indices into the N anchors.
 
         Returns:
             objectness: [B, S] float32 logits.
@@ -242,7 +245,7 @@ class RPNHead(nn.Module):
 
     @property
     def _is_stock(self) -> bool:
-        """Whether `_at_positions` equals `forward`: no other `forward`, layers or hooks."""
+        """Whether `_at_positions` equals `forward`: no replaced `forward`, no replaced layer, no hooks."""
         return (
             type(self).forward is RPNHead.forward
             and is_unhooked(self)
@@ -253,31 +256,31 @@ class RPNHead(nn.Module):
         )
 
     def _at_positions(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
-        """`at_anchors` computed from 3x3 neighbourhoods of the anchors' positions."""
+        """`at_anchors`, computed from the neighbourhoods of the anchors' positions that the 3x3 convolutions read."""
         num_anchors = len(self.config.ratios)
-        level, place, start = torch.zeros_like(indices), indices, 0
+        level, offset, start = torch.zeros_like(indices), indices, 0
         for feature in features[:-1]:
             start += feature.shape[-2] * feature.shape[-1] * num_anchors
             level = level + (indices >= start)
-            place = torch.where(indices >= start, indices - start, place)
+            offset = torch.where(indices >= start, indices - start, offset)
         hidden, inside = gather_patches(
-            features, level, torch.div(place, num_anchors, rounding_mode="floor"), radius=len(self._convs)
+            features, level, torch.div(offset, num_anchors, rounding_mode="floor"), radius=len(self._convs)
         )
         hidden, inside = hidden.flatten(0, 1), inside.flatten(0, 1)[:, None]
         for conv in self._convs:
-            # Outside the map, the next convolution reads its padding, not the output of this convolution.
+            # Outside the map, the next convolution must read its zero padding, not the output of this convolution.
             inside = inside[..., 1:-1, 1:-1]
             hidden = torch.where(inside, convolve_patches(hidden, conv.weight, conv.bias).relu(), 0.0)
-        own = (place % num_anchors)[..., None, None]
+        anchor_index = (offset % num_anchors)[..., None, None]
         objectness = self.objectness(hidden).view(*indices.shape, num_anchors, 1)
         deltas = self.deltas(hidden).view(*indices.shape, num_anchors, 4)
         return (
-            at_least_float32(objectness.gather(2, own).flatten(1)),
-            at_least_float32(deltas.gather(2, own.expand(*indices.shape, 1, 4)).squeeze(2)),
+            at_least_float32(objectness.gather(2, anchor_index).flatten(1)),
+            at_least_float32(deltas.gather(2, anchor_index.expand(*indices.shape, 1, 4)).squeeze(2)),
         )
 
     def _inside(self, anchors: Tensor, image_sizes: Tensor) -> Tensor | None:
-        """[B, N] bool, the anchors that do not cross the border of their picture; None where crossing is allowed."""
+        """[B, N] bool, anchors that extend at most `border` pixels beyond their image; None if `border` is None."""
         border = self.config.border
         if border is None:
             return None
@@ -288,21 +291,21 @@ class RPNHead(nn.Module):
     def propose(
         self, features: Sequence[Tensor], canvas: tuple[int, int], image_sizes: Tensor, *, training: bool
     ) -> Proposals:
-        """Apply the head and make `proposals` of its output, without gradients: the head is trained by `losses`."""
+        """Apply the head without gradients, and select `proposals` from its output. Only `losses` trains the head."""
         with without_gradients():
             return self.proposals(self(features, canvas), image_sizes, training=training)
 
     @torch.no_grad()
     def proposals(self, output: RPNOutput, image_sizes: Tensor, *, training: bool) -> Proposals:
-        """The best boxes after NMS within each level.
+        """Select the best boxes of each level and apply NMS within each level.
 
         Args:
-            output: the head's answer.
-            image_sizes: [B, 2] (height, width) of the pictures, to which boxes are clipped (see `Conventions`).
-            training: whether the numbers of training or of testing apply.
+            output: output of the head.
+            image_sizes: [B, 2] (height, width), to which boxes are clipped (see `Conventions`).
+            training: whether to use the hyperparameters for training instead of those for testing.
 
         Returns:
-            Proposals in P slots, P as configured but no more than there are candidates.
+            Proposals in P slots; P is the configured number of proposals, or the number of candidates if that is lower.
         """
         config, plus_one = self.config, self.conventions.plus_one
         per_level = config.pre_nms_per_level if training else config.test_pre_nms_per_level

@@ -1,7 +1,8 @@
-"""How many slots a head has to look at.
+"""Number of object slots that a head is applied to.
 
-Shapes never depend on data where something holds on to them: a graph, a compiler, an accelerator that would have to be
-waited for. Where a count is free to read, which is on the CPU in eager mode, a head runs on the first few slots alone.
+Shapes must not depend on data inside a CUDA graph or a compiled graph, and reading a count from a GPU would wait for
+the GPU. In eager mode on a CPU, reading a count is free, so a head is applied only to the leading slots that are in
+use.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALLEST = 8
+MIN_SLOTS = 8
 
 
 def used_slots(valid: Tensor) -> int:
-    """The fewest slots that hold all rows in use: 8, 16, 32 and so on, so that few shapes occur, or all.
+    """Number of leading slots that contain all valid ones, rounded up to 8, 16, 32, ... so that few shapes occur.
 
     Args:
-        valid: [B, S] bool, the slots in use, which are the first of each image.
+        valid: [B, S] bool, slots in use; in each image these are the first slots.
 
     Returns:
-        S where the count is not free to read.
+        At most S. Always S on a GPU and in compiled code, where reading the count is not free.
     """
     num_slots = valid.shape[1]
-    # A fake or traced tensor is of a type of its own, and has no count.
+    # Fake and traced tensors are subclasses of Tensor and have no values to count.
     if type(valid) is not Tensor or valid.device.type != "cpu" or torch.compiler.is_compiling():
         return num_slots
-    most, size = int(valid.sum(1).max()), SMALLEST
-    while size < most:
+    num_used, size = int(valid.sum(1).max()), MIN_SLOTS
+    while size < num_used:
         size *= 2
     return min(size, num_slots)

@@ -1,6 +1,6 @@
-"""What a mask head learns: an object's mask inside a box, at the resolution that the head predicts.
+"""Training targets of a mask head: the mask of each object inside a box, at the resolution of the predicted masks.
 
-B images, G object slots, P boxes, M cells a side of a mask's grid, S = output_size.
+B images, G object slots, P boxes, M cells per side of a mask grid, S = output_size.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from boxwright.structures import MaskGrids, take_slots
 def mask_target(
     masks: MaskGrids, boxes: Tensor, matched: Tensor, valid: Tensor, *, output_size: int, plus_one: float = 0.0
 ) -> Tensor:
-    """Whether the centre of each of S x S cells of a box lies on its object.
+    """Compute for each of the S x S cells of a box whether the centre of the cell is on the object.
 
-    The centres read the object's grid bilinearly, 0 beside it, and count from a half on. Of a bitmap that the grid
-    holds pixel by pixel, this is what RoIAlign with one aligned sample a cell reads off the whole bitmap (the rule of
-    Detectron2's `BitMasks.crop_and_resize`). Of polygons it is COCO's rasteriser on a canvas of S x S, but for what
-    that rounds (docs/benchmarks/mask_targets.md).
+    The object's mask grid is sampled bilinearly at the cell centres (0 outside the grid) and thresholded at 0.5. If the
+    grid holds a bitmap pixel by pixel, this equals RoIAlign of the full bitmap with one aligned sample per cell (the
+    rule of Detectron2's `BitMasks.crop_and_resize`). For polygons it equals COCO's rasteriser on an S x S canvas,
+    except for the coordinates that COCO rounds (docs/benchmarks/mask_targets.md).
 
     Args:
-        masks: the objects'.
+        masks: masks of the objects.
         boxes: [B, P, 4] xyxy in pixels of the canvas.
-        matched: [B, P] int64, the object slot of each box, 0 <= matched < G.
-        valid: [B, P] bool; other slots may hold any box, and an object without a mask, NaN included.
+        matched: [B, P] int64, object slot of each box, 0 <= matched < G.
+        valid: [B, P] bool; other slots may have any box, including NaN, and an object without a mask.
         output_size: S.
-        plus_one: 1 where x2 and y2 name the last pixel inside a box.
+        plus_one: 1 if x2 and y2 are the last pixel inside a box, else 0.
 
     Returns:
         [B, P, S, S] bool; False in invalid slots.
@@ -46,7 +46,7 @@ def mask_target(
     shares = (torch.arange(output_size, device=boxes.device) + 0.5) / output_size
     sides = boxes[..., 2:] - boxes[..., :2] + plus_one
     centres = boxes[..., :2, None] + sides[..., None] * shares
-    # [B, P, 2, S] x and y as grid_sample takes them, from -1 to 1 over the frame.
+    # [B, P, 2, S] x and y in the convention of grid_sample: -1 to 1 over the frame of the mask grid.
     x, y = (2 * (centres - corners) / lengths - 1).unbind(2)
     size = (*x.shape, output_size)
     grid = torch.stack([x[:, :, None].expand(size), y[..., None].expand(size)], -1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""RoIAlign (arXiv 1703.06870) over a feature pyramid (arXiv 1612.03144): each box is pooled from the level of its size.
+"""RoIAlign (arXiv 1703.06870) on a feature pyramid (arXiv 1612.03144): a box is pooled from the level for its size.
 
 B images, P boxes, L levels, C channels, S = output_size.
 """
@@ -17,11 +17,12 @@ from boxwright.geometry.boxes import area
 from boxwright.ops.roi_align_cpu import pool_own_level, pool_own_level_backward
 
 FAR_OUTSIDE = -1e6
-"""Where boxes go that must not be pooled: samples outside the picture read nothing, give 0 and have no gradient."""
+"""Coordinate to which boxes are moved that must not be pooled: samples outside the image give 0 and have no
+gradient."""
 
 TRITON = False
-"""Whether GPUs pool with `roi_align_triton`. Off: it was interpreted and compiled, and has not run on a card yet;
-`python -m benchmarks.gpu` compares it with `pool_every_level` there."""
+"""Whether GPUs pool with `roi_align_triton`. It is off because the kernels were compiled and interpreted, but have not
+run on a GPU yet; `python -m benchmarks.gpu` compares them with `pool_every_level`."""
 
 
 def multilevel_roi_align(
@@ -39,35 +40,38 @@ def multilevel_roi_align(
     canonical_size: int = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    """Pool an S x S grid of features for every box, from the one level that FPN's eq. 1 gives for the box's size.
+    """Pool S x S features for every box from one pyramid level, which the size of the box determines (FPN, eq. 1).
 
-    With `aligned=False, plus_one=0` this equals torchvision's `MultiScaleRoIAlign`. Gradients flow to the features
-    alone, not to the boxes.
+    With `aligned=False, plus_one=0` this equals torchvision's `MultiScaleRoIAlign`. Gradients flow to the features, not
+    to the boxes.
 
     Args:
-        features: L of [B, C, H_l, W_l], finest first, all of one dtype; half precision is summed in float32.
+        features: L of [B, C, H_l, W_l], finest first, all of one dtype; sums of half-precision features are in float32.
         boxes: [B, P, 4] xyxy in pixels of the canvas.
-        valid: [B, P] bool; other slots may hold anything, NaN included, and no gradient flows back from them. Boxes
-            that are not finite count as invalid.
-        strides: pixels a cell of each level, powers of two, each twice the one before.
+        valid: [B, P] bool; other slots may have any value, including NaN, and get no gradient. Boxes that are not
+            finite are treated as invalid.
+        strides: stride of each level in pixels, powers of two, each twice the previous one.
         output_size: S.
-        sampling_ratio: samples along each side of a grid cell; 0 for as many as feature cells, rounded up.
-        aligned: whether a feature sits in the middle of its cell (the half pixel of Detectron2) or at its corner.
-        plus_one: 1 for the 2018 geometry: x2 and y2 name the last pixel inside. Its RoIAlign, which is never aligned,
-            also keeps boxes narrower than a feature cell as they are, where torchvision's unaligned form widens them.
-        pool_plus_one: whether that holds for the pooling too, or for the choice of the level alone.
-        level_epsilon: added to the level before rounding down.
-        canonical_size: side of the square box that belongs to `canonical_level`.
-        canonical_level: log2 of the stride of that level.
+        sampling_ratio: number of sampling points per side of an output cell; 0 for the number of features that the cell
+            spans, rounded up.
+        aligned: whether the coordinate of a feature is the centre of its cell (Detectron2's half-pixel shift) or the
+            corner.
+        plus_one: 1 for the box geometry of mmdetection 0.5 (2018), in which x2 and y2 are the last pixel inside, else
+            0. The RoIAlign of mmdetection 0.5, which is never aligned, also keeps boxes narrower than one feature cell,
+            whereas torchvision's unaligned RoIAlign widens them.
+        pool_plus_one: whether `plus_one` applies to the pooling too, or only to the choice of the level.
+        level_epsilon: value added to the level before rounding down.
+        canonical_size: side of the square box that is assigned to `canonical_level`.
+        canonical_level: log2 of the stride of the level for boxes of `canonical_size`.
 
     Returns:
-        [B, P, C, S, S] in the dtype of `features`; zeros for invalid slots.
+        [B, P, C, S, S] in the dtype of `features`; 0 for invalid slots.
 
     Raises:
-        ValueError: There are no feature maps.
+        ValueError: there are no feature maps.
     """
     if not features:
-        raise ValueError("RoIAlign got no feature maps to pool from: give one for each stride")
+        raise ValueError("RoIAlign: expected one feature map per stride, got no feature maps")
     assert len(features) == len(strides)
     finest, coarsest = round(math.log2(strides[0])), round(math.log2(strides[-1]))
     valid = valid & boxes.isfinite().all(-1)
@@ -85,14 +89,14 @@ def multilevel_roi_align(
 
 @pool_own_level.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
-    from boxwright.ops.roi_align_triton import pool  # Here, for installations without Triton.
+    from boxwright.ops.roi_align_triton import pool  # Imported here because Triton may not be installed.
 
     return pool(*arguments)
 
 
 @pool_own_level_backward.register_kernel("cuda")
 def _(*arguments: Any) -> list[Tensor]:
-    from boxwright.ops.roi_align_triton import pool_backward  # As above.
+    from boxwright.ops.roi_align_triton import pool_backward  # Imported here because Triton may not be installed.
 
     return pool_backward(*arguments)
 
@@ -107,9 +111,9 @@ def pool_every_level(
     aligned: bool,
     keep_narrow: bool,
 ) -> Tensor:
-    """All boxes on all levels, in static shapes: the form for GPUs, where a box out of sight costs next to nothing.
+    """Pool all boxes on all levels, with static shapes. On GPUs, pooling a box outside the map costs next to nothing.
 
-    Arguments and result are those of `pool_own_level`.
+    Arguments and result are the same as for `pool_own_level`.
     """
     dtype = pooling_dtype(features[0])
     pooled = features[0].new_zeros((level.numel(), features[0].shape[1], output_size, output_size), dtype=dtype)
@@ -123,14 +127,14 @@ def pool_every_level(
 
 
 def pooling_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums of a tensor's numbers are made in: float32 at least."""
+    """Dtype in which values of a tensor are summed: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _rois(boxes: Tensor, stride: int, keep_narrow: bool) -> Tensor:
-    """[B, P, 5] what torchvision's roi_align takes: image index and box."""
+    """[B, P, 5] RoIs in the format of torchvision's roi_align: image index and box."""
     if keep_narrow:
-        # Only torchvision's aligned form leaves narrow boxes alone; this undoes its shift by half a feature cell.
+        # Only torchvision's aligned RoIAlign keeps narrow boxes; this cancels its shift by half a feature cell.
         boxes = boxes + 0.5 * stride
     image = torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)
     return torch.cat([image[:, None, None].expand(*boxes.shape[:2], 1), boxes], -1)

@@ -1,10 +1,10 @@
-"""RoIAlign for CPUs: a sparse matrix of bilinear weights times the features, each position's channels being one row.
+"""RoIAlign on CPUs: a sparse matrix of bilinear weights times the features, with one row of channels per position.
 
-A cell of a box's grid averages samples, and a sample mixes four positions. So a cell is a short weighted sum of rows of
-[positions, channels], which PyTorch calls an embedding bag, and the gradient is the same with the transposed matrix.
-Both read and write whole rows on all threads; a kernel that goes channel by channel touches memory in single numbers.
+An output cell averages samples, and a sample interpolates four positions. A cell is therefore a short weighted sum of
+rows of [positions, channels], which PyTorch calls an embedding bag; the gradient uses the transposed matrix. Both read
+and write whole rows on all threads, whereas a kernel that loops over channels accesses memory value by value.
 
-B images, P boxes, L levels, C channels, S = output_size, n boxes of a level; a cell reads t positions along a side.
+B images, P boxes, L levels, C channels, S = output_size, n boxes of a level; a cell reads t positions along each side.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ def pool_own_level(
     aligned: bool,
     keep_narrow: bool,
 ) -> Tensor:
-    """Each box on its level only, as one opaque operator in which shapes may depend on data.
+    """Pool each box on its own level only, as one opaque operator in which shapes may depend on data.
 
     Args:
-        features: L of [B, C, H_l, W_l]; channels-last ones are read where they lie.
+        features: L of [B, C, H_l, W_l]; features in channels-last memory format are not copied.
         boxes: [B, P, 4] finite, continuous xyxy in pixels of the canvas.
         level: [B, P] int64, index into `features`, or L for boxes that are not pooled.
-        strides: L.
+        strides: stride of each of the L levels.
         output_size: S.
         sampling_ratio: as in `multilevel_roi_align`.
         aligned: as in `multilevel_roi_align`.
-        keep_narrow: where not aligned, leave boxes narrower than a feature cell as they are.
+        keep_narrow: whether unaligned pooling keeps boxes that are narrower than a feature cell.
 
     Returns:
-        [B, P, C, S, S], zeros for boxes that are not pooled; in memory the channels come last.
+        [B, P, C, S, S] in channels-last memory format; 0 for boxes that are not pooled.
     """
     pooled = None
-    # The level of most boxes comes first: it makes the result, zeros for the others, and the others are put in.
+    # Start with the level that has the most boxes: its output becomes the result (zero rows for all other boxes), and
+    # the remaining levels are written into it.
     for index in level.flatten().bincount(minlength=len(features))[: len(features)].argsort(descending=True).tolist():
         feature = features[index]
         rows = feature.permute(0, 2, 3, 1).flatten(0, 2)
@@ -91,7 +92,7 @@ def pool_own_level_backward(
     aligned: bool,
     keep_narrow: bool,
 ) -> list[Tensor]:
-    """The gradient of `pool_own_level`, L of [B, C, H_l, W_l], from that of its result, [B, P, C, S, S]."""
+    """Gradient of `pool_own_level` with respect to the features, L of [B, C, H_l, W_l], from [B, P, C, S, S]."""
     num_images, _, channels, size, _ = gradient.shape
     cells = gradient.permute(0, 1, 3, 4, 2).flatten(0, 1)
     gradients = []
@@ -101,8 +102,8 @@ def pool_own_level_backward(
         for members, places, weights in _sums(
             boxes, level == index, (height, width), stride, size, sampling_ratio, aligned, keep_narrow
         ):
-            own = cells[members].flatten(0, 2)
-            sums = _transposed_product(own, places, weights.to(own.dtype), num_rows)
+            box_gradients = cells[members].flatten(0, 2)
+            sums = _transposed_product(box_gradients, places, weights.to(box_gradients.dtype), num_rows)
             rows = sums if rows is None else rows.add_(sums)
         rows = gradient.new_zeros((num_rows, channels)) if rows is None else rows
         gradients.append(rows.view(num_images, height, width, channels).permute(0, 3, 1, 2))
@@ -145,9 +146,9 @@ pool_own_level.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _product_in_place(places: Tensor, weights: Tensor, rows: Tensor, members: Tensor, num_boxes: int) -> Tensor:
-    """[num_boxes, S * S, C]: the sums of `weights[i, j] * rows[places[i, j]]` over j for `members`, else zeros.
+    """[num_boxes, S * S, C]: for `members`, the sums of `weights[i, j] * rows[places[i, j]]` over j, else 0.
 
-    The other boxes' cells are bags with nothing in them, so that no sum is moved to its place afterwards.
+    The cells of other boxes are empty bags, so the sums do not have to be copied to their boxes afterwards.
     """
     num_cells = len(places) // len(members)
     reads = members.new_zeros(num_boxes).index_fill(0, members, places.shape[1]).repeat_interleave(num_cells)
@@ -174,21 +175,21 @@ def _sums(
     aligned: bool,
     keep_narrow: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The weighted sums of feature rows that the cells of a level's boxes are.
+    """Express the output cells of one level's boxes as weighted sums of feature rows.
 
     Args:
         boxes: [B, P, 4] xyxy in pixels of the canvas.
-        here: [B, P] bool, the boxes of this level.
+        here: [B, P] bool, boxes of this level.
         shape: (height, width) of the level.
-        stride: of the level.
+        stride: stride of the level.
         size: S.
-        sampling_ratio: samples along each side of a cell; 0 for as many as feature cells, rounded up.
-        aligned: whether a feature sits in the middle of its cell.
-        keep_narrow: where not aligned, leave boxes narrower than a feature cell as they are.
+        sampling_ratio: as in `multilevel_roi_align`.
+        aligned: as in `multilevel_roi_align`.
+        keep_narrow: as in `pool_own_level`.
 
     Yields:
-        members: [n] int64, boxes in the flattened order.
-        places: [n * S * S, t * t] int32, rows of the features, [B * height * width, C].
+        members: [n] int64, indices of boxes in the flattened [B * P] order.
+        places: [n * S * S, t * t] int32, indices of feature rows in [B * height * width, C].
         weights: [n * S * S, t * t] float32 or float64.
     """
     members = here.flatten().nonzero().squeeze(1)
@@ -199,38 +200,40 @@ def _sums(
     if not (aligned or keep_narrow):
         sides = sides.clamp(min=1)
     samples = torch.full_like(sides, sampling_ratio) if sampling_ratio else (sides / size).ceil().clamp(min=0)
-    most = samples.amax(1).clamp(min=1)  # A box without a side takes one, which weighs nothing.
-    for count in most.unique().int().tolist():
-        own = (most == count).nonzero().squeeze(1)
-        columns, column_weights = _along_a_side(start[own, 0], sides[own, 0], samples[own, 0], count, size, shape[1])
-        rows, row_weights = _along_a_side(start[own, 1], sides[own, 1], samples[own, 1], count, size, shape[0])
-        image = torch.div(members[own], here.shape[1], rounding_mode="floor").int()
+    max_samples = samples.amax(1).clamp(min=1)  # A box with a side of 0 gets one sample, with weight 0.
+    for count in max_samples.unique().int().tolist():
+        group = (max_samples == count).nonzero().squeeze(1)
+        columns, column_weights = _along_a_side(
+            start[group, 0], sides[group, 0], samples[group, 0], count, size, shape[1]
+        )
+        rows, row_weights = _along_a_side(start[group, 1], sides[group, 1], samples[group, 1], count, size, shape[0])
+        image = torch.div(members[group], here.shape[1], rounding_mode="floor").int()
         first = (image[:, None, None] * shape[0] + rows) * shape[1]
         places = first[:, :, None, :, None] + columns[:, None, :, None, :]
         weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-        yield members[own], places.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+        yield members[group], places.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
 
 def _along_a_side(
     start: Tensor, side: Tensor, samples: Tensor, count: int, size: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """What the cells along one side of boxes read.
+    """Positions and weights that the output cells read along one side of their boxes.
 
     Args:
-        start: [n] where the box begins, in feature cells.
-        side: [n] its length.
-        samples: [n] how many samples a cell takes, at most `count`.
-        count: samples that there is room for.
-        size: S, cells along the side.
-        length: features along it.
+        start: [n] start of the box, in feature cells.
+        side: [n] length of the side, in feature cells.
+        samples: [n] number of samples per output cell, at max_samples `count`.
+        count: number of sample slots per output cell.
+        size: S, number of output cells along the side.
+        length: number of features along the side of the map.
 
     Returns:
-        places: [n, S, t] int32, t = 2 * count, the features read, each sample's two together.
-        weights: [n, S, t] their shares; 0 for samples that are not taken or lie more than a feature outside.
+        places: [n, S, t] int32, t = 2 * count: positions of the features, in pairs of the two neighbours of a sample.
+        weights: [n, S, t] weights; 0 for unused sample slots and samples more than one feature outside the map.
     """
     cell, sample = torch.arange(size, dtype=start.dtype)[:, None], torch.arange(count, dtype=start.dtype)
     start, step, samples = (value[:, None, None] for value in (start, side / size, samples))
-    at = start + cell * step + (sample + 0.5) * step / samples.clamp(min=1)  # Rounded as torchvision rounds it.
+    at = start + cell * step + (sample + 0.5) * step / samples.clamp(min=1)  # Order of operations as in torchvision.
     used = (sample < samples) & (at >= -1) & (at <= length)
     at = at.clamp(0, length - 1)
     low = at.int()

@@ -1,10 +1,11 @@
-"""RoIAlign for GPUs as two Triton kernels: each cell of a box reads its own level, all channels of a position at once.
+"""RoIAlign on GPUs as two Triton kernels: each output cell reads its own level, all channels of a position at once.
 
-`pool_every_level` is the plain form: it goes over all boxes once a level, in float32, each channel apart. Here a
-program computes one cell of one box from the maps as they lie in memory, channels last and in their own precision, and
-the gradient goes back with atomic additions in float32, so that the order of those sums is not fixed, as in
-torchvision. Only `roi_align.py` imports this, and only where it is asked for: installations for CPUs may lack Triton.
-Under TRITON_INTERPRET=1 it runs on CPU tensors, slowly, which is how the tests compare it with the plain form.
+The plain implementation, `pool_every_level`, pools all boxes once per level, in float32 and channel by channel. Here
+one program computes one output cell of one box, from channels-last feature maps in their own precision. The gradient is
+accumulated by atomic additions in float32, so the order of its sums is not deterministic, as in torchvision. Only
+`roi_align.py` imports this module, and only on request, because CPU installations may lack Triton. With
+TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly; the tests use this to compare them with the plain
+implementation.
 
 B images, P boxes, L levels, C channels, S = output_size.
 """
@@ -21,9 +22,9 @@ from torch import Tensor
 from boxwright.ops.roi_align import pooling_dtype
 
 MAX_LEVELS = 5
-"""As many maps as the kernels have arguments for; a pyramid's boxes lie on P2 to P6 at most."""
+"""Number of feature map arguments of the kernels; boxes are pooled from P2 to P6 at most."""
 MAX_BLOCK = 256
-"""Channels of a program; the pyramids of the papers have as many."""
+"""Maximum number of channels per program; the feature pyramids in the papers have 256 channels."""
 NUM_WARPS = 2
 
 
@@ -37,7 +38,7 @@ def pool(
     aligned: bool,
     keep_narrow: bool,
 ) -> Tensor:
-    """What `pool_own_level` does, for at most `MAX_LEVELS` levels whose strides double from one to the next."""
+    """`pool_own_level` for at most `MAX_LEVELS` levels, whose strides double from level to level."""
     rows = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
     channels = features[0].shape[1]
     pooled = rows[0].new_empty((*level.shape, output_size, output_size, channels))
@@ -56,10 +57,11 @@ def pool_backward(
     aligned: bool,
     keep_narrow: bool,
 ) -> list[Tensor]:
-    """L of [B, C, H_l, W_l], channels last, from [B, P, C, S, S]: the gradient of `pool`."""
+    """Gradient of `pool` with respect to the features, L of [B, C, H_l, W_l] (channels last), from [B, P, C, S, S]."""
     cells = gradient.permute(0, 1, 3, 4, 2).contiguous()
     num_images, channels = len(level), cells.shape[4]
-    # One block of memory, so that it is filled with zeros at once. An operator's results may not share memory, though.
+    # One allocation is zeroed by one kernel. It is copied at the end, because outputs of an operator must not share
+    # memory.
     sizes = [num_images * height * width * channels for height, width in zip(heights, widths, strict=True)]
     sums = cells.new_zeros(sum(sizes), dtype=pooling_dtype(cells))
     rows = [
@@ -81,15 +83,15 @@ def _launch(
     aligned: bool,
     keep_narrow: bool,
 ) -> None:
-    """Run a kernel once a cell.
+    """Run a kernel with one program per output cell and block of channels.
 
     Args:
-        kernel: either one.
-        rows: L of [B, H_l, W_l, C], contiguous; read by the one, added to by the other.
+        kernel: `_pool_kernel` or `_backward_kernel`.
+        rows: L of [B, H_l, W_l, C], contiguous; read by `_pool_kernel`, accumulated by `_backward_kernel`.
         boxes: [B, P, 4].
         level: [B, P].
-        cells: [B, P, S, S, C], contiguous; written by the one, read by the other.
-        strides: of the levels.
+        cells: [B, P, S, S, C], contiguous; written by `_pool_kernel`, read by `_backward_kernel`.
+        strides: stride of each level.
         sampling_ratio: as in `multilevel_roi_align`.
         aligned: as in `multilevel_roi_align`.
         keep_narrow: as in `pool_own_level`.
@@ -123,7 +125,7 @@ def _launch(
         )
 
 
-# No kernel is compiled anew for another canvas or another number of boxes.
+# Do not specialise on these values: another canvas or another number of boxes must not compile a kernel again.
 _SIZES = [f"{side}{level}" for side in ("height", "width") for level in range(MAX_LEVELS)]
 _SIZES += ["num_boxes", "num_levels", "finest_stride", "size"]
 
@@ -134,14 +136,14 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
     boxes, levels, cells, num_boxes, channels, num_levels, finest_stride, size,
     SHIFT: tl.constexpr, WIDEN: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a cell of a box and a block of channels: the mean of the cell's samples."""
+    """One program per output cell and block of channels: the mean of the samples of the cell."""
     cell = tl.program_id(0).to(tl.int64)
     box = cell // (size * size)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     level = tl.load(levels + box)
-    source = _chosen(level, map0, map1, map2, map3, map4)
-    height = _chosen(level, height0, height1, height2, height3, height4)
-    width = _chosen(level, width0, width1, width2, width3, width4)
+    source = _value_of_level(level, map0, map1, map2, map3, map4)
+    height = _value_of_level(level, height0, height1, height2, height3, height4)
+    width = _value_of_level(level, width0, width1, width2, width3, width4)
     source += (box // num_boxes) * height * width * channels
     stride = (finest_stride << tl.minimum(level, num_levels - 1)).to(tl.float32)
     row, column = (cell // size) % size, cell % size
@@ -171,14 +173,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     boxes, levels, cells, num_boxes, channels, num_levels, finest_stride, size,
     SHIFT: tl.constexpr, WIDEN: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a cell of a box and a block of channels: adds the cell's gradient where the cell was read."""
+    """One program per output cell and block of channels: adds the cell's gradient to the features that it read."""
     cell = tl.program_id(0).to(tl.int64)
     box = cell // (size * size)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     level = tl.load(levels + box)
-    target = _chosen(level, map0, map1, map2, map3, map4)
-    height = _chosen(level, height0, height1, height2, height3, height4)
-    width = _chosen(level, width0, width1, width2, width3, width4)
+    target = _value_of_level(level, map0, map1, map2, map3, map4)
+    height = _value_of_level(level, height0, height1, height2, height3, height4)
+    width = _value_of_level(level, width0, width1, width2, width3, width4)
     target += (box // num_boxes) * height * width * channels
     stride = (finest_stride << tl.minimum(level, num_levels - 1)).to(tl.float32)
     row, column = (cell // size) % size, cell % size
@@ -186,8 +188,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     x, step_x, count_x = _along_a_side(boxes + box * 4, column, stride, size, SHIFT, WIDEN, SAMPLES)
     count_y = tl.where(level < num_levels, count_y, 0)
 
-    given = tl.load(cells + cell * channels + lane, mask=lane < channels, other=0.0).to(target.dtype.element_ty)
-    share = given / tl.maximum(count_y * count_x, 1).to(tl.float32)
+    gradient = tl.load(cells + cell * channels + lane, mask=lane < channels, other=0.0).to(target.dtype.element_ty)
+    share = gradient / tl.maximum(count_y * count_x, 1).to(tl.float32)
     for down in range(count_y):
         top, bottom, lower, used_y = _neighbours(y + (down + 0.5) * step_y / count_y, height)
         for right in range(count_x):
@@ -201,8 +203,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _chosen(level, value0, value1, value2, value3, value4):  # type: ignore[no-untyped-def]
-    """The value of a level; the last for boxes that have none, which read and write nothing of it."""
+def _value_of_level(level, value0, value1, value2, value3, value4):  # type: ignore[no-untyped-def]
+    """Value for a level; the last value for boxes without a level, which read and write nothing."""
     value = tl.where(level == 0, value0, value1)
     value = tl.where(level < 2, value, value2)
     value = tl.where(level < 3, value, value3)
@@ -213,7 +215,7 @@ def _chosen(level, value0, value1, value2, value3, value4):  # type: ignore[no-u
 def _along_a_side(  # type: ignore[no-untyped-def]
     corner, cell, stride, size, SHIFT: tl.constexpr, WIDEN: tl.constexpr, SAMPLES: tl.constexpr
 ):
-    """Where a cell begins along one side, its length, both in feature cells, and how many samples it takes."""
+    """Start and length of an output cell along one side, in feature cells, and its number of samples."""
     start = tl.load(corner) / stride - SHIFT
     side = tl.load(corner + 2) / stride - SHIFT - start
     if WIDEN:
@@ -225,7 +227,7 @@ def _along_a_side(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _neighbours(at, length):  # type: ignore[no-untyped-def]
-    """The two features beside a sample, the share of the second, and whether the sample is taken at all."""
+    """Indices of a sample's two neighbours, weight of the second, and whether the sample is close enough to the map."""
     used = (at >= -1) & (at <= length)
     at = tl.where(used, tl.minimum(tl.maximum(at, 0.0), (length - 1).to(tl.float32)), 0.0)
     low = at.to(tl.int32)
