@@ -143,26 +143,27 @@ def propose(
     device, detector = check_device(device), as_detector(detector)
     was_training = detector.training
     detector.eval()
-    found: dict[int, GivenProposals] = {}
+    proposals: dict[int, GivenProposals] = {}
     counter = RecallCounter(dataset)
-    with torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
-            detections = without_non_finite(detector.detect(to_device(batch, device)))
-            boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
-            for image_id, own, certainty, valid in zip(
-                batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
-            ):
-                given = GivenProposals(own[valid][:limit], certainty[valid][:limit])
-                found[image_id] = given
-                corners = given.boxes.astype(np.float64)
-                counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
-            if progress is not None:
-                progress(len(batch.image_ids))
-    detector.train(was_training)
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for batch in batches:
+                detections = without_non_finite(detector.detect(to_device(batch, device)))
+                boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
+                for image_id, image_boxes, image_scores, valid in zip(
+                    batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
+                ):
+                    proposals[image_id] = GivenProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
+                    corners = proposals[image_id].boxes.astype(np.float64)
+                    counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
+                if progress is not None:
+                    progress(len(batch.image_ids))
+    finally:
+        detector.train(was_training)
     if dist.is_initialized():
         counts = torch.from_numpy(counter.counts)
         dist.all_reduce(counts)  # in place, on the host
-    return found, counter.recall()
+    return proposals, counter.recall()
 
 
 def _rank() -> int:
