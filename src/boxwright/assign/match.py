@@ -56,7 +56,8 @@ def match(
     without objects all candidates are negative.
 
     Args:
-        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas.
+        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas. Boxes that are not finite are
+            ignored, as if `candidates_valid` were False.
         targets: ground truth; invalid slots may hold anything, NaN included.
         positive_iou: least IoU of a positive.
         negative_iou: IoU that negatives stay below.
@@ -80,6 +81,8 @@ def match(
     real = targets.valid[..., None]
     objects = torch.where(real, targets.boxes, torch.zeros_like(targets.boxes))
     crowd = (targets.valid & targets.crowd).to(objects.dtype)
+    finite = candidates.isfinite().all(-1)
+    candidates_valid = finite if candidates_valid is None else candidates_valid & finite
     candidates = candidates if candidates.ndim == 3 else candidates[None]
     # Clamped, so that two boxes without area have an IoU of 0 instead of 0 / 0.
     areas = area(candidates, plus_one).clamp(min=torch.finfo(candidates.dtype).tiny)
