@@ -40,6 +40,13 @@ class NamelessError(Exception):
         raise RuntimeError("no text")
 
 
+class NamelessValueError(ValueError):
+    """Cannot be turned into text, and is of a type that keeps its text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 def _opencv() -> None:
     cv2.cvtColor(np.zeros((0, 0, 3), np.uint8), cv2.COLOR_RGB2GRAY)
 
@@ -56,6 +63,7 @@ FAULTS: dict[str, Any] = {
     "TwoArgumentsError": lambda: _raise(TwoArgumentsError("box", 3)),
     "UnpicklableError": lambda: _raise(UnpicklableError()),
     "NamelessError": lambda: _raise(NamelessError()),
+    "NamelessValueError": lambda: _raise(NamelessValueError()),
     "SystemExit": lambda: sys.exit(0),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }

@@ -81,6 +81,25 @@ def test_boxes_are_in_pixels_of_the_picture() -> None:
     np.testing.assert_allclose(found.boxes, [[0, 0, 130, 90]])
 
 
+class OtherLabel(WholePicture):
+    """Gives the last class the label -1, which as an index would be a class too."""
+
+    def detect(self, batch: Batch) -> Detections:
+        detections = super().detect(batch)
+        return replace(detections, labels=detections.labels - 1)
+
+
+def test_labels_that_are_no_classes_are_refused() -> None:
+    predictor = Predictor(OtherLabel(), experiment=small(OtherLabel), categories=CATEGORIES)
+    with pytest.raises(ValueError, match=r"OtherLabel.detect: label -1.*0 to 1"):
+        predictor.predict(np.zeros((90, 130, 3), dtype=np.uint8))
+
+
+def test_there_is_a_category_for_each_class() -> None:
+    with pytest.raises(ValueError, match=r"1 categories.*num_classes is 2"):
+        Predictor(WholePicture(), experiment=small(WholePicture), categories=CATEGORIES[:1])
+
+
 class WithMasks(WholePicture):
     """Says that its objects fill the upper halves of their boxes."""
 

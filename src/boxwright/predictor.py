@@ -22,7 +22,7 @@ from boxwright.data.masks import Masks
 from boxwright.data.placement import place
 from boxwright.data.proposals import GivenProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
-from boxwright.evaluation.evaluate import file_boxes, file_masks, without_non_finite
+from boxwright.evaluation.evaluate import file_boxes, file_masks, require_labels, without_non_finite
 from boxwright.layers.optimize import optimize_for_cpu, optimize_for_cuda
 from boxwright.precision import Precision, autocast, check_precision
 from boxwright.structures import to_device
@@ -79,9 +79,18 @@ class Predictor:
             categories: Categories, in the order of the labels.
             device: Device to run on.
             metadata: Other metadata of the weights file (versions, step).
+
+        Raises:
+            ValueError: `detector` is no detector, the device is not available, or the number of categories differs from
+                the detector's number of classes.
         """
         self.device = check_device(device)
         self.detector = as_detector(detector).to(self.device).eval()
+        if len(categories) != self.detector.num_classes:
+            raise ValueError(
+                f"{len(categories)} categories for a {type(detector).__name__} whose num_classes is "
+                f"{self.detector.num_classes}: give one category for each class"
+            )
         if self.device.type == "cpu":
             optimize_for_cpu(self.detector)
         elif self.device.type == "cuda":
@@ -156,6 +165,7 @@ class Predictor:
         batch = collate([PlacedSample(sample, place(original, size), 0, given_proposals)], 1, canvas, None, slots)
         with torch.inference_mode(), autocast(self.device, self.experiment.precision):
             detections = without_non_finite(self.detector.detect(to_device(batch, self.device)))
+        require_labels(detections, self.detector)
         scores = detections.scores[0].float().cpu()
         valid = detections.valid[0].cpu()
         kept = valid & (scores >= score)

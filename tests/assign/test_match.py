@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 import boxwright.assign.match as module
-from boxwright.assign.match import POSITIVE, Matches, match
+from boxwright.assign.match import IGNORED, POSITIVE, Matches, match
 from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.geometry.boxes import area, intersection, iou
 from boxwright.structures import Targets, map_tensors
@@ -166,6 +166,7 @@ def retinanet_match(anchors: Tensor, targets: Targets, valid: Tensor) -> Matches
 
 @pytest.mark.parametrize("matching", [rpn_match, retinanet_match])
 def test_graph_for_a_gpu_is_small_whatever_the_number_of_pairs(matching: Any) -> None:
+    torch._dynamo.reset()  # after other shapes, Dynamo would trace with symbolic sizes, which add nodes
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -249,3 +250,20 @@ def test_empty_slots_may_stand_between_full_ones() -> None:
     assert positive.any(1).all()
     assert torch.equal(given.labels, wanted.labels)
     assert torch.equal(given.matched[positive], places[wanted.matched[positive]])
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize("low_quality", [None, 0.0])
+@pytest.mark.parametrize("given", [False, True], ids=["all_valid", "some_valid"])
+def test_candidates_that_are_not_finite_are_ignored(value: float, low_quality: float | None, given: bool) -> None:
+    """The other candidates get what they get without them."""
+    candidates, targets = anchors_of(), targets_of(random_objects(6, 0), random_objects(3, 1))
+    valid = torch.arange(len(candidates)) % 5 > 0 if given else torch.ones(len(candidates), dtype=torch.bool)
+    faulty = torch.arange(len(candidates)) % 3 == 0
+    expected = match(candidates, targets, **RPN, low_quality=low_quality, candidates_valid=valid & ~faulty)
+    broken = candidates.clone()
+    broken[faulty, 2] = value
+    result = match(broken, targets, **RPN, low_quality=low_quality, candidates_valid=valid if given else None)
+    assert torch.equal(result.labels, expected.labels)
+    assert torch.equal(result.matched, expected.matched)
+    assert (result.labels[:, faulty] == IGNORED).all()

@@ -327,3 +327,16 @@ def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) 
         assert (batch.targets.labels[valid] < len(dataset.categories)).all()
         num_objects += int(valid.sum())
     assert num_objects > 40
+
+
+def test_the_former_arguments_of_the_training_loader_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match=r"TrainingLoader\(flip=..., resize=...\) is deprecated"):
+        former = TrainingLoader(Pictures(6), flip=1.0, resize=RESIZE, batch_size=2, seed=5, num_workers=0)
+    augmentation = Augmentation(flip=1.0, resize=RESIZE)
+    loader = TrainingLoader(Pictures(6), augmentation=augmentation, batch_size=2, seed=5, num_workers=0)
+    assert_equal(next(former.batches()), next(loader.batches()))
+
+
+def test_an_unknown_argument_of_the_training_loader_is_no_former_one() -> None:
+    with pytest.raises(TypeError, match=r"TrainingLoader.*unexpected keyword argument 'flipped'"):
+        TrainingLoader(Pictures(6), flipped=True, batch_size=2, seed=5, num_workers=0)

@@ -18,8 +18,11 @@ from boxwright.data.dataset import Category
 from boxwright.data.loader import EvaluationLoader
 from boxwright.data.masks import Masks, rle
 from boxwright.evaluation import evaluate as evaluating
+from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.evaluate import detect_dataset, evaluate, file_masks
+from boxwright.evaluation.propose import propose
 from boxwright.evaluation.results import Results, match_categories, read_results, write_results
+from boxwright.evaluation.voc import voc_metrics
 from boxwright.structures import Batch, Detections
 from pictures import Pictures
 
@@ -164,6 +167,49 @@ def test_the_best_of_an_image_can_be_all_that_is_kept() -> None:
     for image_id in everything.evaluated:
         wanted = everything.boxes[everything.image_ids == image_id][:2]
         np.testing.assert_array_equal(best.boxes[best.image_ids == image_id], wanted)
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_a_label_that_is_no_class_is_refused(label: int) -> None:
+    """As a row of the categories, 2 would be out of range and -1 the last class."""
+
+    class OtherLabel(Oracle):
+        def detect(self, batch: Batch) -> Detections:
+            detections = super().detect(batch)
+            return replace(detections, labels=torch.where(batch.image_ids[:, None] == 103, label, detections.labels))
+
+    with pytest.raises(ValueError, match=rf"OtherLabel.detect: label {label}.*0 to 1"):
+        detect_dataset(OtherLabel(), loader(), device="cpu")
+
+
+def test_labels_of_invalid_slots_may_be_anything() -> None:
+    class AnyLabel(Oracle):
+        def detect(self, batch: Batch) -> Detections:
+            detections = super().detect(batch)
+            return replace(detections, labels=torch.where(detections.valid, detections.labels, 99))
+
+    expected = detect_dataset(Oracle(), loader(), device="cpu")
+    assert detect_dataset(AnyLabel(), loader(), device="cpu").labels.tolist() == expected.labels.tolist()
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_metrics_refuse_labels_that_are_no_categories(label: int) -> None:
+    results = detect_dataset(Oracle(), loader(), device="cpu")
+    wrong = replace(results, labels=np.full_like(results.labels, label))
+    for measure in (coco_metrics, voc_metrics):
+        with pytest.raises(ValueError, match=rf"detection 0 has the label {label}.*0 to 1"):
+            measure(PICTURES, wrong)
+
+
+def test_the_training_mode_is_left_as_found_when_proposing_is_broken_off() -> None:
+    detector = Oracle()
+    with pytest.raises(ValueError, match="broken"):
+        propose(detector, PICTURES, loader(), device="cpu", progress=_break)
+    assert detector.training
+
+
+def _break(_: int) -> None:
+    raise ValueError("broken")
 
 
 def test_evaluate_maps_categories_by_name() -> None:

@@ -59,7 +59,8 @@ def match(
     `allow_low_quality_matches=False`. In an image without objects all candidates are negative.
 
     Args:
-        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas.
+        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas. Boxes that are not finite are
+            ignored, as if `candidates_valid` were False.
         targets: ground truth; invalid slots may have any value, including NaN.
         positive_iou: IoU threshold for positives (inclusive).
         negative_iou: IoU threshold for negatives (exclusive).
@@ -85,6 +86,8 @@ def match(
     is_object = targets.valid[..., None]
     objects = torch.where(is_object, targets.boxes, torch.zeros_like(targets.boxes))
     crowd = (targets.valid & targets.crowd).to(objects.dtype)
+    finite = candidates.isfinite().all(-1)
+    candidates_valid = finite if candidates_valid is None else candidates_valid & finite
     candidates = candidates if candidates.ndim == 3 else candidates[None]
     # Clamp, so that two boxes without area have an IoU of 0 instead of 0 / 0.
     areas = area(candidates, plus_one).clamp(min=torch.finfo(candidates.dtype).tiny)

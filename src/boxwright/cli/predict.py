@@ -132,6 +132,8 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
 
     What lies in `out`, from an earlier call say, is passed over, and so are hidden files.
     """
+    from boxwright.data.formats.check import lies_within
+
     seen: set[str] = set()
     for given in inputs:
         if not given.is_dir():
@@ -145,18 +147,13 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
                 and not path.name.startswith(".")
                 and (path.is_file() or not path.exists())
             ]
-            if not _lies_within(given, out):
-                found = [(path, name) for path, name in found if not _lies_within(path, out)]
+            if not lies_within(given, out):
+                found = [(path, name) for path, name in found if not lies_within(path, out)]
         for path, name in found:
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
                 yield path, name
-
-
-def _lies_within(path: Path, folder: Path) -> bool:
-    # Path.resolve would raise for links in a circle.
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _readable(name: Path | str) -> str:

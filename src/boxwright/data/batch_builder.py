@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from boxwright.data.augment import Augment, Photometric, seeded
 from boxwright.data.buckets import Scale
 from boxwright.data.collate import PlacedSample, collate
-from boxwright.data.dataset import Dataset, Sample
+from boxwright.data.dataset import Dataset, DatasetInfo, Sample
 from boxwright.data.proposals import ProposalFile
 from boxwright.data.sampler import Step, image_seed
 from boxwright.structures import Batch
@@ -104,9 +104,8 @@ class _Current:
         """Such as "image 7.jpg, id 107, position 7 of the data set"; empty before the first image."""
         if self.position is None:
             return ""
-        ids = getattr(self.dataset, "image_ids", None)
         sample = self.sample if isinstance(self.sample, Sample) else None
-        image_id = sample.image_id if sample is not None else None if ids is None else ids[self.position]
+        image_id = DatasetInfo(self.dataset).stated_image_id(self.position) if sample is None else sample.image_id
         return ", ".join(
             [
                 *([] if sample is None else [f"image {sample.file_name}"]),
@@ -130,9 +129,18 @@ def user_error(error: BaseException, image: str = "") -> ValueError | OSError | 
             f"a smaller batch ({error})"
         )
     where = f" ({image})" if image else ""
-    if isinstance(error, ValueError | OSError) and str(error):
-        return (ValueError if isinstance(error, ValueError) else OSError)(f"{error}{where}")
+    text = _text(error)
+    if isinstance(error, ValueError | OSError) and text:
+        return (ValueError if isinstance(error, ValueError) else OSError)(f"{text}{where}")
     return SampleError(f"{traceback.format_exception_only(error)[-1].strip()}{where}")
+
+
+def _text(error: BaseException) -> str:
+    """The error's message; empty if it has none or raises when asked for it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def is_shared_memory_full(error: BaseException) -> bool:

@@ -111,6 +111,11 @@ class DatasetInfo:
         stated = self._stated("image_ids")
         return np.asarray([image_id for _, image_id, _ in self._samples] if stated is None else stated, np.int64)
 
+    def stated_image_id(self, position: int) -> int | None:
+        """Image id at a position; None if the data set does not state it, because reading the sample may fail."""
+        stated = self._stated("image_ids")
+        return None if stated is None else int(stated[position])
+
     @cached_property
     def max_objects(self) -> int:
         """Maximum number of objects per image, including crowd regions; 0 without images."""

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -83,10 +83,13 @@ class TrainingLoader:
         Raises:
             ValueError: An image has no row among the proposals, or a setting is out of range.
         """
+        unknown = set(deprecated) - {field.name for field in fields(Augmentation)}
+        if unknown:
+            raise TypeError(f"TrainingLoader() got an unexpected keyword argument {min(unknown)!r}")
         if deprecated:
-            fields = ", ".join(deprecated)
+            names = ", ".join(f"{name}=..." for name in sorted(deprecated))
             warnings.warn(
-                f"TrainingLoader({fields}=...) is deprecated: use TrainingLoader(augmentation=Augmentation(...))",
+                f"TrainingLoader({names}) is deprecated: use TrainingLoader(augmentation=Augmentation(...))",
                 DeprecationWarning,
                 stacklevel=2,
             )

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
-from boxwright.detectors.detector import as_detector
+from boxwright.detectors.detector import Detector, as_detector
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
 from boxwright.evaluation.paste import paste_masks
 from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
@@ -102,6 +102,9 @@ def detect_dataset(
 
     Every rank gets the results of all ranks, in an order that does not depend on the number of ranks. Arguments as in
     `evaluate`; `limit` is the maximum number of detections per image (None for all).
+
+    Raises:
+        ValueError: As `require_labels`.
     """
     device, detector = check_device(device), as_detector(detector)
     if limit is not None:
@@ -116,6 +119,7 @@ def detect_dataset(
             for batch in batches:
                 detections = without_non_finite(detector.detect(to_device(batch, device)))
                 detections = map_tensors(detections, lambda slots: slots[:, :limit].cpu())
+                require_labels(detections, detector)
                 if pending:
                     pending[-1].result()  # Keeps batches from piling up, and raises errors early.
                 pending.append(thread.submit(_in_files, batch, detections))
@@ -152,6 +156,21 @@ def without_non_finite(detections: Detections) -> Detections:
     """Mark detections with a non-finite score or box as invalid. Boxwright's own detectors output none."""
     finite = detections.boxes.isfinite().all(-1) & detections.scores.isfinite()
     return replace(detections, valid=detections.valid & finite)
+
+
+def require_labels(detections: Detections, detector: Detector) -> None:
+    """Check that the label of each valid detection is a class of the detector.
+
+    Raises:
+        ValueError: One is not.
+    """
+    labels, num_classes = detections.labels[detections.valid], detector.num_classes
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"{type(detector).__name__}.detect: label {int(wrong[0])} of a detection is no class: expected 0 to "
+            f"{num_classes - 1} (num_classes is {num_classes}). Mark detections of the background as invalid"
+        )
 
 
 def file_boxes(batch: Batch, detections: Detections) -> Tensor:

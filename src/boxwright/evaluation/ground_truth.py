@@ -58,7 +58,7 @@ class GroundTruth:
                 `Results.check`.
         """
         check_images(results, self.coco.get_img_ids())
-        results.check()
+        results.check(len(self.categories))
 
     def evaluator(
         self, results: Results, *, max_detections: Sequence[int], with_masks: bool = False

@@ -147,20 +147,22 @@ def propose(
     detector.eval()
     proposals: dict[int, GivenProposals] = {}
     counter = RecallCounter(dataset)
-    with torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
-            detections = without_non_finite(detector.detect(to_device(batch, device)))
-            boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
-            for image_id, image_boxes, image_scores, valid in zip(
-                batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
-            ):
-                image_proposals = GivenProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
-                proposals[image_id] = image_proposals
-                corners = image_proposals.boxes.astype(np.float64)
-                counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
-            if progress is not None:
-                progress(len(batch.image_ids))
-    detector.train(was_training)
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for batch in batches:
+                detections = without_non_finite(detector.detect(to_device(batch, device)))
+                boxes, scores = file_boxes(batch, detections).float().numpy(), detections.scores.float().cpu().numpy()
+                for image_id, image_boxes, image_scores, valid in zip(
+                    batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
+                ):
+                    image_proposals = GivenProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
+                    proposals[image_id] = image_proposals
+                    corners = image_proposals.boxes.astype(np.float64)
+                    counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))
+                if progress is not None:
+                    progress(len(batch.image_ids))
+    finally:
+        detector.train(was_training)
     if dist.is_initialized():
         counts = torch.from_numpy(counter.counts)
         dist.all_reduce(counts)  # in place, on the host

@@ -50,15 +50,26 @@ class Results:
         """The number of detections."""
         return len(self.image_ids)
 
-    def check(self) -> None:
-        """Check that every detection has a finite score and a finite box with non-negative width and height.
+    def check(self, num_categories: int | None = None) -> None:
+        """Check that every detection has a finite score, a finite box of non-negative size, and a category.
 
         The COCO API accepts anything: it ranks NaN last, ignores a box with one negative side, because the area is
         negative, and counts a box with two negative sides as a false positive.
 
+        Args:
+            num_categories: Number of categories that labels are rows of; None if labels play no part.
+
         Raises:
             ValueError: A detection is invalid; the message has the index of the first.
         """
+        if num_categories is not None:
+            faulty = np.flatnonzero((self.labels < 0) | (self.labels >= num_categories))
+            if len(faulty):
+                row = faulty[0]
+                raise ValueError(
+                    f"detection {row} has the label {self.labels[row]} ({len(faulty)} of {len(self)} detections are "
+                    f"of no category): labels are rows of the categories, 0 to {num_categories - 1}"
+                )
         for name, values in (("score", self.scores[:, None]), ("box", self.boxes)):
             faulty = np.flatnonzero(~np.isfinite(values).all(axis=1))
             if len(faulty):

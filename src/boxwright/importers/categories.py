@@ -8,6 +8,7 @@ from pathlib import Path
 
 from boxwright.data.categories import UNUSED
 from boxwright.data.dataset import Category
+from boxwright.weights.foreign import ForeignFile
 
 _COCO = """\
 1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,
@@ -22,6 +23,11 @@ _COCO = """\
 
 COCO = tuple(Category(int(id), name) for id, _, name in (row.strip().partition(" ") for row in _COCO.split(",")))
 """COCO's 80 classes in the order of their ids, which leave gaps."""
+
+
+def coco_by_count(file: ForeignFile, count: int) -> Sequence[Category] | None:
+    """COCO's classes for a model of 80 classes, else None, whatever the file."""
+    return COCO if count == len(COCO) else None
 
 
 def by_coco_id(first: int) -> tuple[Category, ...]:

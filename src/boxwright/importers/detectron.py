@@ -12,11 +12,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.importers.categories import COCO
+from boxwright.importers.categories import coco_by_count
 from boxwright.importers.rules import (
     Change,
     Rule,
@@ -125,16 +124,12 @@ def _settings(file: ForeignFile) -> Settings:
     return replace(SETTINGS, style="pytorch" if grouped else SETTINGS.style, rpn=rpn, box=box)
 
 
-def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
-    return COCO if count == len(COCO) else None
-
-
 DETECTRON = Source(
     name="detectron",
     title="a Detectron model of Caffe2",
     recognises=lambda names, file: {"conv1_w", "res2_0_branch2a_w"} <= names,
     rules=rules,
     settings=_settings,
-    categories=_categories,
+    categories=coco_by_count,
     finish=finish,
 )

@@ -13,14 +13,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from boxwright.backbones.backbone import PixelStats
-from boxwright.data.dataset import Category
 from boxwright.detectors.cascade_rcnn import CascadeConfig
 from boxwright.geometry.conventions import MODERN
 from boxwright.heads.box_head import BoxConfig
 from boxwright.heads.mask_head import MaskConfig
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.importers.categories import COCO
+from boxwright.importers.categories import coco_by_count
 from boxwright.importers.rules import Rule, Unsupported, ratios_outermost, with_statistics
 from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
@@ -173,16 +172,12 @@ def _has_group_norm(tensors: dict[str, Tensor]) -> bool:
     return norm + "weight" in tensors and norm + "running_var" not in tensors
 
 
-def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
-    return COCO if count == len(COCO) else None
-
-
 DETECTRON2 = Source(
     name="detectron2",
     title="a Detectron2 model",
     recognises=lambda names, file: any_starts(names, "backbone.bottom_up.stem.", "stem.conv1."),
     rules=rules,
     settings=_settings,
-    categories=_categories,
+    categories=coco_by_count,
     finish=with_statistics,
 )

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from boxwright.backbones.backbone import CAFFE
-from boxwright.data.dataset import Category
 from boxwright.geometry.conventions import CAFFE2
 from boxwright.heads.retina_head import RetinaConfig
 from boxwright.heads.rpn_head import RPNConfig
-from boxwright.importers.categories import COCO
+from boxwright.importers.categories import coco_by_count
 from boxwright.importers.rules import (
     Rule,
     Unsupported,
@@ -97,15 +96,11 @@ def _settings(file: ForeignFile) -> Settings:
     return replace(SETTINGS, style="pytorch" if grouped else SETTINGS.style, rpn=rpn)
 
 
-def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
-    return COCO if count == len(COCO) else None
-
-
 MASKRCNN_BENCHMARK = Source(
     name="maskrcnn_benchmark",
     title="a maskrcnn-benchmark detector",
     recognises=lambda names, file: any_starts(names, "backbone.body.stem."),
     rules=rules,
     settings=_settings,
-    categories=_categories,
+    categories=coco_by_count,
 )

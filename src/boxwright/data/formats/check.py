@@ -71,7 +71,7 @@ def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int
             rows_of_parent.setdefault(name.rpartition("/")[0], []).append(row)
     for parent, rows in rows_of_parent.items():
         links = _list_folder(folder / parent)
-        leaves = not _lies_within(folder / parent, folder)
+        leaves = not lies_within(folder / parent, folder)
         for row in rows:
             name = file_names[row]
             base = name.rpartition("/")[2]
@@ -79,7 +79,7 @@ def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int
             if base not in links or (links[base] and not os.path.exists(folder / name)):  # noqa: PTH110, never raises
                 hint = "; folders are parted by /, not by a backslash" if "\\" in name else ""
                 what, mend = "is missing", f"add the file, correct `file_name`, or remove the image{hint}"
-            elif leaves or (links[base] and not _lies_within(folder / name, folder)):
+            elif leaves or (links[base] and not lies_within(folder / name, folder)):
                 what = "is a link that leaves the image folder"
                 mend = "copy the file here, or give the folder that holds both as the image folder"
             else:
@@ -114,7 +114,8 @@ def _list_folder(folder: Path) -> dict[str, bool]:
         raise
 
 
-def _lies_within(path: Path, folder: Path) -> bool:
+def lies_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, after all links are followed."""
     # Path.resolve would raise for links in a circle.
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
