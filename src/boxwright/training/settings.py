@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -167,7 +167,8 @@ def _type_text(wanted: Any) -> str:
     """A type in words, as an error needs it."""
     origin, choices = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_text(choice) for choice in choices)
+        settable = [choice for choice in choices if get_origin(choice) is not Callable]
+        return " or ".join(_type_text(choice) for choice in settable or choices)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in choices)
     if wanted in (int, float, bool, str, types.NoneType):
@@ -181,7 +182,8 @@ def _type_text(wanted: Any) -> str:
         return f"{count} with commas between, each {_type_text(inner[0])}" if inner else "values with commas between"
     if dataclasses.is_dataclass(wanted):
         return f"{getattr(wanted, '__name__', wanted)} (set the fields in it)"
-    return f"something that can be set by text ({getattr(wanted, '__name__', wanted)}); set what is in it"
+    name = getattr(wanted, "__name__", wanted)
+    return f"something that can be set by text ({name}): set its arguments, or replace it in Python"
 
 
 def describe(experiment: Experiment) -> str:
