@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 import boxwright.assign.match as module
-from boxwright.assign.match import IGNORED, POSITIVE, Matches, match
+from boxwright.assign.match import IGNORED, NEGATIVE, POSITIVE, Matches, match
 from boxwright.geometry.anchors import base_anchors, grid_anchors
 from boxwright.geometry.boxes import area, intersection, iou
 from boxwright.structures import Targets, map_tensors
@@ -252,18 +252,31 @@ def test_empty_slots_may_stand_between_full_ones() -> None:
     assert torch.equal(given.matched[positive], places[wanted.matched[positive]])
 
 
-@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize(
+    ("value", "place"), [(NAN, 0), (NAN, 1), (NAN, 2), (NAN, 3), (torch.inf, 2), (torch.inf, 3), (-torch.inf, 0)]
+)
 @pytest.mark.parametrize("low_quality", [None, 0.0])
 @pytest.mark.parametrize("given", [False, True], ids=["all_valid", "some_valid"])
-def test_candidates_that_are_not_finite_are_ignored(value: float, low_quality: float | None, given: bool) -> None:
+def test_candidates_that_are_not_finite_are_ignored(
+    value: float, place: int, low_quality: float | None, given: bool
+) -> None:
     """The other candidates get what they get without them."""
     candidates, targets = anchors_of(), targets_of(random_objects(6, 0), random_objects(3, 1))
     valid = torch.arange(len(candidates)) % 5 > 0 if given else torch.ones(len(candidates), dtype=torch.bool)
     faulty = torch.arange(len(candidates)) % 3 == 0
     expected = match(candidates, targets, **RPN, low_quality=low_quality, candidates_valid=valid & ~faulty)
     broken = candidates.clone()
-    broken[faulty, 2] = value
+    broken[faulty, place] = value
     result = match(broken, targets, **RPN, low_quality=low_quality, candidates_valid=valid if given else None)
     assert torch.equal(result.labels, expected.labels)
     assert torch.equal(result.matched, expected.matched)
     assert (result.labels[:, faulty] == IGNORED).all()
+
+
+@pytest.mark.parametrize(("value", "place"), [(torch.inf, 0), (-torch.inf, 3)])
+def test_infinitely_inverted_candidates_overlap_nothing(value: float, place: int) -> None:
+    candidates, targets = anchors_of(), targets_of(random_objects(6, 0))
+    candidates[::3, place] = value
+    result = match(candidates, targets, **RPN, low_quality=0.0)
+    assert (result.labels[:, ::3] == NEGATIVE).all()
+    assert (result.labels == POSITIVE).any()

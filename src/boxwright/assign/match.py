@@ -59,8 +59,8 @@ def match(
     `allow_low_quality_matches=False`. In an image without objects all candidates are negative.
 
     Args:
-        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas. Boxes that are not finite are
-            ignored, as if `candidates_valid` were False.
+        candidates: [N, 4] for all images or [B, N, 4], xyxy in pixels of the canvas. Boxes with a NaN or an
+            infinite area are ignored, as if `candidates_valid` were False.
         targets: ground truth; invalid slots may have any value, including NaN.
         positive_iou: IoU threshold for positives (inclusive).
         negative_iou: IoU threshold for negatives (exclusive).
@@ -86,24 +86,22 @@ def match(
     is_object = targets.valid[..., None]
     objects = torch.where(is_object, targets.boxes, torch.zeros_like(targets.boxes))
     crowd = (targets.valid & targets.crowd).to(objects.dtype)
-    finite = candidates.isfinite().all(-1)
-    candidates_valid = finite if candidates_valid is None else candidates_valid & finite
     candidates = candidates if candidates.ndim == 3 else candidates[None]
     # Clamp, so that two boxes without area have an IoU of 0 instead of 0 / 0.
     areas = area(candidates, plus_one).clamp(min=torch.finfo(candidates.dtype).tiny)
+    # An infinite coordinate that leaves the area finite inverts the box: it has no area, and overlaps nothing.
+    finite = areas.isfinite()
+    candidates_valid = finite if candidates_valid is None else candidates_valid & finite
     # An infinite area makes the IoU exactly 0 for slots that must not match. This is cheaper than masking every IoU.
     object_areas = area(objects, plus_one).masked_fill(~targets.valid | targets.crowd, torch.inf)
-    if candidates_valid is not None:
-        areas = torch.where(candidates_valid, areas, torch.inf)
-        candidates = torch.where(candidates_valid[..., None], candidates, torch.zeros_like(candidates))
+    areas = torch.where(candidates_valid, areas, torch.inf)
+    candidates = torch.where(candidates_valid[..., None], candidates, torch.zeros_like(candidates))
 
     best_iou, matched, in_crowd, best_of_object = compare_all(
         candidates, areas, objects, object_areas, crowd, plus_one, crowd_ioa, low_quality
     )
     positive = (best_iou >= positive_iou) | best_of_object
-    negative = (best_iou < negative_iou) & ~in_crowd
-    if candidates_valid is not None:
-        negative = negative & candidates_valid
+    negative = (best_iou < negative_iou) & ~in_crowd & candidates_valid
     labels = torch.where(positive, POSITIVE, torch.where(negative, NEGATIVE, IGNORED))
     return Matches(labels=labels, matched=torch.where(positive, matched, 0))
 

@@ -83,8 +83,7 @@ class BoxConfig:
     score_threshold: float = 0.05
     """Score threshold: detections with a score of at most this are discarded."""
     nms: Literal["hard", "linear", "gaussian"] = "hard"
-    """NMS method: "hard" removes overlapping detections of a class, "linear" and "gaussian" lower their scores
-    (Soft-NMS)."""
+    """NMS method: "hard" removes overlapping detections of a class; "linear" and "gaussian" Soft-NMS lower scores."""
     nms_iou: float = 0.5
     """NMS IoU threshold, applied within each class. With "gaussian" any overlap lowers the score."""
     nms_sigma: float = 0.5
@@ -122,8 +121,7 @@ class BoxHead(nn.Module):
     class_rows = MappingProxyType({"class_logits": ClassRows(background=1), "box_deltas": ClassRows(values=4)})
     output_stds = MappingProxyType({"class_logits": 1.1, "box_deltas": 0.55})
     grid_linears = ("fc1",)
-    """Linear layers on flattened RoI features; `optimize_for_cpu` packs their weights in the memory order of
-    RoIAlign."""
+    """Linear layers on flattened RoI features, which `optimize_for_cpu` packs."""
 
     def __init__(
         self,
