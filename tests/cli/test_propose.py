@@ -169,4 +169,4 @@ def test_a_file_of_other_images_names_one(folder: Path, tmp_path: Path) -> None:
     words = ["--data", tmp_path / "more", "--workers", "0", "--device", "cpu", "--out", tmp_path / "x"]
     status, output = run("train", FAST, *words, "--proposals", folder / "proposals")
     assert status == 1
-    assert re.search(r"no proposals of \d+ of 9 images, image id \d+ for one", output.splitlines()[-1])
+    assert re.search(r"no proposals for \d+ of 9 images \(for example image id \d+\)", output.splitlines()[-1])

@@ -208,7 +208,7 @@ def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
 def test_masks_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match=r"a.png: invalid mask: shape \(80, 60\)"):
         GroundTruth(OnePicture([one_object().T, None]))
-    with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, the picture has 60 x 80"):
+    with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, but the image has 60 x 80"):
         GroundTruth(OnePicture([FORMS["runs"](np.ones((4, 5), bool)), None]))
     with pytest.raises(ValueError, match=r"a.png: 1 masks for 2 objects"):
         GroundTruth(OnePicture([None]))
@@ -224,7 +224,7 @@ def test_detections_with_masks_of_another_size_are_told() -> None:
         evaluated=np.array([7]),
         masks=Masks.of([FORMS["runs"](one_object().T)], [(80, 60)]),  # type: ignore[list-item]
     )
-    with pytest.raises(ValueError, match=r"a mask in image 7 is 80 x 60 pixels, the picture 60 x 80"):
+    with pytest.raises(ValueError, match=r"a mask in image 7 has 80 x 60 pixels, but the image has 60 x 80"):
         coco_metrics(truth, results)
 
 
