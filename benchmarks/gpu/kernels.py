@@ -51,10 +51,11 @@ def roi_align(scale: Scale) -> Iterator[dict[str, Any]]:
         arguments = (features, boxes, level, STRIDES, size, 2, True, False)
         pooled, plain = pool_own_level(*arguments), pool_every_level(*arguments)
         # Sums in float32 in another order, rounded to bfloat16 once; the plain gradient is rounded once too.
-        torch.testing.assert_close(pooled, plain, rtol=2**-7, atol=1e-3)
+        # Sums that nearly cancel are compared relative to the largest value.
+        torch.testing.assert_close(pooled, plain, rtol=2**-7, atol=2**-8 * float(plain.abs().max()))
         weight = torch.randn_like(pooled)
         gradients = [torch.autograd.grad(output, features, weight) for output in (pooled, plain)]
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-6, atol=1e-2)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-6, atol=2**-7 * float(gradients[1].abs().max()))
 
         def forward(form: Callable[..., Tensor], arguments: Any = arguments) -> Tensor:
             with torch.no_grad():
