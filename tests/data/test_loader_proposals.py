@@ -95,7 +95,7 @@ def test_evaluation_has_them_too(file: ProposalFile) -> None:
 
 def test_an_image_without_a_row_is_told_before_the_first_batch(file: ProposalFile) -> None:
     for dataset in (StatedPictures(13), Pictures(13)):
-        with pytest.raises(ValueError, match="no proposals of 1 of 13 images, image id 112 for one"):
+        with pytest.raises(ValueError, match=r"no proposals for 1 of 13 images \(for example image id 112\)"):
             TrainingLoader(dataset, augmentation=AUGMENTATION, batch_size=3, seed=1, num_workers=0, proposals=file)
         with pytest.raises(ValueError, match="image id 112"):
             EvaluationLoader(dataset, batch_size=3, resize=RESIZE, num_workers=0, proposals=file)
