@@ -74,7 +74,7 @@ def test_builds_and_says_how_to_run_it(name: str) -> None:
     doc = RECIPES[name].__doc__
     assert doc is not None
     assert f"boxwright train {name} --data" in doc
-    assert "Ours: not yet measured." in doc or "docs/benchmarks/" in doc, (
+    assert "Boxwright: not measured yet." in doc or "docs/benchmarks/" in doc, (
         "say where its figures were measured, or that none were"
     )
 
@@ -240,7 +240,7 @@ def test_find_recipe_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("retinanet", r"there are (retinanet_\w+(, )?)+ \(a recipe"),
         ("no_such_package.recipes:mine", "no module 'no_such_package'"),
         ("boxwright.recipes.rpn:one_x", "has no function 'one_x'"),
-        (":mine", "give a built-in one, or package.module:function"),
+        (":mine", "expected the name of a built-in recipe, or package.module:function"),
         ("boxwright.recipes.common:one_x", "no recipe, which takes no arguments: missing .* 'model'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Experiments as functions: a public function of a module here is a recipe, and its name is the recipe's."""
+"""Recipes: functions that return an `Experiment`. Every public function of a module of this package is a recipe."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ Recipe = Callable[[], Experiment]
 
 
 def built_in_recipes() -> dict[str, Recipe]:
-    """Boxwright's own recipes by name."""
+    """Return the built-in recipes by name."""
     families = (rpn, fast_rcnn, fast_mask_rcnn, faster_rcnn, mask_rcnn, cascade_rcnn, retinanet)
     return {name: recipe for family in families for name, recipe in _functions(family).items()}
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by name.
+    """Look up a recipe.
 
     Args:
-        name: of a built-in recipe, or `package.module:function` for one of yours.
+        name: name of a built-in recipe, or `package.module:function` for a function of another package.
 
     Raises:
-        ValueError: there is none of that name; the message names the nearest.
+        ValueError: No recipe has this name; the message suggests the nearest one.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon:
         recipes = built_in_recipes()
         if name not in recipes:
             raise ValueError(
-                f"there is no recipe {name!r}{nearest(name, recipes)} (a recipe of yours is package.module:function)"
+                f"there is no recipe {name!r}{nearest(name, recipes)}. Name your own as package.module:function"
             )
         return recipes[name]
     if not module_name or not function_name:
-        raise ValueError(f"there is no recipe {name!r}: give a built-in one, or package.module:function")
+        raise ValueError(
+            f"there is no recipe {name!r}: expected the name of a built-in recipe, or package.module:function"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and something that it imports is not
+            raise  # the module exists, but a module that it imports does not
         raise ValueError(f"there is no module {error.name!r} for recipe {name!r}: is it installed?") from None
     functions = _functions(module)
     if function_name not in functions:
@@ -51,12 +53,12 @@ def find_recipe(name: str) -> Recipe:
     try:
         inspect.signature(recipe).bind()
     except TypeError as error:
-        raise ValueError(f"{name} is no recipe, which takes no arguments: {error}") from None
+        raise ValueError(f"{name} is not a recipe: a recipe must be callable without arguments ({error})") from None
     return recipe
 
 
 def _functions(module: ModuleType) -> dict[str, Recipe]:
-    """The public functions that a module defines."""
+    """Return the public functions that a module defines itself."""
     return {
         name: function
         for name, function in inspect.getmembers(module, inspect.isfunction)

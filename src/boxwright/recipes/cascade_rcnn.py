@@ -1,6 +1,6 @@
-"""Cascade R-CNN (Cai & Vasconcelos, 2018) on a feature pyramid, with boxes alone and with masks.
+"""Cascade R-CNN (Cai & Vasconcelos, 2018) on a feature pyramid, with and without masks.
 
-The 2018 toolbox's figures are those of its later tables, of 2019, on 8 V100.
+The figures of mmdetection 0.x are from its tables of 2019, measured on 8 V100.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _SMALL_BOX = BoxConfig(class_agnostic=True, width=256, num_sampled=128)
 
 
 def _twenty_epochs(model: Model) -> Experiment:
-    """Twenty epochs, the learning rate falling after 16 and 19: the 2018 toolbox's longer schedule of cascades."""
+    """20 epochs; the learning rate drops after epochs 16 and 19. This is mmdetection's longer schedule for cascades."""
     return replace(one_x(model), schedule=StepSchedule(epochs=(16, 19)), epochs=20)
 
 
 def cascade_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Cascade R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.5, 3.9 GB, 0.464 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.5, 3.9 GB, 0.464 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_rcnn_r50_caffe_fpn_1x --data coco --out runs/cascade_rcnn_r50_caffe_fpn_1x
     """
@@ -35,7 +35,7 @@ def cascade_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def cascade_rcnn_r50_fpn_1x() -> Experiment:
     """Cascade R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.4, 4.1 GB, 0.455 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.4, 4.1 GB, 0.455 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_rcnn_r50_fpn_1x --data coco --out runs/cascade_rcnn_r50_fpn_1x
     """
@@ -45,7 +45,7 @@ def cascade_rcnn_r50_fpn_1x() -> Experiment:
 def cascade_rcnn_r50_fpn_20e() -> Experiment:
     """Cascade R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox, in 2019: box AP 41.1. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 41.1. Boxwright: not measured yet.
 
     boxwright train cascade_rcnn_r50_fpn_20e --data coco --out runs/cascade_rcnn_r50_fpn_20e
     """
@@ -55,7 +55,7 @@ def cascade_rcnn_r50_fpn_20e() -> Experiment:
 def cascade_rcnn_r101_fpn_1x() -> Experiment:
     """Cascade R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.0, 6.0 GB, 0.584 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.0, 6.0 GB, 0.584 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_rcnn_r101_fpn_1x --data coco --out runs/cascade_rcnn_r101_fpn_1x
     """
@@ -65,7 +65,7 @@ def cascade_rcnn_r101_fpn_1x() -> Experiment:
 def cascade_rcnn_r101_fpn_20e() -> Experiment:
     """Cascade R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.5. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.5. Boxwright: not measured yet.
 
     boxwright train cascade_rcnn_r101_fpn_20e --data coco --out runs/cascade_rcnn_r101_fpn_20e
     """
@@ -75,7 +75,7 @@ def cascade_rcnn_r101_fpn_20e() -> Experiment:
 def cascade_rcnn_r18_fpn_small() -> Experiment:
     """Cascade R-CNN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours, on BCCD: box AP 59.3, AP50 88.6
+    Sized for a few hundred images: 200 images take about 1,000 steps. Boxwright on BCCD: box AP 59.3, AP50 88.6
     (docs/benchmarks/bccd.md).
 
     boxwright train cascade_rcnn_r18_fpn_small --data bccd --out runs/cascade_rcnn_r18_fpn_small
@@ -86,7 +86,7 @@ def cascade_rcnn_r18_fpn_small() -> Experiment:
 def cascade_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.9, mask AP 35.5, 5.1 GB, 0.692 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.9, mask AP 35.5, 5.1 GB, 0.692 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r50_caffe_fpn_1x --data coco --out runs/cascade_mask_rcnn_r50_caffe_fpn_1x
     """
@@ -96,7 +96,7 @@ def cascade_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r50_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 41.2, mask AP 35.7, 5.3 GB, 0.683 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 41.2, mask AP 35.7, 5.3 GB, 0.683 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r50_fpn_1x --data coco --out runs/cascade_mask_rcnn_r50_fpn_1x
     """
@@ -106,7 +106,7 @@ def cascade_mask_rcnn_r50_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r50_fpn_20e() -> Experiment:
     """Cascade Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.3, mask AP 36.6. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.3, mask AP 36.6. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r50_fpn_20e --data coco --out runs/cascade_mask_rcnn_r50_fpn_20e
     """
@@ -116,7 +116,7 @@ def cascade_mask_rcnn_r50_fpn_20e() -> Experiment:
 def cascade_mask_rcnn_r101_fpn_1x() -> Experiment:
     """Cascade Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.6, mask AP 37.0, 7.2 GB, 0.807 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.6, mask AP 37.0, 7.2 GB, 0.807 s/iter. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r101_fpn_1x --data coco --out runs/cascade_mask_rcnn_r101_fpn_1x
     """
@@ -126,7 +126,7 @@ def cascade_mask_rcnn_r101_fpn_1x() -> Experiment:
 def cascade_mask_rcnn_r101_fpn_20e() -> Experiment:
     """Cascade Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 20 epochs.
 
-    The 2018 toolbox, in 2019: box AP 43.3, mask AP 37.6. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 43.3, mask AP 37.6. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r101_fpn_20e --data coco --out runs/cascade_mask_rcnn_r101_fpn_20e
     """
@@ -136,7 +136,7 @@ def cascade_mask_rcnn_r101_fpn_20e() -> Experiment:
 def cascade_mask_rcnn_r18_fpn_small() -> Experiment:
     """Cascade Mask R-CNN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours: not yet measured.
+    Sized for a few hundred images: 200 images take about 1,000 steps. Boxwright: not measured yet.
 
     boxwright train cascade_mask_rcnn_r18_fpn_small --data shapes --out runs/cascade_mask_rcnn_r18_fpn_small
     """

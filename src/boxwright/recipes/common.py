@@ -1,8 +1,8 @@
-"""What recipes share: how long to train, and the small sizes.
+"""Schedules, backbones and small configurations that the recipes share.
 
-1x and 2x are the 2018 toolbox's: 12 and 24 epochs of COCO in batches of 16, as 8 GPUs x 2 pictures or whatever comes to
-that; for another batch the learning rate is scaled. Their ResNets are meant to start from ImageNet weights (`--init`),
-since the stem, the first stage and all statistics stay as they are.
+The 1x and 2x schedules are mmdetection's: 12 and 24 epochs on COCO at batch size 16 (for example 8 GPUs x 2 images). At
+another batch size the learning rate is scaled linearly. The ResNets of these recipes need ImageNet weights (`--init`),
+because the stem, the first stage and all batch norm statistics are frozen.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ Model = Callable[..., nn.Module]
 
 
 def one_x(model: Model) -> Experiment:
-    """Twelve epochs, the learning rate falling after 8 and 11."""
+    """12 epochs; the learning rate drops after epochs 8 and 11."""
     return Experiment(model=model)
 
 
 def two_x(model: Model) -> Experiment:
-    """Twenty-four epochs, the learning rate falling after 16 and 22."""
+    """24 epochs; the learning rate drops after epochs 16 and 22."""
     return Experiment(model=model, schedule=StepSchedule(epochs=(16, 22)), epochs=24)
 
 
-# Typed Any, because to a type checker a call that makes a backbone is none.
+# Typed Any, because a type checker does not accept a factory where a backbone is expected.
 R50: Any = partial(resnet_fpn, depth=50)
-"""ResNet-50 and P2 to P6, the bottleneck's stride in its 3x3 convolution."""
+"""ResNet-50-FPN with levels P2 to P6; the stride of a bottleneck is in its 3x3 convolution."""
 R50_CAFFE: Any = partial(resnet_fpn, depth=50, style="caffe")
-"""The same with the stride in the first 1x1 convolution."""
+"""`R50` with the stride in the first 1x1 convolution of a bottleneck."""
 R101: Any = partial(resnet_fpn, depth=101)
-"""ResNet-101 and P2 to P6."""
+"""ResNet-101-FPN with levels P2 to P6."""
 R101_CAFFE: Any = partial(resnet_fpn, depth=101, style="caffe")
-"""The same with the stride in the first 1x1 convolution."""
+"""`R101` with the stride in the first 1x1 convolution of a bottleneck."""
 X101_32X4D: Any = partial(resnet_fpn, depth=101, groups=32, width_per_group=4)
-"""ResNeXt-101 of 32 groups, 4 wide, and P2 to P6."""
+"""ResNeXt-101-FPN (32 groups of width 4) with levels P2 to P6."""
 X101_64X4D: Any = partial(resnet_fpn, depth=101, groups=64, width_per_group=4)
-"""ResNeXt-101 of 64 groups, 4 wide, and P2 to P6."""
+"""ResNeXt-101-FPN (64 groups of width 4) with levels P2 to P6."""
 SMALL_BACKBONE: Any = partial(resnet_fpn, depth=18, norm="gn", frozen_stages=0, channels=64, fpn_norm="gn")
-"""Trains whole, from random weights; group norm, because batches are small and there are no statistics to freeze."""
+"""ResNet-18-FPN with 64 channels, trained from random weights with nothing frozen.
+
+It uses group norm, because batches are small and there are no pretrained statistics to freeze.
+"""
 
 SMALL_RPN = RPNConfig(
     border=None,
@@ -56,13 +59,16 @@ SMALL_RPN = RPNConfig(
     test_pre_nms_per_level=500,
     test_num_proposals=300,
 )
-"""Fewer of everything; and anchors over the border train too, as most large ones in a small picture are."""
+"""Fewer samples and proposals than the default.
+
+Anchors that cross the image border are trained too, because most large anchors cross the border of a small image.
+"""
 SMALL_MASK = MaskConfig(width=64, num_convs=2)
-"""As wide as the small pyramid, and half as deep."""
+"""Mask head with the 64 channels of the small pyramid and two convolutions instead of four."""
 
 
 def small(model: Model) -> Experiment:
-    """Twenty epochs at a short side of 240 from random weights, for a few hundred pictures and two CPU cores."""
+    """20 epochs from random weights at a short side of 240 pixels, for a few hundred images and two CPU cores."""
     return Experiment(
         model=model,
         resize=Resize(short=240, long=400),

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al., 2017) on a feature pyramid (Lin et al., 2017), on proposals that an RPN made before."""
+"""Mask R-CNN (He et al., 2017) on a feature pyramid (Lin et al., 2017), trained on precomputed RPN proposals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from boxwright.training.experiment import Experiment
 def fast_mask_rcnn_r50_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox: box AP 36.8, mask AP 34.1, 5.3 GB, 0.50 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 36.8, mask AP 34.1, 5.3 GB, 0.50 s/iter. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r50_fpn_1x --data coco --out rpn_r50_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r50_fpn_1x --data coco --proposals rpn_r50_fpn_1x.proposals
@@ -37,7 +37,7 @@ def fast_mask_rcnn_r50_fpn_1x() -> Experiment:
 def fast_mask_rcnn_r50_fpn_2x() -> Experiment:
     """Fast Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox: box AP 37.9, mask AP 34.8, 5.3 GB, 0.50 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 37.9, mask AP 34.8, 5.3 GB, 0.50 s/iter. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r50_fpn_2x --data coco --out rpn_r50_fpn_2x.proposals
     boxwright train fast_mask_rcnn_r50_fpn_2x --data coco --proposals rpn_r50_fpn_2x.proposals
@@ -48,7 +48,7 @@ def fast_mask_rcnn_r50_fpn_2x() -> Experiment:
 def fast_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox: box AP 37.3, mask AP 34.5, 5.4 GB, 0.47 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 37.3, mask AP 34.5, 5.4 GB, 0.47 s/iter. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r50_caffe_fpn_1x --data coco --out rpn_r50_caffe_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r50_caffe_fpn_1x --data coco --proposals rpn_r50_caffe_fpn_1x.proposals
@@ -59,7 +59,7 @@ def fast_mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def fast_mask_rcnn_r101_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox, in 2019: box AP 38.9, mask AP 35.8, 5.4 GB, 0.462 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 38.9, mask AP 35.8, 5.4 GB, 0.462 s/iter. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r101_fpn_1x --data coco --out rpn_r101_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r101_fpn_1x --data coco --proposals rpn_r101_fpn_1x.proposals
@@ -70,7 +70,7 @@ def fast_mask_rcnn_r101_fpn_1x() -> Experiment:
 def fast_mask_rcnn_r101_fpn_2x() -> Experiment:
     """Fast Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox, in 2019: box AP 39.9, mask AP 36.4. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 39.9, mask AP 36.4. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r101_fpn_2x --data coco --out rpn_r101_fpn_2x.proposals
     boxwright train fast_mask_rcnn_r101_fpn_2x --data coco --proposals rpn_r101_fpn_2x.proposals
@@ -81,7 +81,7 @@ def fast_mask_rcnn_r101_fpn_2x() -> Experiment:
 def fast_mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    The 2018 toolbox, in 2019: box AP 39.4, mask AP 36.1, 5.2 GB, 0.429 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 39.4, mask AP 36.1, 5.2 GB, 0.429 s/iter. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r101_caffe_fpn_1x --data coco --out rpn_r101_caffe_fpn_1x.proposals
     boxwright train fast_mask_rcnn_r101_caffe_fpn_1x --data coco --proposals rpn_r101_caffe_fpn_1x.proposals
@@ -92,7 +92,7 @@ def fast_mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
 def fast_mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    Not in the tables of mmdetection 0.5. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_x101_32x4d_fpn_1x --data coco --out rpn_x101_32x4d_fpn_1x.proposals
     boxwright train fast_mask_rcnn_x101_32x4d_fpn_1x --data coco --proposals rpn_x101_32x4d_fpn_1x.proposals
@@ -103,7 +103,7 @@ def fast_mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
 def fast_mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
     """Fast Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    Not in the tables of mmdetection 0.5. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_x101_32x4d_fpn_2x --data coco --out rpn_x101_32x4d_fpn_2x.proposals
     boxwright train fast_mask_rcnn_x101_32x4d_fpn_2x --data coco --proposals rpn_x101_32x4d_fpn_2x.proposals
@@ -114,7 +114,7 @@ def fast_mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
 def fast_mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
     """Fast Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    Not in the tables of mmdetection 0.5. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_x101_64x4d_fpn_1x --data coco --out rpn_x101_64x4d_fpn_1x.proposals
     boxwright train fast_mask_rcnn_x101_64x4d_fpn_1x --data coco --proposals rpn_x101_64x4d_fpn_1x.proposals
@@ -125,7 +125,7 @@ def fast_mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
 def fast_mask_rcnn_x101_64x4d_fpn_2x() -> Experiment:
     """Fast Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs, on the proposals of a trained RPN.
 
-    Not in the 2018 toolbox's first tables. Ours: not yet measured.
+    Not in the tables of mmdetection 0.5. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_x101_64x4d_fpn_2x --data coco --out rpn_x101_64x4d_fpn_2x.proposals
     boxwright train fast_mask_rcnn_x101_64x4d_fpn_2x --data coco --proposals rpn_x101_64x4d_fpn_2x.proposals
@@ -136,7 +136,7 @@ def fast_mask_rcnn_x101_64x4d_fpn_2x() -> Experiment:
 def fast_mask_rcnn_r18_fpn_small() -> Experiment:
     """Fast Mask R-CNN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours: not yet measured.
+    Sized for a few hundred images: 200 images take about 1,000 steps. Boxwright: not measured yet.
 
     boxwright propose runs/rpn_r18_fpn_small --data shapes --out shapes.proposals
     boxwright train fast_mask_rcnn_r18_fpn_small --data shapes --proposals shapes.proposals

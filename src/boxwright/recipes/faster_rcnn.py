@@ -26,7 +26,7 @@ from boxwright.training.experiment import Experiment
 def faster_rcnn_r50_fpn_1x() -> Experiment:
     """Faster R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 36.4, 5.1 GB, 0.554 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 36.4, 5.1 GB, 0.554 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r50_fpn_1x --data coco --out runs/faster_rcnn_r50_fpn_1x
     """
@@ -36,7 +36,7 @@ def faster_rcnn_r50_fpn_1x() -> Experiment:
 def faster_rcnn_r50_fpn_2x() -> Experiment:
     """Faster R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox: box AP 37.7, 5.1 GB, 0.554 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 37.7, 5.1 GB, 0.554 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r50_fpn_2x --data coco --out runs/faster_rcnn_r50_fpn_2x
     """
@@ -46,7 +46,7 @@ def faster_rcnn_r50_fpn_2x() -> Experiment:
 def faster_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Faster R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 36.7, 4.9 GB, 0.525 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 36.7, 4.9 GB, 0.525 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r50_caffe_fpn_1x --data coco --out runs/faster_rcnn_r50_caffe_fpn_1x
     """
@@ -56,7 +56,7 @@ def faster_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def faster_rcnn_r101_fpn_1x() -> Experiment:
     """Faster R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 38.5, 5.7 GB, 0.474 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 38.5, 5.7 GB, 0.474 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r101_fpn_1x --data coco --out runs/faster_rcnn_r101_fpn_1x
     """
@@ -66,7 +66,7 @@ def faster_rcnn_r101_fpn_1x() -> Experiment:
 def faster_rcnn_r101_fpn_2x() -> Experiment:
     """Faster R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 39.4. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 39.4. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r101_fpn_2x --data coco --out runs/faster_rcnn_r101_fpn_2x
     """
@@ -76,7 +76,7 @@ def faster_rcnn_r101_fpn_2x() -> Experiment:
 def faster_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Faster R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 38.8, 5.5 GB, 0.465 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 38.8, 5.5 GB, 0.465 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_r101_caffe_fpn_1x --data coco --out runs/faster_rcnn_r101_caffe_fpn_1x
     """
@@ -86,7 +86,7 @@ def faster_rcnn_r101_caffe_fpn_1x() -> Experiment:
 def faster_rcnn_x101_32x4d_fpn_1x() -> Experiment:
     """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.1, 6.9 GB, 0.672 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.1, 6.9 GB, 0.672 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_x101_32x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_1x
     """
@@ -96,7 +96,7 @@ def faster_rcnn_x101_32x4d_fpn_1x() -> Experiment:
 def faster_rcnn_x101_32x4d_fpn_2x() -> Experiment:
     """Faster R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.4. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.4. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_x101_32x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_32x4d_fpn_2x
     """
@@ -106,7 +106,7 @@ def faster_rcnn_x101_32x4d_fpn_2x() -> Experiment:
 def faster_rcnn_x101_64x4d_fpn_1x() -> Experiment:
     """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 41.3, 9.8 GB, 1.040 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 41.3, 9.8 GB, 1.040 s/iter. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_x101_64x4d_fpn_1x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_1x
     """
@@ -116,7 +116,7 @@ def faster_rcnn_x101_64x4d_fpn_1x() -> Experiment:
 def faster_rcnn_x101_64x4d_fpn_2x() -> Experiment:
     """Faster R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.7. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.7. Boxwright: not measured yet.
 
     boxwright train faster_rcnn_x101_64x4d_fpn_2x --data coco --out runs/faster_rcnn_x101_64x4d_fpn_2x
     """
@@ -126,8 +126,8 @@ def faster_rcnn_x101_64x4d_fpn_2x() -> Experiment:
 def faster_rcnn_r18_fpn_small() -> Experiment:
     """Faster R-CNN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours, on BCCD: box AP 56.5, AP50 88.8, 38 minutes of one
-    core (docs/benchmarks/bccd.md).
+    Sized for a few hundred images: 200 images take about 1,000 steps.
+    Boxwright on BCCD: box AP 56.5, AP50 88.8 after 38 minutes on one core (docs/benchmarks/bccd.md).
 
     boxwright train faster_rcnn_r18_fpn_small --data bccd --out runs/faster_rcnn_r18_fpn_small
     """

@@ -29,7 +29,7 @@ from boxwright.training.experiment import Experiment
 def mask_rcnn_r50_fpn_1x() -> Experiment:
     """Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 37.3, mask AP 34.2, 5.8 GB, 0.690 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 37.3, mask AP 34.2, 5.8 GB, 0.690 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r50_fpn_1x --data coco --out runs/mask_rcnn_r50_fpn_1x
     """
@@ -39,7 +39,7 @@ def mask_rcnn_r50_fpn_1x() -> Experiment:
 def mask_rcnn_r50_fpn_2x() -> Experiment:
     """Mask R-CNN, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox: box AP 38.6, mask AP 35.1, 5.8 GB, 0.690 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 38.6, mask AP 35.1, 5.8 GB, 0.690 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r50_fpn_2x --data coco --out runs/mask_rcnn_r50_fpn_2x
     """
@@ -49,7 +49,7 @@ def mask_rcnn_r50_fpn_2x() -> Experiment:
 def mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
     """Mask R-CNN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: box AP 37.5, mask AP 34.4, 5.9 GB, 0.658 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): box AP 37.5, mask AP 34.4, 5.9 GB, 0.658 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r50_caffe_fpn_1x --data coco --out runs/mask_rcnn_r50_caffe_fpn_1x
     """
@@ -59,7 +59,7 @@ def mask_rcnn_r50_caffe_fpn_1x() -> Experiment:
 def mask_rcnn_r101_fpn_1x() -> Experiment:
     """Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 39.4, mask AP 35.9, 5.8 GB, 0.571 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 39.4, mask AP 35.9, 5.8 GB, 0.571 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r101_fpn_1x --data coco --out runs/mask_rcnn_r101_fpn_1x
     """
@@ -69,7 +69,7 @@ def mask_rcnn_r101_fpn_1x() -> Experiment:
 def mask_rcnn_r101_fpn_2x() -> Experiment:
     """Mask R-CNN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 40.3, mask AP 36.5. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 40.3, mask AP 36.5. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r101_fpn_2x --data coco --out runs/mask_rcnn_r101_fpn_2x
     """
@@ -79,7 +79,7 @@ def mask_rcnn_r101_fpn_2x() -> Experiment:
 def mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
     """Mask R-CNN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 39.9, mask AP 36.1, 5.7 GB, 0.534 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 39.9, mask AP 36.1, 5.7 GB, 0.534 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r101_caffe_fpn_1x --data coco --out runs/mask_rcnn_r101_caffe_fpn_1x
     """
@@ -89,7 +89,7 @@ def mask_rcnn_r101_caffe_fpn_1x() -> Experiment:
 def mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
     """Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 41.1, mask AP 37.1, 7.1 GB, 0.759 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 41.1, mask AP 37.1, 7.1 GB, 0.759 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_x101_32x4d_fpn_1x --data coco --out runs/mask_rcnn_x101_32x4d_fpn_1x
     """
@@ -99,7 +99,7 @@ def mask_rcnn_x101_32x4d_fpn_1x() -> Experiment:
 def mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
     """Mask R-CNN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 41.4, mask AP 37.1. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 41.4, mask AP 37.1. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_x101_32x4d_fpn_2x --data coco --out runs/mask_rcnn_x101_32x4d_fpn_2x
     """
@@ -109,7 +109,7 @@ def mask_rcnn_x101_32x4d_fpn_2x() -> Experiment:
 def mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
     """Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.1, mask AP 38.0, 10.0 GB, 1.102 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.1, mask AP 38.0, 10.0 GB, 1.102 s/iter. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_x101_64x4d_fpn_1x --data coco --out runs/mask_rcnn_x101_64x4d_fpn_1x
     """
@@ -119,7 +119,7 @@ def mask_rcnn_x101_64x4d_fpn_1x() -> Experiment:
 def mask_rcnn_x101_64x4d_fpn_2x() -> Experiment:
     """Mask R-CNN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: box AP 42.0, mask AP 37.7. Ours: not yet measured.
+    mmdetection 0.x (2019): box AP 42.0, mask AP 37.7. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_x101_64x4d_fpn_2x --data coco --out runs/mask_rcnn_x101_64x4d_fpn_2x
     """
@@ -129,7 +129,7 @@ def mask_rcnn_x101_64x4d_fpn_2x() -> Experiment:
 def mask_rcnn_r18_fpn_small() -> Experiment:
     """Mask R-CNN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours: not yet measured.
+    Sized for a few hundred images: 200 images take about 1,000 steps. Boxwright: not measured yet.
 
     boxwright train mask_rcnn_r18_fpn_small --data shapes --out runs/mask_rcnn_r18_fpn_small
     """
@@ -138,10 +138,11 @@ def mask_rcnn_r18_fpn_small() -> Experiment:
 
 
 def mask_rcnn_r18_fpn_dense() -> Experiment:
-    """The small one for hundreds of small objects a picture, such as cells: short side 256, anchors from 16 pixels on.
+    """Small Mask R-CNN for hundreds of small objects per image, such as cells: short side 256, anchors from 16 pixels.
 
-    Up to 512 detections a picture, from up to 1000 proposals. Ours, on nuclei: box AP 48.5, mask AP 48.9, mask
-    AP50 79.9 (docs/benchmarks/nuclei.md).
+    At most 512 detections per image, from at most 1,000 proposals.
+
+    Boxwright on nuclei: box AP 48.5, mask AP 48.9, mask AP50 79.9 (docs/benchmarks/nuclei.md).
 
     boxwright train mask_rcnn_r18_fpn_dense --data nuclei --out runs/mask_rcnn_r18_fpn_dense
     """

@@ -25,7 +25,7 @@ from boxwright.training.experiment import Experiment
 def rpn_r50_fpn_1x() -> Experiment:
     """RPN, R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: AR1000 57.1, 4.8 GB, 0.407 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): AR1000 57.1, 4.8 GB, 0.407 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_r50_fpn_1x --data coco --out runs/rpn_r50_fpn_1x
     """
@@ -35,7 +35,7 @@ def rpn_r50_fpn_1x() -> Experiment:
 def rpn_r50_fpn_2x() -> Experiment:
     """RPN, R-50-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox: AR1000 57.6, 4.8 GB, 0.407 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): AR1000 57.6, 4.8 GB, 0.407 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_r50_fpn_2x --data coco --out runs/rpn_r50_fpn_2x
     """
@@ -45,7 +45,7 @@ def rpn_r50_fpn_2x() -> Experiment:
 def rpn_r50_caffe_fpn_1x() -> Experiment:
     """RPN, caffe-style R-50-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox: AR1000 58.2, 4.5 GB, 0.379 s/iter on 8 V100. Ours: not yet measured.
+    mmdetection 0.5 (2018, 8 V100): AR1000 58.2, 4.5 GB, 0.379 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_r50_caffe_fpn_1x --data coco --out runs/rpn_r50_caffe_fpn_1x
     """
@@ -55,7 +55,7 @@ def rpn_r50_caffe_fpn_1x() -> Experiment:
 def rpn_r101_fpn_1x() -> Experiment:
     """RPN, R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 58.6, 5.4 GB, 0.396 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 58.6, 5.4 GB, 0.396 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_r101_fpn_1x --data coco --out runs/rpn_r101_fpn_1x
     """
@@ -65,7 +65,7 @@ def rpn_r101_fpn_1x() -> Experiment:
 def rpn_r101_fpn_2x() -> Experiment:
     """RPN, R-101-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 59.1. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 59.1. Boxwright: not measured yet.
 
     boxwright train rpn_r101_fpn_2x --data coco --out runs/rpn_r101_fpn_2x
     """
@@ -75,7 +75,7 @@ def rpn_r101_fpn_2x() -> Experiment:
 def rpn_r101_caffe_fpn_1x() -> Experiment:
     """RPN, caffe-style R-101-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 59.4, 5.2 GB, 0.379 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 59.4, 5.2 GB, 0.379 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_r101_caffe_fpn_1x --data coco --out runs/rpn_r101_caffe_fpn_1x
     """
@@ -85,7 +85,7 @@ def rpn_r101_caffe_fpn_1x() -> Experiment:
 def rpn_x101_32x4d_fpn_1x() -> Experiment:
     """RPN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 59.4, 6.6 GB, 0.589 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 59.4, 6.6 GB, 0.589 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_x101_32x4d_fpn_1x --data coco --out runs/rpn_x101_32x4d_fpn_1x
     """
@@ -95,7 +95,7 @@ def rpn_x101_32x4d_fpn_1x() -> Experiment:
 def rpn_x101_32x4d_fpn_2x() -> Experiment:
     """RPN, X-101-32x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 59.9. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 59.9. Boxwright: not measured yet.
 
     boxwright train rpn_x101_32x4d_fpn_2x --data coco --out runs/rpn_x101_32x4d_fpn_2x
     """
@@ -105,7 +105,7 @@ def rpn_x101_32x4d_fpn_2x() -> Experiment:
 def rpn_x101_64x4d_fpn_1x() -> Experiment:
     """RPN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 12 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 59.8, 9.5 GB, 0.955 s/iter. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 59.8, 9.5 GB, 0.955 s/iter. Boxwright: not measured yet.
 
     boxwright train rpn_x101_64x4d_fpn_1x --data coco --out runs/rpn_x101_64x4d_fpn_1x
     """
@@ -115,7 +115,7 @@ def rpn_x101_64x4d_fpn_1x() -> Experiment:
 def rpn_x101_64x4d_fpn_2x() -> Experiment:
     """RPN, X-101-64x4d-FPN, COCO, 8 GPUs x 2 images, 24 epochs.
 
-    The 2018 toolbox, in 2019: AR1000 60.0. Ours: not yet measured.
+    mmdetection 0.x (2019): AR1000 60.0. Boxwright: not measured yet.
 
     boxwright train rpn_x101_64x4d_fpn_2x --data coco --out runs/rpn_x101_64x4d_fpn_2x
     """
@@ -125,7 +125,9 @@ def rpn_x101_64x4d_fpn_2x() -> Experiment:
 def rpn_r18_fpn_small() -> Experiment:
     """RPN, R-18-FPN of 64 channels from random weights, short side 240, 20 epochs: for a first try on a CPU.
 
-    Made for some hundred pictures: 200 take about 1000 steps. Ours, on BCCD: AR@100 70.0 (docs/benchmarks/bccd.md).
+    Sized for a few hundred images: 200 images take about 1,000 steps.
+
+    Boxwright on BCCD: AR@100 70.0 (docs/benchmarks/bccd.md).
 
     boxwright train rpn_r18_fpn_small --data bccd --out runs/rpn_r18_fpn_small
     """
