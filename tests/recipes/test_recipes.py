@@ -237,11 +237,14 @@ def test_find_recipe_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("faster_rcnn_r50_fpn_1", "did you mean 'faster_rcnn_r50_fpn_1x'"),
         ("one_x", "there are"),
-        ("retinanet", r"there are (retinanet_\w+(, )?)+ \(a recipe"),
+        ("retinanet", r"there are (retinanet_\w+(, )?)+ \(for your own recipe"),
         ("no_such_package.recipes:mine", "no module 'no_such_package'"),
         ("boxwright.recipes.rpn:one_x", "has no function 'one_x'"),
         (":mine", "expected the name of a built-in recipe, or package.module:function"),
-        ("boxwright.recipes.common:one_x", "no recipe, which takes no arguments: missing .* 'model'"),
+        (
+            "boxwright.recipes.common:one_x",
+            "is not a recipe: a recipe must be callable without arguments .missing .* 'model'",
+        ),
     ],
 )
 def test_unknown_names_give_the_nearest(name: str, message: str) -> None:

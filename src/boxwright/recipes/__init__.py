@@ -33,7 +33,7 @@ def find_recipe(name: str) -> Recipe:
         recipes = built_in_recipes()
         if name not in recipes:
             raise ValueError(
-                f"there is no recipe {name!r}{nearest(name, recipes)}. Name your own as package.module:function"
+                f"there is no recipe {name!r}{nearest(name, recipes)} (for your own recipe: package.module:function)"
             )
         return recipes[name]
     if not module_name or not function_name:
