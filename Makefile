@@ -1,4 +1,5 @@
 # `make quickstart` shows the toolbox at work; `make test` runs every check. Both set up `.venv` first.
+# `make docs` builds the pages into build/docs.
 # `make test-oldest` runs the tests on the oldest supported PyTorch, in an environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ QUICKSTART := --set resize.short=160 --set resize.long=224 --set scale_jitter=no
 # The oldest PyTorch that pyproject.toml allows, and the torchvision of its release.
 OLDEST := torch==2.9.1 torchvision==0.24.1
 
-.PHONY: quickstart test test-oldest lint format clean
+.PHONY: quickstart test test-oldest lint format docs clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,5 +47,10 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: .venv/installed
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "Open build/docs/index.html"
+
 clean:
-	rm -rf .venv .venv-oldest shapes runs
+	rm -rf .venv .venv-oldest build shapes runs

@@ -135,11 +135,11 @@ def test_python_parses_and_imports_what_is_there(page: Path) -> None:
 
 
 def test_models_page_has_each_recipe_once_with_its_parameters() -> None:
-    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    page = (ROOT / "docs" / "model_zoo" / "models.md").read_text("utf-8")
     rows = [re.findall(r"`(\w+_fpn_\w+)`|(?<=\| )(\d+\.\d\d)(?= \|)", line) for line in page.splitlines()]
     stated = {row[0][0]: [float(number) for _, number in row[1:]] for row in rows if row and row[0][0]}
     recipes = built_in_recipes()
-    assert sorted(stated) == sorted(recipes), "docs/models.md has a row for each recipe and no other"
+    assert sorted(stated) == sorted(recipes), "docs/model_zoo/models.md has a row for each recipe and no other"
     for name, recipe in recipes.items():
         with torch.device("meta"):
             parameters = list(build(recipe().model, num_classes=80).parameters())

@@ -59,7 +59,7 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path: Path, monkeypat
     code, printed, _ = run("zoo", "page", "--out", str(out))
     assert (code, printed.strip()) == (0, str(out))
     assert out.read_text("utf-8") == (ROOT / "docs" / "benchmark.md").read_text("utf-8"), (
-        "write it anew: boxwright zoo page --out docs/benchmark.md"
+        "write it anew: boxwright zoo page --out docs/model_zoo/benchmark.md"
     )
 
 

@@ -12,9 +12,9 @@ from boxwright.zoo import Entry
 
 _HEAD = """# Benchmark and Model Zoo
 
-`boxwright zoo page --out docs/benchmark.md` generates this page. Boxwright's figures come from the reports of
-`boxwright benchmark` in `{folder}` ([how they are measured](measuring.md)); the other figures were published with the
-models ([zoo](zoo.md)). Cells without a measurement are empty."""
+`boxwright zoo page --out docs/model_zoo/benchmark.md` generates this page. Boxwright's figures come from the reports of
+`boxwright benchmark` in `{folder}` ([how they are measured](../guides/measure.md)). The other figures were published
+with the models ([zoo](index.md)). Cells without a measurement are empty."""
 
 _SETTINGS = """## Common settings
 
