@@ -83,7 +83,7 @@ def recipes() -> str:
         "# Recipes",
         "",
         "A recipe is a function that returns an `Experiment`. `boxwright train NAME --data DIR` trains it.",
-        "[Models](../model_zoo/models.md) has the published figures of each. Parameters are counted for 80 classes, as in",
+        "[Models](../model_zoo/models.md) has the published figures. Parameters are counted for the 80 classes of",
         "COCO.",
         "",
         "| recipe | model and training | parameters, M | trainable, M |",
