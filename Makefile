@@ -9,7 +9,7 @@ QUICKSTART := --set resize.short=160 --set resize.long=224 --set scale_jitter=no
 	--set images_per_device=2 --set optimizer.lr=0.008 --set model.box.num_sampled=64
 
 # The oldest PyTorch that pyproject.toml allows, and the torchvision of its release.
-OLDEST := torch==2.9.1 torchvision==0.24.1
+OLDEST := torch==2.11.0 torchvision==0.26.0
 
 .PHONY: quickstart test test-oldest lint format docs clean
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _share_denominators = False
-"""Set only by `shared_denominators`. PyTorch 2.9 cannot trace a ContextVar."""
+"""Set only by `shared_denominators`. PyTorch 2.11 cannot trace a ContextVar."""
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def without_gradients() -> Iterator[None]:
     """`torch.no_grad` for a part of the losses that applies layers which another part of the losses trains.
 
-    Autocast caches the bfloat16 copy of a weight. Some PyTorch versions (such as 2.9) also cache a copy that was made
+    Autocast caches the bfloat16 copy of a weight. Some PyTorch versions also cache a copy that was made
     under `torch.no_grad`. The next use of the weight then reads this copy, which has no graph, and the weight gets no
     gradient. The block therefore disables the cache.
     """

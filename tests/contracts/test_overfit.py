@@ -72,4 +72,4 @@ def test_four_real_pictures_and_their_masks_are_learnt_by_heart(data_dir: Path, 
     _, metrics = evaluate(detector, dataset, pictures, device="cpu")
     assert metrics.masks is not None
     assert metrics.summary["AP"] > 0.85
-    assert metrics.masks.summary["AP"] > 0.8
+    assert metrics.masks.summary["AP"] > 0.7

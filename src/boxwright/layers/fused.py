@@ -100,6 +100,9 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, ge
     if add is None:
         y = operator(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
         return y
+    if add.shape[2:] == (1, 1):  # PyTorch 2.11 rejects the fused add for channels-last maps of one position.
+        y = operator(x, weight, bias, *geometry, "none", [], "") + add
+        return y.relu_() if relu else y
     # For other memory layouts oneDNN runs convolution, add and ReLU separately; it has no fused add + ReLU in bfloat16.
     fuses = geometry[-1] == 1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     y = operator.binary(x, add, weight, bias, *geometry, "add", 1.0, "relu" if relu and fuses else None, [], "")

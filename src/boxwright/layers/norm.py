@@ -95,8 +95,7 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
         conv: any convolution.
         norm: one with constant statistics, see `has_constant_statistics`.
     """
-    # A tuple, since PyTorch 2.9 cannot trace a union of types.
-    assert isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d))
+    assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

@@ -63,12 +63,14 @@ def compiler_settings(num_canvases: int = 1) -> Iterator[None]:
     - Graphs that contain a `torch.autograd.Function` (the focal loss is one) are stored in the compile cache on disk,
       where later processes find them. PyTorch leaves such graphs out, since a function may depend on more than its
       arguments; ours depend on their arguments alone.
+    - Graphs are checked for hooks in every call, because a fast path is only right for a module without hooks.
     """
     # The shapes of other detectors in the same process count towards the accumulated limit.
-    limits = {
+    settings = {
+        "skip_nnmodule_hook_guards": False,
         "recompile_limit": max(cast(Any, dynamo_config).recompile_limit, num_canvases),
         "accumulated_recompile_limit": max(cast(Any, dynamo_config).accumulated_recompile_limit, 32 * num_canvases),
     }
     cached = cast(Any, functorch_config).patch(autograd_cache_allow_custom_autograd_functions=True)
-    with cast(Any, dynamo_config).patch(**limits), cached:
+    with cast(Any, dynamo_config).patch(**settings), cached:
         yield
