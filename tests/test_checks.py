@@ -96,7 +96,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (SGD, {"lr": float("nan")}, "lr=nan"),
     (SGD, {"momentum": 1.1}, f"momentum=1.1: {HALF}"),
     (AdamW, {"weight_decay": -1.0}, "weight_decay=-1.0"),
-    (AdamW, {"betas": (0.9, 1.0)}, "betas="),
+    (AdamW, {"betas": (0.9, 1.0)}, "betas: "),
     (StepSchedule, {"epochs": (0,)}, "epochs=0"),
     (StepSchedule, {"warmup_steps": -1}, "warmup_steps=-1"),
     (CosineSchedule, {"final_factor": 2.0}, f"final_factor=2.0: {HALF}"),

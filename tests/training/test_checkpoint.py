@@ -22,7 +22,7 @@ def make_state(width: int = 3) -> TrainingState:
 
 
 def save(folder: Path, step: int, state: TrainingState, keep: int = 3) -> Path:
-    return checkpoint.save(folder, step, state, figures={"window": torch.ones(2, 3)}, page={"hello": 1}, keep=keep)
+    return checkpoint.save(folder, step, state, figures={"window": torch.ones(2, 3)}, metadata={"hello": 1}, keep=keep)
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     path = save(tmp_path, 7, state)
     drawn = torch.rand(3)
     loop = checkpoint.load(path, other)
-    assert checkpoint.read_page(path) == {"step": 7, "hello": 1}
+    assert checkpoint.read_metadata(path) == {"step": 7, "hello": 1}
     assert torch.equal(loop["window"], torch.ones(2, 3))
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], tensor), name
@@ -61,7 +61,7 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint, "_flush", full_disk)
-    with pytest.raises(OSError, match=r"step_2 cannot be written \(No space.*--resume"):
+    with pytest.raises(OSError, match=r"step_2 cannot be written: .*No space.*--resume"):
         save(tmp_path, 2, make_state())
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
 
@@ -88,7 +88,7 @@ def test_damaged_checkpoint_is_named_and_changes_nothing(name: str, whole: bool,
     else:
         file.write_bytes(file.read_bytes()[:-5])
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"step_1 is damaged .* remove this folder"):
+    with pytest.raises(ValueError, match=r"step_1 is damaged: .* Remove this folder"):
         checkpoint.load(path, state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
 
@@ -97,7 +97,7 @@ def test_damaged_page_is_named(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state())
     (path / "state.json").write_text('{"step": 1,')
     with pytest.raises(ValueError, match=r"step_1 is damaged"):
-        checkpoint.read_page(path)
+        checkpoint.read_metadata(path)
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 def test_other_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state(3))
-    with pytest.raises(ValueError, match=r"step_1 does not fit the model.*0\.weight"):
+    with pytest.raises(ValueError, match=r"step_1 does not match the model.*0\.weight"):
         checkpoint.load(path, make_state(4))

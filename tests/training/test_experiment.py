@@ -71,7 +71,7 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
-        ({"cuda_graphs": True}, "give compile=true too"),
+        ({"cuda_graphs": True}, "compile=true as well"),
         ({"scale_mode": "range"}, "scale_mode=range: give the ends"),
     ],
 )
@@ -158,12 +158,12 @@ def test_a_module_of_yours_must_be_trusted() -> None:
         ("boxwright.__main__.app", {}, "neither a part"),
         ("boxwright.training.run_folder.shutil", {}, "neither a part"),
         ("boxwright.training.experiment.field", {}, "neither a part"),
-        ("boxwright.training.run_folder.write_page", {"path": "x", "page": {}}, "neither a part"),
+        ("boxwright.training.run_folder.write_json", {"path": "x", "data": {}}, "neither a part"),
         ("boxwright.detectors.rcnn.mask_rcnn_of_tomorrow", {}, "another version"),
         ("boxwright.detectors.rcnn.faster_rcnn", {"backbones": 1}, "did you mean 'backbone'"),
         ("boxwright.heads.rpn_head.RPNConfig", {"nms_iuo": 1}, "did you mean 'nms_iou'"),
         ("boxwright.training.experiment.Experiment", {}, "model"),
-        ("boxwright.data.buckets.Resize", {}, "expected the JSON of an experiment"),
+        ("boxwright.data.buckets.Resize", {}, "expected the JSON of an Experiment"),
     ],
 )
 def test_pages_cannot_call_what_is_no_part(name: str, arguments: dict, message: str) -> None:
@@ -173,7 +173,7 @@ def test_pages_cannot_call_what_is_no_part(name: str, arguments: dict, message: 
 
 @pytest.mark.parametrize("page", [None, [], {"call": "x"}, {"call": 3, "arguments": {}}, "experiment"])
 def test_pages_that_are_no_experiment(page: object) -> None:
-    with pytest.raises(ValueError, match=r"experiment|no call"):
+    with pytest.raises(ValueError, match=r"Experiment|no call"):
         from_json(page)
 
 

@@ -77,7 +77,7 @@ def test_rows_of_shared_classes_go_by_name(kind: str, tmp_path: Path, capsys: py
     # Weight and bias of logits, boxes and masks; a cascade's three stages have class-agnostic boxes here.
     assert num_checked == {"faster_rcnn": 4, "mask_rcnn": 6, "cascade_mask_rcnn": 12, "retinanet": 2}[kind]
     said = capsys.readouterr().out
-    assert "the rows of 2 classes taken by name: bird, cat; 1 start anew: whale" in said
+    assert "rows loaded by class name: bird, cat | re-initialised: whale" in said
     assert "warning" not in said
 
 
@@ -88,11 +88,11 @@ def test_classes_in_another_order_and_of_the_same_number(tmp_path: Path, capsys:
     load_init(detector, tmp_path / "w.safetensors", turned, match_classes=True)
     anchors = given["head.class_logits.bias"].view(-1, len(OLD))
     assert torch.equal(detector.state_dict()["head.class_logits.bias"].view(-1, len(OLD)), anchors.flip(1))
-    assert "start anew" not in capsys.readouterr().out
+    assert "re-initialised" not in capsys.readouterr().out
     # Without the flag by place, with a warning; with the very same classes without one.
     load_init(detector, tmp_path / "w.safetensors", turned)
     assert torch.equal(detector.state_dict()["head.class_logits.bias"], given["head.class_logits.bias"])
-    assert "warning: rows of classes are taken by their place" in capsys.readouterr().out
+    assert "warning: class-specific rows were matched by position" in capsys.readouterr().out
     load_init(detector, tmp_path / "w.safetensors", OLD)
     assert "warning" not in capsys.readouterr().out
 
@@ -123,12 +123,12 @@ def test_without_the_flag_what_does_not_fit_is_told(tmp_path: Path, capsys: pyte
     assert fresh == class_rows(detector).keys()
     assert all(torch.equal(detector.state_dict()[name], before[name]) for name in fresh)
     said = capsys.readouterr().out
-    assert f"{len(given) - 6} of the model's {len(given)} tensors taken" in said
-    assert "6 tensors start anew, which do not fit" in said
-    assert "box_head.class_logits.bias is [5] there and [4] here" in said
+    assert f"loaded {len(given) - 6} of the model's {len(given)} tensors" in said
+    assert "6 tensors re-initialised (shape mismatch)" in said
+    assert "box_head.class_logits.bias [5] in the file, [4] in the model" in said
     save_weights(tmp_path / "w.safetensors", {"rpn.conv.bias": given["rpn.conv.bias"]}, {})
     load_init(detector, tmp_path / "w.safetensors", NEW)
-    assert f"{len(given) - 1} tensors start anew, which it does not have: backbone." in capsys.readouterr().out
+    assert f"{len(given) - 1} tensors re-initialised (not in the file): backbone." in capsys.readouterr().out
 
 
 def test_class_agnostic_boxes_fit_any_classes(tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def test_what_cannot_go_by_name_is_told(tmp_path: Path) -> None:
         load_init(module(kind, categories, 2), path, categories, match_classes=True)
 
     write(path, "retinanet", OLD)
-    with pytest.raises(ValueError, match=r"w\.safetensors shares no class .*bird, cat, dog, fish\. .*has ant, bee\."):
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors: no class is shared .*bird, cat, dog, fish\. Data set: ant, bee\."
+    ):
         start("retinanet", named("bee", "ant"))
     with pytest.raises(ValueError, match="no layer with rows of classes fits the model, for the 4 classes"):
         start("faster_rcnn")
@@ -159,5 +161,5 @@ def test_what_cannot_go_by_name_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for the 11 classes that the file names"):
         start("retinanet")
     save_weights(path, {"other": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="holds no tensor that fits the model"):
+    with pytest.raises(ValueError, match="no tensor matches the model in name and shape"):
         load_init(module("retinanet", NEW, 2), path, NEW)

@@ -147,7 +147,7 @@ with process_group("cpu") as device:
     train(experiment, pictures, moved, num_workers=0, resume=True)
     for line, other in zip(curve(moved), curve(two)[-len(curve(moved)) :], strict=True):
         assert line["losses"] == pytest.approx(other["losses"], rel=FLOAT32_LOG)
-    with pytest.raises(ValueError, match="processes x accumulate was 4 and is 2"):
+    with pytest.raises(ValueError, match="processes x accumulate: 4 -> 2"):
         train(replace(experiment, images_per_device=1), pictures, moved, num_workers=0, resume=True)
 
 
@@ -175,13 +175,13 @@ def test_steps_that_may_be_left_out_are(tmp_path: Path) -> None:
 def test_resuming_with_another_experiment_names_the_fields(tmp_path: Path) -> None:
     train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
     changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.5), flip=0.0)
-    with pytest.raises(ValueError, match=r"flip was 0.5 and is 0.0; optimizer.lr was 0.01 and is 0.5"):
+    with pytest.raises(ValueError, match=r"flip: 0.5 -> 0.0; optimizer.lr: 0.01 -> 0.5"):
         train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
 
 
 def test_resuming_on_another_data_set_is_refused(tmp_path: Path) -> None:
     train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
-    with pytest.raises(ValueError, match=r"steps_per_epoch was 4 and is 5"):
+    with pytest.raises(ValueError, match=r"steps_per_epoch: 4 -> 5"):
         train(tiny_experiment(epochs=1), Pictures(20), tmp_path, num_workers=0, resume=True)
 
 
@@ -202,7 +202,7 @@ def test_resuming_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureF
     train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True).is_file()
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -254,7 +254,7 @@ def test_metrics_line_holds_what_the_loop_promises(tmp_path: Path, capsys: pytes
     assert set(line) == TRAIN_KEYS
     assert line["epoch"] == 1
     said = capsys.readouterr().out
-    assert "learning rate 0.005 (0.01 at batch size 4, scaled linearly to batch size 2)" in said
+    assert "lr 0.005 (0.01 at batch size 4, scaled linearly to batch size 2)" in said
     for word in ("s/iter", "img/s", "data", "MiB", "ETA"):
         assert word in said
 
@@ -283,7 +283,7 @@ def test_masks_are_read_where_the_detector_needs_them(tmp_path: Path, capsys: py
     pictures, experiment = Pictures(), tiny_experiment(epochs=1, model=partial(masked_detector))
     pictures.num_masks, pictures.num_without_mask = 12, 3
     train(experiment, pictures, tmp_path / "some", num_workers=0)
-    assert "3 objects have no mask: they are used for the box losses only" in capsys.readouterr().out
+    assert "3 objects without a mask: used for the box losses only" in capsys.readouterr().out
     pictures.num_masks = 0
     train(tiny_experiment(epochs=1), pictures, tmp_path / "boxes", num_workers=0)
     assert "no mask" not in capsys.readouterr().out
@@ -321,7 +321,7 @@ def test_resuming_a_run_saved_before_a_setting_existed(tmp_path: Path) -> None:
     state.write_text(json.dumps(page))
     train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True)
     changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.01, momentum=0.8))
-    with pytest.raises(ValueError, match=r"optimizer\.momentum was 0\.9 and is 0\.8"):
+    with pytest.raises(ValueError, match=r"optimizer\.momentum: 0\.9 -> 0\.8"):
         train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
 
 

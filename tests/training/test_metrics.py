@@ -43,5 +43,5 @@ def test_an_interval_goes_on_though_lines_come_more_often_now() -> None:
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nrubbish\n{"unfinished')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no JSON.*remove that line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is not valid JSON.*Remove this line"):
         read_lines(tmp_path / "metrics.jsonl")

@@ -173,7 +173,7 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(t
     page = json.loads(file.read_text())
     del page["experiment"]["arguments"]["model"]["arguments"]["width"]
     file.write_text(json.dumps(page))
-    with pytest.raises(ValueError, match=r"model\.width was 4 and is 5"):
+    with pytest.raises(ValueError, match=r"model\.width: 4 -> 5"):
         train(
             replace(experiment, model=partial(PlainDetector, width=5)),
             Pictures(8),
@@ -244,7 +244,7 @@ def test_classes_can_be_shown_and_set() -> None:
     detector = build(changed.model, num_classes=2)
     assert len(detector.box_head.scale) == 5
     assert detector.backbone.body.channels == [8, 16, 32]
-    with pytest.raises(ValueError, match=r"model\.backbone\.body\.width=wide: 'wide' is not a whole number"):
+    with pytest.raises(ValueError, match=r"model\.backbone\.body\.width: expected a whole number, got 'wide'"):
         with_settings(experiment, ["model.backbone.body.width=wide"])
     with pytest.raises(ValueError, match=r"model\.box_head has no 'config'"):
         with_settings(experiment, ["model.box_head.config.width=5"])

@@ -14,5 +14,5 @@ def test_changed_fields_are_named_as_set_names_them() -> None:
     }
     after = {"call": "a.Experiment", "arguments": {"model": {"call": "a.m", "arguments": {"depth": 101}}, "at": [8]}}
     require_same(before, before, Path("run"))
-    with pytest.raises(ValueError, match=r"at\[1\] was 11 and is 'not there'; model.depth was 50 and is 101"):
+    with pytest.raises(ValueError, match=r"at\[1\]: 11 -> 'missing'; model.depth: 50 -> 101"):
         require_same(before, after, Path("run"))

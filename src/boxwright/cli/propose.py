@@ -47,7 +47,7 @@ def propose(
     from boxwright.evaluation.propose import propose as propose_on
     from boxwright.predictor import load, weights_file
     from boxwright.training.distributed import process_group, rank, world_size
-    from boxwright.training.metrics import say
+    from boxwright.training.metrics import log_line
 
     splits = _splits(data, split or [], annotations, images)
     with process_group(device) as chosen:
@@ -76,13 +76,13 @@ def propose(
                         progress=progress.advance,
                     )
                 writer.add(name, dataset.annotations.name, dataset.image_ids.tolist(), found)
-                say(f"{name}: {dataset.annotations}, {len(dataset)} images")
+                log_line(f"{name}: {dataset.annotations}, {len(dataset)} images")
                 if rank() == 0:
                     print_numbers(recall)
             weights = weights_file(model)
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             num_images, total = writer.finish({"model": str(weights), "sha256": digest})
-        say(f"{out}: {total:,} proposals of {num_images:,} images ({', '.join(datasets)})")
+        log_line(f"{out}: {total:,} proposals of {num_images:,} images ({', '.join(datasets)})")
 
 
 def _splits(data: Path | None, names: list[str], annotations: Path | None, images: Path | None) -> dict[str, Split]:

@@ -100,7 +100,7 @@ def train(
     from boxwright.training.experiment import Experiment
     from boxwright.training.interrupt import TrainingInterrupted
     from boxwright.training.loop import Training
-    from boxwright.training.metrics import say
+    from boxwright.training.metrics import log_line
     from boxwright.training.settings import describe, with_settings
 
     search_current_folder(recipe)
@@ -118,18 +118,18 @@ def train(
     num_workers = _spare_cores() if workers is None else workers
     with process_group(device) as place:
         for name, split in [*(("train", split) for split in train_splits), *(("val", split) for split in val_splits)]:
-            say(f"{name}: {split.annotations}, images in {split.images}")
+            log_line(f"{name}: {split.annotations}, images in {split.images}")
         parts = [IndexedDataset(*split) for split in train_splits]
         dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         val = IndexedDataset(*val_splits[0]) if val_splits else None
         for part in parts:
             for what, count in part.dropped.items():
-                say(f"{part.annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
+                log_line(f"{part.annotations}: left out or cut: {count} {what} (boxwright data check lists them)")
         offsets = [(part.index.object_offsets[part.rows], part.index.object_offsets[part.rows + 1]) for part in parts]
         num_objects = sum(int((last - first).sum()) for first, last in offsets)
         empty = sum(int((first == last).sum()) for first, last in offsets)
         objects = f"{num_objects:,} objects on {len(dataset):,} images"
-        say(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
+        log_line(f"{objects} to learn from ({empty:,} without any), {len(val) if val else 'none'} to evaluate on")
         limit, val_file = experiment.given_proposals, val_proposals or proposals
         given = open_proposals(proposals, dataset.image_ids, split="train", limit=limit) if proposals else None
         val_given = open_proposals(val_file, val.image_ids, split="val", limit=limit) if val_file and val else None
@@ -153,16 +153,16 @@ def train(
         try:
             weights = training.run()
         except TrainingInterrupted as stop:
-            say(str(stop))
+            log_line(str(stop))
             raise typer.Exit(128 + stop.signal_number) from None
         if validation is not None and (validation.latest is not None or not (out / "report.html").exists()):
             if validation.latest is None:  # a run that was stopped between its last evaluation and its report
                 validation.measure(training.detector, weights)
             if rank() == 0:
-                facts = {"recipe": recipe, "command": str(training.page["command"])}
+                facts = {"recipe": recipe, "command": str(training.metadata["command"])}
                 validation.report(out, weights, facts, data or [], val_file)
-                say(f"report: {out / 'report.html'}")
-        say(f"weights: {weights}")
+                log_line(f"report: {out / 'report.html'}")
+        log_line(f"weights: {weights}")
 
 
 class Validation:

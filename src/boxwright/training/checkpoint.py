@@ -36,46 +36,46 @@ _NAME = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """The live objects that a checkpoint is taken of and put back into."""
+    """The objects whose state a checkpoint saves and restores."""
 
     model: nn.Module
     """The detector itself, not a wrapper around it."""
     optimizer: torch.optim.Optimizer
-    """Holds the parameters that train."""
+    """Optimizer over the trainable parameters."""
     ema: EMA | None
-    """The averaged parameters, if kept."""
+    """Moving average of the parameters, or None."""
     device: torch.device
-    """Whose random state is kept beside the host's."""
+    """Device of the model. Its random state is saved with the host's."""
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's `checkpoints` folder, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    """Newest complete checkpoint in the `checkpoints` folder of a run, or None."""
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps were done when a checkpoint was taken, by its name."""
+    """Number of steps done at a checkpoint, read from its name."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])
 
 
 def save(
-    folder: Path, step: int, state: TrainingState, *, figures: Mapping[str, Tensor], page: dict[str, Any], keep: int
+    folder: Path, step: int, state: TrainingState, *, figures: Mapping[str, Tensor], metadata: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder/step_N` and drop all but the newest `keep`. Every rank calls it; rank 0 writes.
+    """Write `folder/step_N`, and remove all but the newest `keep` checkpoints. Every rank calls it; rank 0 writes.
 
     Args:
-        folder: the run's `checkpoints` folder.
-        step: steps done.
-        state: what is saved.
-        figures: small tensors of the loop, given back by `load`.
-        page: what goes into `state.json` beside the step.
-        keep: how many checkpoints stay.
+        folder: `checkpoints` folder of the run.
+        step: number of steps done.
+        state: objects to save.
+        figures: small tensors of the loop, which `load` returns.
+        metadata: contents of `state.json` besides the step.
+        keep: number of checkpoints to keep.
 
     Raises:
-        OSError: the disk is full or cannot be written; the folder then holds what it held before.
+        OSError: The disk is full or cannot be written. The earlier checkpoints are kept.
     """
     target = folder / f"step_{step}"
     loop = {name: tensor.detach().cpu() for name, tensor in figures.items()}
@@ -93,42 +93,42 @@ def save(
         if state.ema is not None:
             _write_tensors(partial / "ema.safetensors", state.ema.state())
         _write_tensors(partial / "loop.safetensors", loop)
-        (partial / "state.json").write_text(json.dumps({"step": step, **page}, indent=1) + "\n", encoding="utf-8")
+        (partial / "state.json").write_text(json.dumps({"step": step, **metadata}, indent=1) + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             _flush(path)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {target} cannot be written ({error}): make room or give access, then go on with --resume"
+            f"checkpoint {target} cannot be written: {error}. Free disk space or allow writing, then use --resume."
         ) from error
     _flush(folder)
     for old in _checkpoints(folder)[:-keep]:
-        # Renamed first: a removal cut short must not leave half a checkpoint under a checkpoint's name.
+        # Renamed first, so that an interrupted removal does not leave an incomplete checkpoint under a valid name.
         doomed = old.rename(folder / f".removed_{old.name}")
         shutil.rmtree(doomed)
     return target
 
 
-def read_page(checkpoint: Path) -> dict[str, Any]:
-    """The JSON page of a checkpoint: its step and what the run said about itself.
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Read the metadata of a checkpoint: its step, and the metadata of the run.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: The checkpoint is damaged.
     """
     with _reading(checkpoint):
-        page: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return page
+        metadata: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return metadata
 
 
 def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
-    """Put a checkpoint back into a model, its optimizer and its EMA.
+    """Load a checkpoint into a model, its optimizer and its moving average.
 
     Returns:
-        The loop's tensors; `restore_random_state` takes them when all else is set up.
+        Tensors of the loop. Pass them to `restore_random_state` after everything else is set up.
 
     Raises:
-        ValueError: the checkpoint is damaged, or holds other tensors than the model.
+        ValueError: The checkpoint is damaged, or its tensors do not match the model.
     """
     with _reading(checkpoint):
         model = load_file(checkpoint / "model.safetensors")
@@ -139,12 +139,12 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
         state.model.load_state_dict(model)
     except RuntimeError as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint} does not fit the model of this experiment: {why}") from error
+        raise ValueError(f"{checkpoint} does not match the model of this experiment: {why}") from error
     parameters = dict(state.model.named_parameters())
     for key, tensor in optimizer.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        # A momentum is laid out in memory as its parameter is; fused optimizers rely on it.
+        # Fused optimizers require that a momentum has the memory layout of its parameter.
         slot = torch.empty_like(parameter) if tensor.shape == parameter.shape else tensor.to(state.device)
         state.optimizer.state[parameter][kind] = slot.detach().copy_(tensor)
     if state.ema is not None:
@@ -153,7 +153,7 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Tensor]:
 
 
 def restore_random_state(loop: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put this rank's random states back; a rank that the checkpoint has none for keeps its own."""
+    """Restore the random state of this rank. A rank without a saved state keeps its current state."""
     if rank() < len(loop["random/cpu"]):
         torch.set_rng_state(loop["random/cpu"][rank()].clone())
         if device.type == "cuda" and "random/cuda" in loop:
@@ -161,7 +161,7 @@ def restore_random_state(loop: Mapping[str, Tensor], device: torch.device) -> No
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
+    """Remove folders that a killed process had not finished to write or to remove."""
     for pattern in (".partial_*", ".removed_*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -169,13 +169,13 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Say of a file that cannot be read which checkpoint it belongs to, and how to go on without that."""
+    """Turn errors of reading a file into an error that names the checkpoint and the way to continue without it."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"checkpoint {checkpoint} is damaged ({error}): remove this folder to go on from the one before it, if "
-            "there is one, or else to start anew"
+            f"checkpoint {checkpoint} is damaged: {error}. Remove this folder to resume from the checkpoint before it; "
+            "without an earlier checkpoint the run starts from the beginning."
         ) from error
 
 
@@ -194,7 +194,7 @@ def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Cloned, because safetensors refuses two names for one memory (tied weights).
+    # Cloned, because safetensors refuses tensors that share memory (tied weights).
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 

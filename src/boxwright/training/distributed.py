@@ -1,8 +1,8 @@
-"""One process or many: who this process is, and the few collectives that training needs.
+"""Rank, world size, and the collectives that training needs.
 
-torchrun starts one process a device and tells each its place through environment variables. CUDA tensors travel over
-NCCL, host tensors over gloo, so that flags and checkpoints are agreed upon without touching the device.
-Without torchrun every function here is the trivial one.
+torchrun starts one process per device and passes the rank in environment variables. CUDA tensors are exchanged over
+NCCL and host tensors over gloo, so that flags and checkpoints need no device synchronisation. Without torchrun, every
+function here handles the single process.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from boxwright.checks import check_device
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for the slowest rank: rank 0 scores an evaluation alone, in seconds to minutes."""
+"""Timeout of collectives. It is long because rank 0 computes the metrics of an evaluation alone."""
 
 
 def rank() -> int:
-    """This process's place among all, 0 where there is one."""
+    """Rank of this process; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group(device: str | None = None) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did, and give this process's device.
+    """Initialise the process group if torchrun started this process, and yield the device of this process.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N"; None takes CUDA where there is one.
+        device: "cpu", "cuda" or "cuda:N"; None for CUDA if available, otherwise the CPU.
 
     Raises:
         ValueError: see `check_device`.
@@ -62,13 +62,13 @@ def _device(name: str | None) -> torch.device:
         try:
             check_device(device)
         except ValueError as error:
-            raise ValueError(f"{error}; start no more processes per machine than it has devices") from error
+            raise ValueError(f"{error}; start at most one process per device of the machine") from error
     torch.cuda.set_device(device)
     return device
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of every rank's tensor, on every rank."""
+    """Mean of a tensor over all ranks, on every rank."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
@@ -77,7 +77,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of every rank's number, on every rank; a host collective, the device does not wait."""
+    """Maximum of a number over all ranks, on every rank. A host collective: the device is not synchronised."""
     if world_size() == 1:
         return number
     flag = torch.tensor(number)
@@ -86,7 +86,7 @@ def max_over_ranks(number: int) -> int:
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Every rank's tensor (equal shapes), in the order of the ranks, on every rank."""
+    """Tensors of all ranks (of equal shapes), in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [tensor]
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -95,7 +95,7 @@ def gather(tensor: Tensor) -> list[Tensor]:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, so that running statistics agree where they are used: evaluating and saving."""
+    """Copy the buffers of rank 0 to all ranks, so that running statistics agree in evaluation and in saved weights."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

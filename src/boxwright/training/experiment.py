@@ -1,6 +1,6 @@
-"""An experiment: a model and how to train it, as one frozen value with a JSON form; `settings.py` changes it.
+"""`Experiment`: a model and its training settings, as one frozen dataclass with a JSON form.
 
-The model is given as a part (`parts.py`), which `build` calls. `settings.py` shows and changes experiments.
+The model is a factory (see `parts.py`) that `build` calls. `settings.py` prints experiments and changes fields by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from boxwright.data.augmentation import Augmentation
 from boxwright.data.buckets import Resize, ScaleMode
 from boxwright.training import parts
 
-# Those who work with experiments import these from here too.
+# Re-exported, because code that works with experiments usually needs them too.
 from boxwright.training.parts import arguments_of as arguments_of
 from boxwright.training.parts import build as build
 from boxwright.training.parts import call_name as call_name
@@ -29,16 +29,16 @@ from boxwright.training.parts import to_json as to_json
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Stochastic gradient descent with momentum; the defaults are the 2018 toolbox's."""
+    """Stochastic gradient descent with momentum. The defaults follow mmdetection."""
 
     lr: float = 0.02
-    """Learning rate for a batch of `Experiment.batch_size`."""
+    """Learning rate at batch size `Experiment.batch_size`."""
     momentum: float = 0.9
-    """Share of the last step's direction that is kept."""
+    """Momentum factor."""
     weight_decay: float = 1e-4
-    """L2 penalty, added to the gradient."""
+    """Weight decay (L2 penalty), added to the gradient."""
     decay_norm_and_bias: bool = True
-    """Whether normalisation parameters and biases decay too."""
+    """Whether weight decay also applies to normalisation parameters and biases."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "lr", "weight_decay", least=0)
@@ -50,32 +50,32 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
 
     lr: float = 2e-4
-    """Learning rate for a batch of `Experiment.batch_size`."""
+    """Learning rate at batch size `Experiment.batch_size`."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """How slowly the averages of the gradient and of its square move."""
+    """Decay rates of the running averages of the gradient and of its square."""
     weight_decay: float = 0.05
-    """Weights shrink by this times the learning rate in each step."""
+    """Decoupled weight decay: each step multiplies the weights by 1 - lr * weight_decay."""
     decay_norm_and_bias: bool = False
-    """Whether normalisation parameters and biases decay too."""
+    """Whether weight decay also applies to normalisation parameters and biases."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "lr", "weight_decay", least=0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: expected two numbers in 0..1, below 1, such as (0.9, 0.999)")
+            raise ValueError(f"betas: expected two numbers in [0, 1), such as (0.9, 0.999), got {self.betas}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSchedule:
-    """The learning rate falls at a few epochs; the defaults are the 2018 toolbox's 1x, of 12 epochs."""
+    """Step schedule: the learning rate drops at given epochs. The defaults are the 1x schedule (12 epochs)."""
 
     epochs: tuple[int, ...] = (8, 11)
-    """After how many epochs it falls."""
+    """Epochs after which the learning rate drops."""
     factor: float = 0.1
-    """What it is multiplied by each time."""
+    """Factor by which the learning rate is multiplied at each drop."""
     warmup_steps: int = 500
-    """Steps in which it rises linearly to its full value."""
+    """Number of steps of linear warm-up to the full learning rate."""
     warmup_factor: float = 1 / 3
-    """The share of its full value that it starts from."""
+    """Learning rate of the first step, as a fraction of the full learning rate."""
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs")
@@ -85,14 +85,14 @@ class StepSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """The learning rate falls along half a cosine from the first step to the last (Loshchilov & Hutter, 2017)."""
+    """Cosine schedule over the whole run, without restarts (Loshchilov & Hutter, 2017)."""
 
     final_factor: float = 0.01
-    """The share of its full value that it ends at."""
+    """Learning rate of the last step, as a fraction of the full learning rate."""
     warmup_steps: int = 500
-    """Steps in which it rises linearly to the cosine."""
+    """Number of steps of linear warm-up to the cosine."""
     warmup_factor: float = 1 / 3
-    """The share of the cosine that it starts from."""
+    """Learning rate of the first step, as a fraction of the value of the cosine."""
 
     def __post_init__(self) -> None:
         check_counts(self, "warmup_steps", least=0)
@@ -101,54 +101,59 @@ class CosineSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A model and how to train it; the defaults are the 2018 toolbox's 1x on COCO."""
+    """A model and its training settings. The defaults are the 1x schedule for COCO, as in mmdetection."""
 
     model: Callable[..., nn.Module]
-    """Builds the detector, given `num_classes`: a function, an `nn.Module` class, or `functools.partial` of either."""
+    """Factory of the detector, called with `num_classes`: a function, an `nn.Module` class, or `functools.partial` of
+    either."""
     resize: Resize = field(default_factory=Resize)
-    """The size that pictures are brought to, in training and in testing."""
+    """Image size in training and testing."""
     scales: tuple[tuple[int, int], ...] | None = None
-    """(short, long) sizes that training pictures are brought to in place of `resize`; each batch draws one."""
+    """Multi-scale training: (short, long) sizes that replace `resize` in training. Each batch draws one."""
     scale_mode: ScaleMode = "list"
-    """Whether `scales` are all sizes that there are, or the two ends of a range in which each picture draws its own."""
+    """Meaning of `scales`: "list" is a list of sizes; "range" is the two ends of a range, and each image draws a size
+    between them."""
     flip: float = 0.5
-    """Probability that a training picture is mirrored left to right."""
+    """Probability of a horizontal flip of a training image."""
     scale_jitter: tuple[float, float] | None = None
-    """Least and largest factor on a training picture's size; None leaves the size alone."""
+    """Scale jitter: minimum and maximum of the random factor on the size of a training image. None disables it."""
     crop: float | None = None
-    """Training pictures keep a window of at least this share of each side; None keeps all."""
+    """Random crop: minimum fraction of each side of a training image that is kept. None disables cropping."""
     photometric: Photometric | None = None
-    """Random changes of a training picture's colours; None for none."""
+    """Random brightness, contrast and saturation of training images. None disables them."""
     given_proposals: int = 1000
-    """Of proposals that are read from a file, for a model without an RPN, the best so many an image are used."""
+    """Number of highest-scoring proposals per image that are used from a proposals file, for a model without an RPN."""
     optimizer: SGD | AdamW = field(default_factory=SGD)
-    """What turns gradients into steps."""
+    """Optimizer and its hyperparameters."""
     schedule: StepSchedule | CosineSchedule = field(default_factory=StepSchedule)
-    """How the learning rate changes over the run."""
+    """Learning rate schedule."""
     epochs: int = 12
-    """Passes over the training pictures."""
+    """Number of passes over the training images."""
     batch_size: int = 16
-    """Batch size of `optimizer.lr`, which is scaled linearly to `images_per_device` x devices x `accumulate`."""
+    """Batch size for which `optimizer.lr` is given. The learning rate is scaled linearly to the actual batch size,
+    `images_per_device` x devices x `accumulate`."""
     images_per_device: int = 2
-    """Pictures that a device takes at a time in training."""
+    """Number of training images per device and forward pass."""
     accumulate: int = 1
-    """Gradients are summed over this many batches before a step."""
+    """Gradient accumulation: number of batches per optimizer step."""
     clip_norm: float | None = 35.0
-    """Gradients are scaled down to at most this L2 norm; None leaves them alone."""
+    """Maximum L2 norm of the gradient; larger gradients are scaled down. None disables clipping."""
     ema_decay: float | None = None
-    """How slowly the averaged weights follow, which are tested and kept; None keeps the weights themselves."""
+    """Decay of the exponential moving average of the weights. The averaged weights are evaluated and saved. None
+    disables averaging."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the arithmetic (weights, boxes and losses are always float32); "auto" is bfloat16 on GPUs that have it."""
+    """Precision of convolutions and matrix products. Weights, boxes and losses are always float32. "auto" is bfloat16
+    on GPUs that support it, otherwise float32."""
     compile: bool = False
-    """Whether training runs through torch.compile."""
+    """Whether the losses are compiled with `torch.compile`."""
     cuda_graphs: bool = False
-    """Whether what `compile` made is replayed as CUDA graphs on a GPU, a pair for each canvas; not yet measured."""
+    """Whether the compiled losses are captured as CUDA graphs. Requires `compile`. Not yet measured on a GPU."""
     seed: int = 0
-    """Decides everything random."""
+    """Random seed of the run: initial weights, order of images, augmentation and sampling."""
     evaluate_every: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    """Number of epochs between evaluations. The last epoch is always evaluated."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs", "batch_size", "images_per_device", "accumulate", "evaluate_every")
@@ -157,34 +162,38 @@ class Experiment:
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         self.augmentation  # noqa: B018  (its constructor checks the image settings)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: give a share between 0 and 1, such as 0.999, or none")
+            raise ValueError(
+                f"ema_decay: expected a number between 0 and 1, such as 0.999, or none, got {self.ema_decay}"
+            )
         if self.cuda_graphs and not self.compile:
-            raise ValueError("cuda_graphs=true: only what is compiled is captured: give compile=true too")
+            raise ValueError(
+                "cuda_graphs: CUDA graphs are captured from compiled losses only. Use --set compile=true as well."
+            )
         check_numbers(self, "clip_norm", least=0, above=True)
 
     @property
     def augmentation(self) -> Augmentation:
-        """The image settings of the training loader."""
+        """Augmentation settings of the training loader."""
         return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation) if f.name != "transform"})
 
 
 def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Experiment:
-    """Undo `to_json` for an experiment; see `parts.from_json`.
+    """Read an experiment from the JSON that `to_json` returns; see `parts.from_json`.
 
     Raises:
-        ValueError: `data` is no experiment, or names what does not exist or is not trusted.
+        ValueError: `data` is not an experiment, or it names a part that does not exist or is not trusted.
     """
     experiment = parts.from_json(data, trusted_modules)
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"expected the JSON of an experiment, got that of {experiment!r}")
+        raise ValueError(f"expected the JSON of an Experiment, got {experiment!r}")
     return experiment
 
 
 def require_rebuildable(experiment: Experiment) -> None:
-    """Check that the model can be rebuilt from the JSON that weights files hold, with the experiment's modules trusted.
+    """Check that the model can be rebuilt from the JSON in its weights file, if the modules of its parts are trusted.
 
     Raises:
-        ValueError: it cannot; the message says which part is at fault and how to fix it.
+        ValueError: The model cannot be rebuilt; the message names the part and the fix.
     """
     data = to_json(experiment)
     try:
@@ -199,14 +208,14 @@ def require_rebuildable(experiment: Experiment) -> None:
 
 
 def with_new_defaults(data: Any, experiment: Experiment) -> Any:
-    """The JSON of an older version's experiment with the defaults of parameters that were added since.
+    """Add the defaults of parameters that did not exist when an experiment was saved.
 
     Args:
-        data: the JSON.
-        experiment: the present experiment, whose modules are trusted.
+        data: JSON of an experiment that an older version wrote.
+        experiment: current experiment, whose modules are trusted.
 
     Returns:
-        The JSON as this version writes it; `data` itself if this version cannot read it.
+        The JSON as this version writes it, or `data` if this version cannot read it.
     """
     try:
         return to_json(from_json(data, parts.modules_of(experiment)))

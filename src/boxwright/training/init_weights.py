@@ -1,4 +1,4 @@
-"""Starts a model from a weights file: what fits is taken, the rest stays as it was made, and all of it is said."""
+"""Initialise a model from a weights file, and print which tensors were loaded and which were not."""
 
 from __future__ import annotations
 
@@ -12,132 +12,151 @@ from boxwright.data.categories import shared_by_name
 from boxwright.data.dataset import Category
 from boxwright.detectors.class_rows import class_rows, with_shared_rows
 from boxwright.heads.class_rows import ClassRows
-from boxwright.training.metrics import say
+from boxwright.text import plural
+from boxwright.training.metrics import log_line
 from boxwright.weights.ours import load_weights
 
 
 def load_init(detector: nn.Module, path: Path, categories: Sequence[Category], *, match_classes: bool = False) -> None:
-    """Start from the tensors of a weights file that fit by name and shape.
+    """Load the tensors of a weights file that match the model in name and shape.
 
-    Rows of classes (see `class_rows`) go by their place, or with `match_classes` by the classes' names: those of shared
-    classes and of background are taken, whatever their places and number, and the others start anew.
+    Class-specific rows (see `class_rows`) are matched by position. With `match_classes` they are matched by class name:
+    the rows of shared classes and of the background are copied, the rows of other classes keep their initial values.
 
     Args:
-        detector: as made for `categories`; changed in place.
-        path: of the weights file.
-        categories: the model's classes by label.
-        match_classes: whether rows of classes go by name.
+        detector: detector built for `categories`; changed in place.
+        path: weights file.
+        categories: classes of the model, by label.
+        match_classes: whether class-specific rows are matched by class name.
 
     Raises:
-        ValueError: it is no weights file, or nothing in it fits; with `match_classes` also if it does not say its
-            classes, none of them is the model's, or the model has no rows of classes.
+        ValueError: The file is not a weights file, or no tensor matches. With `match_classes` also: the file does not
+            name its classes, no class is shared, or the model has no class-specific rows.
     """
-    tensors, page = load_weights(path)
-    own, layouts = detector.state_dict(), class_rows(detector)
-    taken = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+    tensors, metadata = load_weights(path)
+    state, layouts = detector.state_dict(), class_rows(detector)
+    loaded = {name: tensor for name, tensor in tensors.items() if name in state and state[name].shape == tensor.shape}
     if match_classes:
-        theirs = _categories(path, page)
-        shared = _shared(path, categories, theirs)
-        by_name = _class_tensors(path, own, tensors, layouts, shared=shared, num_given=len(theirs))
-        taken = {name: tensor for name, tensor in taken.items() if name not in layouts} | by_name
-    if not taken:
-        raise ValueError(f"{path} holds no tensor that fits the model: it belongs to another kind of model")
-    detector.load_state_dict(taken, strict=False)
-    say(f"{path}: {len(taken)} of the model's {len(own)} tensors taken")
+        file_categories = _categories(path, metadata)
+        shared = _shared(path, categories, file_categories)
+        by_name = _class_tensors(path, state, tensors, layouts, shared=shared, num_classes=len(file_categories))
+        loaded = {name: tensor for name, tensor in loaded.items() if name not in layouts} | by_name
+    if not loaded:
+        raise ValueError(
+            f"{path}: no tensor matches the model in name and shape. Use weights of the same kind of model."
+        )
+    detector.load_state_dict(loaded, strict=False)
+    log_line(f"{path}: loaded {len(loaded)} of the model's {len(state)} tensors")
     if match_classes:
-        _say_classes(path, categories, shared)
-    elif layouts.keys() & taken.keys():
-        _warn_of_other_names(path, page, categories)
-    _say_fresh(path, own, tensors, taken)
+        _log_classes(path, categories, shared)
+    elif layouts.keys() & loaded.keys():
+        _warn_of_other_names(path, metadata, categories)
+    _log_initialised(path, state, tensors, loaded)
 
 
-def _categories(path: Path, page: Mapping[str, Any]) -> list[Category]:
-    """The classes that the weights were trained on, by label."""
-    import msgspec  # Here, so that training from a backbone's weights does not need it.
+def _categories(path: Path, metadata: Mapping[str, Any]) -> list[Category]:
+    """Classes that the weights were trained on, by label."""
+    import msgspec  # Imported here, because loading the weights of a backbone does not need it.
 
     try:
-        return msgspec.convert(page.get("categories") or [], list[Category])
+        return msgspec.convert(metadata.get("categories") or [], list[Category])
     except msgspec.ValidationError as error:
         raise ValueError(f"{path}: its categories cannot be read: {error}") from None
 
 
-def _shared(path: Path, ours: Sequence[Category], theirs: Sequence[Category]) -> list[int | None]:
-    """For each class of the model, the weights' label of it, or None.
+def _shared(path: Path, categories: Sequence[Category], file_categories: Sequence[Category]) -> list[int | None]:
+    """For each class of the model, the label of the class of the same name in the weights file, or None.
 
     Raises:
-        ValueError: they share none.
+        ValueError: No class is shared.
     """
-    if not theirs:
+    if not file_categories:
         raise ValueError(
-            f"{path} does not name its classes, so no rows can be taken by name: leave out --init-classes (in Python: "
-            "init_classes)"
+            f"{path}: the file does not name its classes, so rows cannot be matched by class name. Leave out "
+            "--init-classes (in Python: init_classes)."
         )
-    shared = shared_by_name(ours, theirs)
+    shared = shared_by_name(categories, file_categories)
     if all(label is None for label in shared):
         raise ValueError(
-            f"{path} shares no class with the data set, so no rows can be taken by name. The weights have "
-            f"{', '.join(sorted(c.name for c in theirs))}. The data set has {', '.join(sorted(c.name for c in ours))}. "
-            "Rename the data set's categories, or leave out --init-classes (in Python: init_classes)"
+            f"{path}: no class is shared with the data set. Weights: {_names(file_categories)}. Data set: "
+            f"{_names(categories)}. Rename the categories of the data set, or leave out --init-classes (in Python: "
+            "init_classes)."
         )
     return shared
 
 
+def _names(categories: Sequence[Category]) -> str:
+    return ", ".join(sorted(category.name for category in categories))
+
+
 def _class_tensors(
     path: Path,
-    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     layouts: Mapping[str, ClassRows],
     *,
     shared: Sequence[int | None],
-    num_given: int,
+    num_classes: int,
 ) -> dict[str, Tensor]:
-    """The parameters with rows of classes, mixed of what the model has and what the weights have.
+    """Parameters with class-specific rows: rows of shared classes from the file, the other rows from the model.
+
+    Args:
+        path: weights file.
+        state: tensors of the model, by name.
+        tensors: tensors of the file, by name.
+        layouts: layout of the class-specific rows, by name of the parameter.
+        shared: for each class of the model, its label in the file, or None.
+        num_classes: number of classes of the file.
 
     Raises:
-        ValueError: there is none, or the weights have not so many rows as classes.
+        ValueError: No parameter has class-specific rows for this number of classes.
     """
     mixed = {}
     for name, layout in layouts.items():
         if name not in tensors:
             continue
-        tensor, given = own[name], tensors[name]
+        tensor, from_file = state[name], tensors[name]
         if layout.num_anchors(len(tensor), len(shared)) is None:  # class-agnostic boxes
-            new = given if given.shape == tensor.shape else None
+            new = from_file if from_file.shape == tensor.shape else None
         else:
-            new = with_shared_rows(tensor, given, layout, shared=shared, num_given=num_given)
+            new = with_shared_rows(tensor, from_file, layout, shared=shared, num_given=num_classes)
         if new is not None:
             mixed[name] = new
     if not mixed:
         raise ValueError(
-            f"{path}: no layer with rows of classes fits the model, for the {num_given} classes that the file names: "
-            "leave out --init-classes (in Python: init_classes)"
+            f"{path}: no layer of the file has class-specific rows for its {num_classes} classes that fit the model. "
+            "Leave out --init-classes (in Python: init_classes)."
         )
     return mixed
 
 
-def _say_classes(path: Path, categories: Sequence[Category], shared: Sequence[int | None]) -> None:
-    known = [category.name for category, label in zip(categories, shared, strict=True) if label is not None]
-    fresh = [category.name for category, label in zip(categories, shared, strict=True) if label is None]
-    rest = f"; {len(fresh)} start anew: {', '.join(fresh)}" if fresh else ""
-    say(f"{path}: the rows of {len(known)} classes taken by name: {', '.join(known)}{rest}")
+def _log_classes(path: Path, categories: Sequence[Category], shared: Sequence[int | None]) -> None:
+    loaded = [category.name for category, label in zip(categories, shared, strict=True) if label is not None]
+    initial = [category.name for category, label in zip(categories, shared, strict=True) if label is None]
+    rest = f" | re-initialised: {', '.join(initial)}" if initial else ""
+    log_line(f"{path}: rows loaded by class name: {', '.join(loaded)}{rest}")
 
 
-def _warn_of_other_names(path: Path, page: Mapping[str, Any], categories: Sequence[Category]) -> None:
-    """Say it where rows of classes went by their place although the names differ."""
-    theirs = _categories(path, page)
-    if theirs and [c.name for c in theirs] != [c.name for c in categories]:
-        say(
-            f"{path}: warning: rows of classes are taken by their place, though the file's classes are others or stand "
-            "in another order; --init-classes takes those of the same name"
+def _warn_of_other_names(path: Path, metadata: Mapping[str, Any], categories: Sequence[Category]) -> None:
+    """Warn if class-specific rows were matched by position although the class names differ."""
+    file_categories = _categories(path, metadata)
+    if file_categories and [c.name for c in file_categories] != [c.name for c in categories]:
+        log_line(
+            f"{path}: warning: class-specific rows were matched by position, but the classes of the file have other "
+            "names or another order. Use --init-classes to match them by name."
         )
 
 
-def _say_fresh(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
-    """Say which tensors start anew, and why."""
-    missing = sorted(own.keys() - given.keys())
+def _log_initialised(
+    path: Path, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], loaded: Mapping[str, Tensor]
+) -> None:
+    """Print which tensors keep their initial values, and why."""
+    missing = sorted(state.keys() - tensors.keys())
     if missing:
-        say(f"{path}: {len(missing)} tensors start anew, which it does not have: {', '.join(missing)}")
-    other = sorted(own.keys() & given.keys() - taken.keys())
+        log_line(f"{path}: {plural(len(missing), 'tensor')} re-initialised (not in the file): {', '.join(missing)}")
+    other = sorted(state.keys() & tensors.keys() - loaded.keys())
     if other:
-        shapes = [f"{name} is {list(given[name].shape)} there and {list(own[name].shape)} here" for name in other]
-        say(f"{path}: {len(other)} tensors start anew, which do not fit: {'; '.join(shapes)}")
+        shapes = [
+            f"{name} {list(tensors[name].shape)} in the file, {list(state[name].shape)} in the model" for name in other
+        ]
+        log_line(f"{path}: {plural(len(other), 'tensor')} re-initialised (shape mismatch): {'; '.join(shapes)}")

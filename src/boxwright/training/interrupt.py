@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Handle Ctrl-C and SIGTERM: finish the step, save a checkpoint, exit."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class TrainingInterrupted(Exception):
     """A signal ended training early, after a checkpoint was saved."""
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        """Keep the signal and where training can go on from."""
+        """Store the signal and the checkpoint that was saved."""
         name = signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name}; saved {checkpoint}. Run the same command with --resume to go on")
+        super().__init__(f"stopped by {name}; saved {checkpoint}. Run the same command with --resume to continue.")
         self.signal_number = signal_number
         self.checkpoint = checkpoint
 
 
 class StopRequest:
-    """The signal that asks training to stop, if one came to any rank."""
+    """Signal that asks training to stop, if any rank received one."""
 
     def __init__(self) -> None:
-        """No signal yet."""
+        """Start without a signal."""
         self._received = 0
 
     def receive(self, signal_number: int, frame: FrameType | None) -> None:
-        """Remember the signal; a second Ctrl-C ends the process at once."""
+        """Store the signal. A second Ctrl-C ends the process immediately."""
         if self._received and signal_number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
@@ -45,7 +45,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM while the block runs (in the main thread; Python allows no other to do so)."""
+    """Catch SIGINT and SIGTERM within the block. Only in the main thread, as Python demands."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

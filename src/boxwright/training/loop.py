@@ -32,13 +32,13 @@ from boxwright.training.ema import EMA
 from boxwright.training.experiment import Experiment, build, require_rebuildable, to_json, with_new_defaults
 from boxwright.training.init_weights import load_init
 from boxwright.training.interrupt import TrainingInterrupted, stop_request
-from boxwright.training.metrics import Clock, Log, Window, memory, progress_line, say, train_curves, train_line
+from boxwright.training.metrics import Clock, Log, Window, log_line, memory, progress_line, train_curves, train_line
 from boxwright.training.non_finite import NonFiniteGuard
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.options import TrainingOptions
 from boxwright.training.plan import Plan
 from boxwright.training.resume import newest_checkpoint, require_same_run
-from boxwright.training.run_folder import RunFolder, versions, write_page
+from boxwright.training.run_folder import RunFolder, versions, write_json
 from boxwright.training.startup import log_start
 from boxwright.training.step import TrainStep
 from boxwright.weights.ours import save_weights
@@ -62,9 +62,9 @@ class Training:
             options: fields of `TrainingOptions`.
 
         Raises:
-            ValueError: the model could not be rebuilt from weights files or is no detector, the folder holds another
-                run, the run to resume had another experiment or is damaged, not all processes see its checkpoints,
-                proposals are missing or have no use, or `init` does not fit.
+            ValueError: The model cannot be rebuilt from its weights file or is not a detector; the folder holds another
+                run; the run to resume has another experiment, is damaged, or is not visible to all processes;
+                proposals are missing or not used; `init` does not match the model.
         """
         self.experiment, self.options, self.folder = experiment, TrainingOptions(**options), RunFolder(out)
         self.device = check_device(self.options.device)
@@ -118,7 +118,7 @@ class Training:
         self.state = checkpoint.TrainingState(
             model=self.detector, optimizer=self.optimizer, ema=self.ema, device=self.device
         )
-        self.page = {
+        self.metadata = {
             "experiment": to_json(experiment),
             "categories": [{"id": category.id, "name": category.name} for category in dataset.categories],
             "versions": versions(),
@@ -132,11 +132,11 @@ class Training:
         self._start(newest)
 
     def run(self) -> Path:
-        """Train until the last step, or until a signal asks to stop.
+        """Train until the last step, or until SIGINT or SIGTERM.
 
         Raises:
-            NonFiniteError: a loss or gradient was not finite.
-            TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+            NonFiniteError: A loss or gradient was not finite.
+            TrainingInterrupted: The process received SIGINT or SIGTERM; a checkpoint was saved.
         """
         log_start(
             self.experiment,
@@ -184,7 +184,7 @@ class Training:
         rows = mean_over_ranks(rows.double())
         line = train_line(rows, self.window.names, self.clock, self.plan, step=self.step) | memory(self.device)
         self.log.write(line, train_curves(line))
-        say(progress_line(line, self.plan.total_steps))
+        log_line(progress_line(line, self.plan.total_steps))
         self.window.clear()
         self.clock.restart()
 
@@ -196,13 +196,13 @@ class Training:
             if len(rows):
                 self.guard.check(rows, self.window.names, self.step)
             figures = {"window": torch.stack(gather(rows)), "num_non_finite": self.train_step.num_non_finite}
-            page = {**self.page, "window_names": self.window.names}
+            metadata = {**self.metadata, "window_names": self.window.names}
             keep = self.experiment.keep_checkpoints
             path = checkpoint.save(
-                self.folder.checkpoints, self.step, self.state, figures=figures, page=page, keep=keep
+                self.folder.checkpoints, self.step, self.state, figures=figures, metadata=metadata, keep=keep
             )
             self._write_latest_weights()
-        say(f"saved {path}")
+        log_line(f"saved {path}")
 
     def _write_latest_weights(self) -> None:
         with self._averaged():
@@ -210,7 +210,7 @@ class Training:
 
     def _write_weights(self, path: Path) -> None:
         if rank() == 0:
-            metadata = {name: self.page[name] for name in ("experiment", "categories", "versions")}
+            metadata = {name: self.metadata[name] for name in ("experiment", "categories", "versions")}
             save_weights(path, self.detector.state_dict(), {**metadata, "step": self.step})
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -237,7 +237,7 @@ class Training:
             "metrics": metrics,
         }
         self.log.write(line, {f"evaluation/{name}": value for name, value in metrics.items()})
-        say(f"step {self.step} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        log_line(f"step {self.step} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
     def _read_step(self, step: int) -> list[Batch]:
         """This rank's batches of one step."""
@@ -250,20 +250,20 @@ class Training:
             checkpoint.clear_leftovers(self.folder.checkpoints)
             if newest is None:
                 self.folder.clear()
-                write_page(self.folder.experiment, self.page)
-        page = {} if newest is None else checkpoint.read_page(newest)
+                write_json(self.folder.experiment, self.metadata)
+        saved = {} if newest is None else checkpoint.read_metadata(newest)
         if newest is not None:
-            page["experiment"] = with_new_defaults(page["experiment"], self.experiment)
-            require_same_run(page, self.page, self.folder.path)
+            saved["experiment"] = with_new_defaults(saved["experiment"], self.experiment)
+            require_same_run(saved, self.metadata, self.folder.path)
         # Each rank draws its own random numbers, for layers such as dropout; the initial weights are the same on all.
         torch.manual_seed(self.experiment.seed + rank())
         if newest is None:
             return
         tensors = checkpoint.load(newest, self.state)
-        self.step = page["step"]
-        # With another number of ranks, no rank has rows of its own; log lines show the mean over ranks anyway.
+        self.step = saved["step"]
+        # If the number of ranks changed, each rank continues with the mean over ranks, which log lines show anyway.
         windows = tensors["window"]
-        self.window.restore(page["window_names"], windows[rank()] if len(windows) == world_size() else windows.mean(0))
+        self.window.restore(saved["window_names"], windows[rank()] if len(windows) == world_size() else windows.mean(0))
         self.train_step.num_non_finite.copy_(tensors["num_non_finite"])
         self.guard.resume(self.step, int(tensors["num_non_finite"]))
         checkpoint.restore_random_state(tensors, self.device)

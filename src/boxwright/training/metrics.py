@@ -1,9 +1,9 @@
-"""What a run says about itself: a progress line, `metrics.jsonl` and TensorBoard curves. Nothing leaves the machine.
+"""Log of a run: progress lines, `metrics.jsonl` and TensorBoard curves. Nothing leaves the machine.
 
-`metrics.jsonl` holds one JSON object a line, of two kinds, told apart by `kind`:
+`metrics.jsonl` holds one JSON object per line. Its field `kind` is one of:
 
 - "train": `step` (steps done), `epoch`, `learning_rate`, `losses` {name: mean over the interval}, `total`, `grad_norm`
-  (before clipping), `seconds_per_step`, `images_per_second`, `data_wait` (seconds a step that the host waited for
+  (before clipping), `seconds_per_step`, `images_per_second`, `data_wait` (seconds per step that the host waited for
   images) and `data_wait_share`, `memory_mib` (`memory_reserved_mib` on CUDA), `eta_seconds`;
 - "evaluation": `step`, `epoch`, `seconds`, `metrics` {name: value}.
 """
@@ -26,19 +26,19 @@ from boxwright.training.distributed import rank
 from boxwright.training.plan import Plan
 
 
-def say(line: str) -> None:
-    """Print a line, once for all ranks."""
+def log_line(line: str) -> None:
+    """Print a line on rank 0."""
     if rank() == 0:
-        from rich.console import Console  # Here, so that steps without a log do not need it.
+        from rich.console import Console  # Imported here, because a step without a log does not need it.
 
         Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(line)
 
 
 class Window:
-    """The figures of the steps since the last log line, a row a step, on the device until a log line wants them."""
+    """Scalars of the steps since the last log line, one row per step. They stay on the device until they are read."""
 
     def __init__(self, length: int, device: torch.device) -> None:
-        """Room for `length` steps."""
+        """Allocate `length` rows."""
         self.length = length
         self._device = device
         self.names: list[str] = []
@@ -46,40 +46,40 @@ class Window:
         self.num_rows = 0
 
     def record(self, scalars: dict[str, Tensor]) -> None:
-        """Take in one step's scalars, the same names at every step."""
+        """Add the scalars of a step; every step must have the same names."""
         if not self.names:
             self.names = list(scalars)
             self.table = torch.zeros(self.length, len(self.names), device=self._device)
-        assert self.names == list(scalars), f"losses changed their names: {self.names} to {list(scalars)}"
+        assert self.names == list(scalars), f"the names of the losses changed from {self.names} to {list(scalars)}"
         self.table[self.num_rows] = torch.stack(list(scalars.values()))
         self.num_rows += 1
 
     def restore(self, names: Sequence[str], rows: Tensor) -> None:
-        """Go on with an interval that a checkpoint cut in two."""
+        """Continue an interval from the rows that a checkpoint saved."""
         if len(rows):
             self.names, self.num_rows = list(names), len(rows)
-            # More than `length`: the run may log more often now than when it was cut.
+            # More rows than `length`, because the resumed run may log more often.
             self.table = torch.zeros(len(rows) + self.length, len(names), device=self._device)
             self.table[: len(rows)] = rows.to(self._device)
 
     def read(self) -> Tensor:
-        """[steps, names] on the host; here the host waits for the device."""
+        """Copy the rows to the host, [steps, names]. The host waits for the device here."""
         return self.table[: self.num_rows].cpu()
 
     def clear(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self.num_rows = 0
 
 
 class Clock:
-    """Where the time of an interval goes: seconds a step and the share spent waiting for images."""
+    """Time of an interval: seconds per step, and the share of the time spent waiting for images."""
 
     def __init__(self) -> None:
-        """Start."""
+        """Start the first interval."""
         self.restart()
 
     def restart(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self._start = time.perf_counter()
         self._paused = 0.0
         self.data_wait = 0.0
@@ -87,14 +87,14 @@ class Clock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the block as waiting for images."""
+        """Count the time of the block as waiting for images."""
         start = time.perf_counter()
         yield
         self.data_wait += time.perf_counter() - start
 
     @contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
-        """Leave the block out: an evaluation or a checkpoint is no step. Work in flight before it still counts."""
+        """Exclude the time of the block, such as an evaluation. Work queued on the device before it still counts."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -103,12 +103,12 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of the interval so far, without pauses."""
+        """Seconds since the start of the interval, without pauses."""
         return time.perf_counter() - self._start - self._paused
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """MiB in use: on CUDA the peak that tensors took and that is reserved for them, else the process's peak."""
+    """Peak memory in MiB: allocated and reserved memory on CUDA, resident set of the process on a CPU."""
     if device.type == "cuda":
         return {
             "memory_mib": torch.cuda.max_memory_allocated(device) >> 20,
@@ -121,10 +121,10 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 class Log:
-    """`metrics.jsonl` and the TensorBoard events of a run; rank 0 alone writes."""
+    """`metrics.jsonl` and the TensorBoard events of a run. Only rank 0 writes."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        """Open a run's records at `step`; what they hold of later steps, from a run that was cut off, is removed."""
+        """Open the log of a run at `step`. Entries of later steps, left by an interrupted run, are removed."""
         self._path = folder / "metrics.jsonl"
         self.lines: list[dict[str, Any]] = []
         self._writer: Any = None
@@ -136,12 +136,12 @@ class Log:
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         partial.replace(self._path)
 
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, line: dict[str, Any], curves: dict[str, float]) -> None:
-        """Append a line, and points to the curves."""
+        """Append a line to `metrics.jsonl` and points to the curves."""
         if self._writer is None:
             return
         self.lines.append(line)
@@ -158,10 +158,10 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped.
+    """Read `metrics.jsonl`. An incomplete last line, left by a killed process, is dropped.
 
     Raises:
-        ValueError: another line is damaged.
+        ValueError: Another line is damaged.
     """
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -169,12 +169,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 lines.append(json.loads(text))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}, is no JSON ({error}): remove that line") from None
+                raise ValueError(f"{path}: line {number} is not valid JSON ({error}). Remove this line.") from None
     return lines
 
 
 def train_line(rows: Tensor, names: Sequence[str], clock: Clock, plan: Plan, *, step: int) -> dict[str, Any]:
-    """One "train" line of `metrics.jsonl`, without the memory.
+    """Make a "train" line of `metrics.jsonl`, without the memory.
 
     Args:
         rows: [steps, names] scalars of the interval's steps, averaged over ranks. Non-finite steps are left out.
@@ -206,13 +206,13 @@ _CURVES = ("total", "learning_rate", "grad_norm", "seconds_per_step", "images_pe
 
 
 def train_curves(line: dict[str, Any]) -> dict[str, float]:
-    """The TensorBoard values of a "train" line."""
+    """TensorBoard scalars of a "train" line."""
     losses = {f"loss/{name}": value for name, value in line["losses"].items()}
     return losses | {f"train/{name}": line[name] for name in _CURVES}
 
 
 def progress_line(line: dict[str, Any], total_steps: int) -> str:
-    """One "train" line of `metrics.jsonl` as a person reads it."""
+    """Format a "train" line of `metrics.jsonl` for the terminal."""
     losses = " ".join(f"{name} {value:.4f}" for name, value in line["losses"].items())
     eta = str(timedelta(seconds=round(line["eta_seconds"])))
     return (

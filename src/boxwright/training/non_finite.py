@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: naming the images of the step, keeping its batch, stopping the run."""
+"""Handle non-finite losses and gradients: name the images, save the batch, stop the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 from boxwright.training.distributed import gather, rank
-from boxwright.training.metrics import say
+from boxwright.training.metrics import log_line
 
 
 class NonFiniteError(ValueError):
@@ -73,7 +73,7 @@ class NonFiniteGuard:
         )
         self._num_non_finite += 1
         if self._num_non_finite <= self._allowed:
-            say(f"{what}. Step skipped ({self._num_non_finite} of {self._allowed} allowed)")
+            log_line(f"{what}. Step skipped ({self._num_non_finite} of {self._allowed} allowed)")
             return
         weights = self._folder / "weights.safetensors"
         self._write_weights(weights)

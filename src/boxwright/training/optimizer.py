@@ -1,4 +1,4 @@
-"""Optimizers from an experiment's settings, over the parameters that train."""
+"""Build the optimizer of an experiment over the trainable parameters."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from boxwright.training.experiment import SGD, AdamW
 
 
 def build_optimizer(config: SGD | AdamW, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer over the parameters of `model` that train (`requires_grad`).
+    """Build an optimizer over the trainable parameters (`requires_grad`) of a model.
 
-    The learning rate is a tensor beside the parameters, which the step fills, so that compiled and captured steps see
-    it change. The fused forms are used because they can leave a step out on the device (see `TrainStep`).
+    The learning rate is a tensor on the device of the parameters. `TrainStep` writes to it, so compiled and captured
+    steps see the change. Fused optimizers are used because they can skip a step on the device (see `TrainStep`).
 
     Args:
-        config: the experiment's optimizer.
-        model: on the device where it will train.
+        config: optimizer settings.
+        model: the model, on the device on which it is trained.
 
     Raises:
-        ValueError: nothing in the model trains.
+        ValueError: The model has no trainable parameter.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("no parameter of the model trains: every one is frozen")
+        raise ValueError("the model has no trainable parameter: every parameter is frozen")
     learning_rate = torch.tensor(config.lr, dtype=torch.float32, device=trained[0].device)
     groups = [{"params": trained, "weight_decay": config.weight_decay}]
     if not config.decay_norm_and_bias:
@@ -37,12 +37,12 @@ def build_optimizer(config: SGD | AdamW, model: nn.Module) -> torch.optim.Optimi
         return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, fused=True)
     optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, fused=True)
     if config.momentum:
-        # Zero is what the first step starts from; left to itself, a first step that is left out would keep garbage.
+        # A first step starts from momentum 0. If it is skipped, PyTorch leaves the buffers uninitialised.
         for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def _norm_and_bias(model: nn.Module) -> set[Tensor]:
-    """Biases and all of a normalisation's parameters, which are those of one dimension."""
+    """Biases and parameters of normalisation layers: all parameters with one dimension."""
     return {parameter for parameter in model.parameters() if parameter.ndim <= 1}

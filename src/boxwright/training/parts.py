@@ -95,7 +95,7 @@ def _is_factory(value: Any) -> bool:
 
 
 def replaced_parts(part: Callable[..., Any]) -> dict[str, str]:
-    """Full names of the parts given in place of a default part, such as another `box_head`, by argument."""
+    """Full names of the parts that replace a default part, such as another `box_head`, by argument."""
     function, given = _split(part)
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     return {

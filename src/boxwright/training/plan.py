@@ -1,4 +1,4 @@
-"""The numbers that a run is planned by: its steps, its learning rates, and when to log, save and evaluate."""
+"""`Plan`: number of steps, learning rates, and the steps at which a run logs, saves and evaluates."""
 
 from __future__ import annotations
 

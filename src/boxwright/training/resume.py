@@ -1,4 +1,4 @@
-"""Checks before a run is resumed: all ranks see the same checkpoint, and the experiment is the one that began."""
+"""Checks before a run is resumed: all ranks see the same checkpoint, and the experiment did not change."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from boxwright.training.run_folder import require_same
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's `checkpoints` folder, the same on all ranks; None for none.
+    """Newest checkpoint in the `checkpoints` folder of a run, the same on all ranks, or None.
 
     Raises:
-        ValueError: the ranks see different checkpoints.
+        ValueError: The ranks see different checkpoints.
     """
     newest = checkpoint.newest(folder)
     step = 0 if newest is None else checkpoint.step_of(newest)
     last = max_over_ranks(step)
     if last != -max_over_ranks(-step):
         raise ValueError(
-            f"not every process sees {folder / f'step_{last}'}: give --out a folder that all machines share"
+            f"{folder / f'step_{last}'} is not visible to every process: set --out to a folder that all machines share"
         )
     return newest
 
 
 def require_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
-    """Check that a run continues with the experiment and the data it began with.
+    """Check that a resumed run has the same experiment and data as before.
 
     Args:
         saved: the metadata stored with the checkpoint.
-        present: the metadata of the run that resumes.
+        present: the metadata of the resumed run.
         folder: the run's folder, for the message.
 
     Raises:
-        ValueError: they differ; the message names every field that does.
+        ValueError: They differ; the message names every changed field.
     """
     require_same(_fixed(saved), _fixed(present), folder)
 
 
-def _fixed(page: dict[str, Any]) -> dict[str, Any]:
-    """What must not change, by name. How the images of a step are shared over devices may change."""
+def _fixed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Settings that must not change, by name. The distribution of the images of a step over devices may change."""
     return {
-        **page["experiment"]["arguments"],
+        **metadata["experiment"]["arguments"],
         "images_per_device": None,
-        "images_per_device x processes x accumulate": page.get("images_per_step"),
-        "steps_per_epoch": page.get("steps_per_epoch"),
-        "categories": page.get("categories"),
+        "images_per_device x processes x accumulate": metadata.get("images_per_step"),
+        "steps_per_epoch": metadata.get("steps_per_epoch"),
+        "categories": metadata.get("categories"),
     }

@@ -1,4 +1,4 @@
-"""The folder of a run: where its parts lie, what `experiment.json` says, and whether a run may begin or go on in it."""
+"""`RunFolder`: the files of a run, and checks before a run is started or resumed in a folder."""
 
 from __future__ import annotations
 
@@ -17,50 +17,52 @@ import boxwright
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """Paths of the files of a run."""
 
     path: Path
     """The folder itself."""
 
     @property
     def experiment(self) -> Path:
-        """The experiment, the categories, the versions and the command."""
+        """Experiment, categories, versions and command, as JSON."""
         return self.path / "experiment.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Holds `step_N`."""
+        """Folder of the checkpoints `step_N`."""
         return self.path / "checkpoints"
 
     @property
     def weights(self) -> Path:
-        """The latest weights to detect with: the averaged ones where the experiment keeps an average."""
+        """Latest weights for detection: the averaged weights if the experiment has `ema_decay`."""
         return self.path / "weights.safetensors"
 
     @property
     def non_finite(self) -> Path:
-        """Batches of steps that were not finite."""
+        """Folder of the batches with a non-finite loss or gradient."""
         return self.path / "non_finite"
 
     def require_no_run(self) -> None:
-        """Check that a new run may begin here.
+        """Check that a new run can start here.
 
         Raises:
-            ValueError: there is a run that could be resumed, or no folder can be here.
+            ValueError: The folder holds a run that could be resumed, or the path is a file.
         """
         if any(self.checkpoints.glob("step_*")):
-            raise ValueError(f"{self.path} holds a run already: go on with it with --resume, or name another folder")
+            raise ValueError(
+                f"{self.path} already holds a run. Continue it with --resume, or choose another folder with --out."
+            )
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file: name another folder for the run")
+            raise ValueError(f"{self.path} is a file. Choose a folder for the run with --out.")
 
     def clear(self) -> None:
-        """Remove what a run that never saved left."""
+        """Remove the logs of a run that stopped before its first checkpoint."""
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
-    """What a run's numbers may depend on besides its experiment."""
+    """Versions on which the results of a run may depend."""
     return {
         "boxwright": boxwright.__version__,
         "torch": torch.__version__,
@@ -69,40 +71,40 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_page(path: Path, page: dict[str, Any]) -> None:
-    """Write a JSON page whole or not at all."""
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def require_same(saved: Any, present: Any, where: Path) -> None:
-    """Check that a run goes on with the experiment it began with.
+    """Check that a resumed run has the same experiment as before.
 
     Raises:
-        ValueError: it changed; every field that did is named.
+        ValueError: The experiment changed; the message names every changed field.
     """
     before, now = dict(_leaves(saved)), dict(_leaves(present))
     changes = [
-        f"{name} was {before.get(name, 'not there')!r} and is {now.get(name, 'not there')!r}"
+        f"{name}: {before.get(name, 'missing')!r} -> {now.get(name, 'missing')!r}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) or (name in before) != (name in now)
     ]
     if changes:
         raise ValueError(
-            f"{where} cannot be resumed with a changed experiment: {'; '.join(changes)}. Put that back, or train anew "
-            "into another folder with --init"
+            f"{where} cannot be resumed with a changed experiment: {'; '.join(changes)}. Restore these settings, or "
+            "start a new run in another folder with --init."
         )
 
 
-def _leaves(page: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(page, dict):
-        for key, value in page.items():
-            # A call's arguments are called by their own names, as --set does.
+def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            # The arguments of a part are named without "arguments", as in --set.
             yield from _leaves(value, name if key == "arguments" else f"{name}.{key}" if name else key)
-    elif isinstance(page, list) and page:
-        for index, value in enumerate(page):
+    elif isinstance(data, list) and data:
+        for index, value in enumerate(data):
             yield from _leaves(value, f"{name}[{index}]")
     else:
-        yield name, page
+        yield name, data

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, so that it needs no state and a resumed run cannot lose its place."""
+"""Learning rate as a function of the step. It has no state, so a resumed run needs nothing but the step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Schedule = StepSchedule | CosineSchedule
 
 
 def learning_rate(schedule: Schedule, step: int, *, base: float, steps_per_epoch: int, total_steps: int) -> float:
-    """The learning rate of the step that follows `step` finished ones.
+    """Return the learning rate of a step.
 
-    Warm-up multiplies what the schedule says by a factor that rises linearly from `warmup_factor` at the first step to
-    1 after `warmup_steps`.
+    During warm-up, the value of the schedule is multiplied by a factor that rises linearly from `warmup_factor` at the
+    first step to 1 after `warmup_steps`.
 
     Args:
-        schedule: the experiment's.
-        step: 0 at the first step.
-        base: the learning rate that the schedule starts from, scaled to the real batch.
-        steps_per_epoch: optimizer steps in one pass over the data.
-        total_steps: of the whole run.
+        schedule: schedule of the experiment.
+        step: number of steps done before; 0 for the first step.
+        base: full learning rate, scaled to the actual batch size.
+        steps_per_epoch: number of optimizer steps per epoch.
+        total_steps: number of optimizer steps of the run.
     """
     rate = base * _decay(schedule, step, steps_per_epoch, total_steps)
     if step < schedule.warmup_steps:

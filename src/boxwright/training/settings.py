@@ -1,4 +1,4 @@
-"""Experiments shown as text, and changed by text: `optimizer.lr=0.01`."""
+"""Print an experiment as text, and change its fields by text such as `optimizer.lr=0.01`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from boxwright.training.parts import arguments_of, call_name, factories_in, is_p
 _INNER = re.compile(r"\([^()]*\)")
 
 Tree = dict[str, Any]
-"""Settings by the parts of their names: {"optimizer": {"": "SGD", "lr": {"": "0.01"}}}; "" is the value itself."""
+"""Settings as a tree of the parts of their names: {"optimizer": {"": "SGD", "lr": {"": "0.01"}}}. The key "" holds the
+value of a node."""
 
 
 def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:
-    """The experiment with fields changed.
+    """Return a copy of an experiment with some fields changed.
 
     Args:
-        experiment: what to change; it stays as it is.
-        settings: `name=value` each, where dots lead into parts: `model.backbone.depth=101`, `ema_decay=none`,
-            `model.rpn.ratios=0.5,1,2`, `scales=(640,1333),(800,1333)`. Where a field is of a dataclass, its name makes
-            one with its defaults: `optimizer=AdamW`. Settings apply together, the later where two name the same.
+        experiment: the experiment; it is not changed.
+        settings: list of `name=value`. Dots lead into parts: `model.backbone.depth=101`, `ema_decay=none`,
+            `model.rpn.ratios=0.5,1,2`, `scales=(640,1333),(800,1333)`. The name of a dataclass creates it with its
+            defaults: `optimizer=AdamW`. If a name occurs twice, the later value is used.
 
     Raises:
-        ValueError: there is no such name, or the value is not of its type; the message names the nearest right one.
+        ValueError: A name does not exist (the message suggests the nearest one), or a value has the wrong type.
     """
     tree: Tree = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:
-            raise ValueError(f"setting {setting!r}: give name=value, such as optimizer.lr=0.01")
+            raise ValueError(f"setting {setting!r}: expected name=value, such as optimizer.lr=0.01")
         node = tree
         for part in name.strip().split("."):
             node = node.setdefault(part, {})
@@ -47,7 +48,7 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
 
 
 def _changed(value: Any, tree: Tree, path: str, *, factory: bool = False) -> Any:
-    """A part or a dataclass instance with the changes of a tree."""
+    """Apply a tree of changes to a part or a dataclass instance."""
     arguments, names, hints = arguments_of(value, factory=factory), _names(value, factory=factory), _types(value)
     changes = {}
     for name, branch in tree.items():
@@ -56,12 +57,12 @@ def _changed(value: Any, tree: Tree, path: str, *, factory: bool = False) -> Any
             raise ValueError(f"{path.rstrip('.') or 'the experiment'} has no {name!r}{nearest(name, names)}")
         change = arguments.get(name)
         if "" in branch:
-            wanted = hints.get(name, Any if change is None else type(change))
-            change = _parse(branch[""], wanted, full)
+            annotation = hints.get(name, Any if change is None else type(change))
+            change = _parse(branch[""], annotation, full)
         inner = {key: node for key, node in branch.items() if key}
         if inner:
             if not (is_part(change) or is_settings(change)):
-                raise ValueError(f"{full} is {_text(change)}, which has no {next(iter(inner))!r} in it")
+                raise ValueError(f"{full} is {_text(change)} and has no field {next(iter(inner))!r}")
             change = _changed(change, inner, f"{full}.", factory=name in factories_in(value))
         changes[name] = change
     if is_part(value):
@@ -70,9 +71,10 @@ def _changed(value: Any, tree: Tree, path: str, *, factory: bool = False) -> Any
 
 
 def _names(value: Any, *, factory: bool = False) -> list[str]:
-    """Names of the parameters of a part that can be set, or of the fields of a dataclass.
+    """Names of the settable parameters of a part, or of the fields of a dataclass.
 
-    Of a factory these are the keyword-only parameters and those that it binds: its caller passes the others.
+    The settable parameters of a factory are its keyword-only parameters and the parameters that it binds. Its caller
+    passes the others.
     """
     if not is_part(value):
         return [field.name for field in dataclasses.fields(value)]
@@ -87,10 +89,10 @@ def _types(value: Any) -> dict[str, Any]:
     """Declared types of the arguments or fields, by name."""
     target = _function(value) if is_part(value) else type(value)
     if is_part(value) and isinstance(target, type):
-        target = getattr(target, "__init__")  # noqa: B009, mypy takes it for that of an instance
+        target = getattr(target, "__init__")  # noqa: B009, mypy expects the attribute of an instance
     try:
         return get_type_hints(target)
-    except NameError:  # a user's module that imports types for the type checker alone
+    except NameError:  # a user's module that imports types under TYPE_CHECKING only
         return {}
 
 
@@ -98,18 +100,18 @@ def _function(part: Any) -> Any:
     return part.func if isinstance(part, partial) else part
 
 
-def _parse(text: str, wanted: Any, path: str) -> Any:
-    """The value of type `wanted` that a text stands for."""
+def _parse(text: str, annotation: Any, path: str) -> Any:
+    """Convert text to the annotated type."""
     try:
-        return _read(text, wanted)
+        return _read(text, annotation)
     except ValueError:
-        raise ValueError(f"{path}={text}: {text!r} is not {_type_text(wanted)}") from None
+        raise ValueError(f"{path}: expected {_type_text(annotation)}, got {text!r}") from None
 
 
-def _read(text: str, wanted: Any) -> Any:
-    origin, choices = get_origin(wanted), get_args(wanted)
+def _read(text: str, annotation: Any) -> Any:
+    origin, choices = get_origin(annotation), get_args(annotation)
     lower = text.lower()
-    if wanted is Any:
+    if annotation is Any:
         return _read(text, bool | int | float | None | str)
     if origin in (Union, types.UnionType):
         # None first, and str last because it takes any text.
@@ -120,20 +122,20 @@ def _read(text: str, wanted: Any) -> Any:
         for choice in choices:
             if text == str(choice):
                 return choice
-    elif wanted is types.NoneType and lower == "none":
+    elif annotation is types.NoneType and lower == "none":
         return None
-    elif wanted is bool and lower in ("true", "false"):
+    elif annotation is bool and lower in ("true", "false"):
         return lower == "true"
-    elif wanted is int:
+    elif annotation is int:
         return int(text)
-    elif wanted is float and math.isfinite(float(text)):
+    elif annotation is float and math.isfinite(float(text)):
         return float(text)
-    elif wanted is str:
+    elif annotation is str:
         return text
-    elif _is_sequence(wanted):
+    elif _is_sequence(annotation):
         return _read_tuple(text, choices)
-    elif isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and text == wanted.__name__:
-        return _with_defaults(wanted)
+    elif isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and text == annotation.__name__:
+        return _with_defaults(annotation)
     raise ValueError(text)
 
 
@@ -151,43 +153,43 @@ def _read_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_read(element, kind) for element, kind in zip(elements, kinds, strict=True))
 
 
-def _is_sequence(wanted: Any) -> bool:
-    kind = get_origin(wanted) or wanted
+def _is_sequence(annotation: Any) -> bool:
+    kind = get_origin(annotation) or annotation
     return isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str
 
 
-def _with_defaults(wanted: type) -> Any:
+def _with_defaults(annotation: type) -> Any:
     try:
-        return wanted()
+        return annotation()
     except TypeError as error:
         raise ValueError(error) from None
 
 
-def _type_text(wanted: Any) -> str:
-    """A type in words, as an error needs it."""
-    origin, choices = get_origin(wanted), get_args(wanted)
+def _type_text(annotation: Any) -> str:
+    """Describe a type in words, for an error message."""
+    origin, choices = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         settable = [choice for choice in choices if get_origin(choice) is not Callable]
         return " or ".join(_type_text(choice) for choice in settable or choices)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in choices)
-    if wanted in (int, float, bool, str, types.NoneType):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        return words.get(wanted, "none")
-    if _is_sequence(wanted):
+    if annotation in (int, float, bool, str, types.NoneType):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return words.get(annotation, "none")
+    if _is_sequence(annotation):
         inner = [choice for choice in choices if choice is not Ellipsis]
         if inner and _is_sequence(inner[0]):
-            return f"groups in parentheses, each of {_type_text(inner[0])}"
+            return f"groups in parentheses, each with {_type_text(inner[0])}"
         count = f"{len(inner)} values" if len(inner) > 1 else "values"
-        return f"{count} with commas between, each {_type_text(inner[0])}" if inner else "values with commas between"
-    if dataclasses.is_dataclass(wanted):
-        return f"{getattr(wanted, '__name__', wanted)} (set the fields in it)"
-    name = getattr(wanted, "__name__", wanted)
-    return f"something that can be set by text ({name}): set its arguments, or replace it in Python"
+        return f"{count} separated by commas, each {_type_text(inner[0])}" if inner else "values separated by commas"
+    if dataclasses.is_dataclass(annotation):
+        return str(getattr(annotation, "__name__", annotation))
+    name = getattr(annotation, "__name__", annotation)
+    return f"a value that text can express ({name} cannot: set its arguments, or replace it in Python)"
 
 
 def describe(experiment: Experiment) -> str:
-    """The whole experiment as text, defaults included, one name a line, what a part is made of indented below it."""
+    """Format an experiment as text, one name per line with defaults included; the arguments of a part are indented."""
     return "\n".join(_lines(experiment, ""))
 
 
@@ -196,7 +198,7 @@ def _lines(value: Any, indent: str, *, factory: bool = False) -> list[str]:
     lines = []
     for name in _names(value, factory=factory):
         if name not in arguments:
-            lines.append(f"{indent}{name} = (given when it is built)")
+            lines.append(f"{indent}{name} = (passed when it is built)")
             continue
         argument = arguments[name]
         lines.append(f"{indent}{name} = {_text(argument)}")
@@ -206,7 +208,7 @@ def _lines(value: Any, indent: str, *, factory: bool = False) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value as `with_settings` reads it; of a part or a dataclass instance the name alone."""
+    """Format a value as `with_settings` reads it. A part or a dataclass instance is shown by its name."""
     if is_part(value) or is_settings(value):
         return call_name(value).rpartition(".")[2]
     if value is None or isinstance(value, bool):

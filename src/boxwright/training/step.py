@@ -24,8 +24,8 @@ class TrainStep:
     """Each call trains on one global batch.
 
     A step with a loss or gradient norm that is not finite on any rank is skipped: parameters and momenta keep their
-    values. After more than `allowed_non_finite` such steps every later step is skipped too, so that the weights stay
-    those of the last failure. The device decides this; the host reads `finite` whenever it wants to know.
+    values. After more than `allowed_non_finite` such steps every later step is skipped too, so that the weights of the
+    last failure are kept. The device decides this; the host reads `finite` at the next log line.
     """
 
     def __init__(
