@@ -149,7 +149,7 @@ def test_what_cannot_go_by_name_is_told(tmp_path: Path) -> None:
         ValueError, match=r"w\.safetensors: no class is shared .*bird, cat, dog, fish\. Data set: ant, bee\."
     ):
         start("retinanet", named("bee", "ant"))
-    with pytest.raises(ValueError, match="no layer with rows of classes fits the model, for the 4 classes"):
+    with pytest.raises(ValueError, match="no layer of the file has class-specific rows for its 4 classes"):
         start("faster_rcnn")
     write(path, "retinanet", OLD, said=[])
     with pytest.raises(ValueError, match="does not name its classes"):
