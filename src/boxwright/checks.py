@@ -17,7 +17,7 @@ def check_choice(name: str, value: object, choices: Collection[Any]) -> None:
         ValueError: `value` is not one of `choices`.
     """
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -27,7 +27,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         ValueError: `value` is not an integer, or is below `least`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")
+        raise ValueError(f"{name}: expected a whole number, at least {least}, got {value!r}")
 
 
 def check_number(
@@ -54,7 +54,7 @@ def check_number(
         allowed = f"a number above {least:g}" if above else f"a number, at least {least:g}"
     else:
         allowed = "a finite number"
-    raise ValueError(f"{name}={value!r}: expected {allowed}")
+    raise ValueError(f"{name}: expected {allowed}, got {value!r}")
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
@@ -93,7 +93,7 @@ def check_device(device: torch.device | str | int) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device '{chosen}' is not supported: Boxwright runs on cpu and cuda; {fix}")
     if chosen.type == "cpu" and chosen.index:

@@ -58,12 +58,12 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path: Path, monkeypat
     out = tmp_path / "benchmark.md"
     code, printed, _ = run("zoo", "page", "--out", str(out))
     assert (code, printed.strip()) == (0, str(out))
-    assert out.read_text("utf-8") == (ROOT / "docs" / "benchmark.md").read_text("utf-8"), (
-        "write it anew: boxwright zoo page --out docs/model_zoo/benchmark.md"
+    assert out.read_text("utf-8") == (ROOT / "docs" / "model_zoo" / "benchmark.md").read_text("utf-8"), (
+        "run: boxwright zoo page --out docs/model_zoo/benchmark.md"
     )
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     code, _, error = run("zoo", "page", "--out", str(tmp_path / "x.md"), "--measured", str(tmp_path / "none"))
     assert code == 1
-    assert "there is no such folder" in error
+    assert "folder not found" in error

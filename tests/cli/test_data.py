@@ -45,8 +45,8 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
     [
         (["{}/none"], "there is no such folder"),
         (["{}"], "the folder is not in a known format (COCO, VOC)"),
-        ([], "give either a folder, or both"),
-        (["--annotations", "{}/a.json"], "give either a folder, or both"),
+        ([], "use either a folder, or --annotations"),
+        (["--annotations", "{}/a.json"], "use either a folder, or --annotations"),
         (["--annotations", "{}/a.json", "--images", "{}"], "a.json"),
     ],
 )

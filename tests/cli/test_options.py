@@ -51,5 +51,5 @@ def test_a_recipe_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: py
         find_recipe("recipes_of_this_folder:small")
     assert str(tmp_path) not in sys.path
     result = CliRunner().invoke(app, ["train", "recipes_of_this_folder:small", "--show"])
-    assert "recipes_of_this_folder:small is no recipe: it gives int" in " ".join(result.output.split())
+    assert "recipes_of_this_folder:small is not a recipe: it returned int" in " ".join(result.output.split())
     monkeypatch.delitem(sys.modules, "recipes_of_this_folder")

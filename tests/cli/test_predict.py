@@ -44,8 +44,8 @@ def test_a_folder_with_an_unreadable_file(run: Path, data_dir: Path, tmp_path: P
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 1, result.output
         assert "broken.jpg" in result.stderr
-        assert "4 pictures" in result.stdout
-        assert "1 could not be read" in result.stdout
+        assert "4 images" in result.stdout
+        assert "1 failed" in result.stdout
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert written == {"a/x.jpg", "b/x.jpg", "b/x.png", "b/deep/Y.JPG", "detections.json"}
     assert decode_image(out / "a" / "x.jpg").shape == (480, 640, 3)
@@ -109,8 +109,8 @@ def test_links_that_lead_nowhere_and_names_that_are_no_text(run: Path, data_dir:
     arguments = ["predict", str(run), str(folder), str(folder / "circle.jpg"), "--out", str(out), "--score", "0"]
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 1, result.output
-    assert "1 picture," in result.stdout
-    assert "2 could not be read" in result.stdout
+    assert "1 image," in result.stdout
+    assert "2 failed" in result.stdout
     assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"\ufffd.jpg"}
 
 
@@ -119,7 +119,7 @@ def test_a_device_that_is_none(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     (tmp_path / "a.jpg").touch()
     result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
-    assert "boxwright: device 'gpu': expected cpu, cuda or cuda:N" in result.stderr
+    assert "boxwright: device: expected cpu, cuda or cuda:N, got 'gpu'" in result.stderr
 
 
 def test_an_image_whose_drawing_cannot_be_written_is_skipped(run: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_image_whose_drawing_cannot_be_written_is_skipped(run: Path, tmp_path
     assert re.search(
         r"boxwright: .*b\.webp: an image of .* cannot be written as \.webp: WebP holds at most", result.stderr
     )
-    assert "1 could not be read or written" in result.stdout
+    assert "1 failed" in result.stdout
     assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "detections.json"}
     assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"a.png", "c.png"}
 

@@ -165,7 +165,7 @@ def test_other_categories_are_an_error_that_lists_both(few_cells: Path, tmp_path
     assert "Only in the model (3 categories): dust" in result.stderr
     assert "Only in the data set (3 categories): Platelets" in result.stderr
     result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--split", "test"])
-    assert "no split 'test', only val" in result.stderr
+    assert "no split 'test'; it has val" in result.stderr
 
 
 def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "give --tta as well" in result.stderr
+    assert "need --tta" in result.stderr
     result = CliRunner().invoke(app, [*arguments, "--tta", "--tta-short", "96,high"])
     assert "--tta-short 96,high: give short sides in pixels" in result.stderr
     proposals = small_run(tmp_path / "rpn", CELLS, proposals=True)
@@ -200,4 +200,4 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
 def test_a_model_at_a_url_wants_a_folder_for_what_is_measured() -> None:
     result = CliRunner().invoke(app, ["test", "http://models.example/mine.safetensors", "--data", "anywhere"])
     assert result.exit_code == 1
-    assert "give --out" in result.stderr
+    assert "use --out" in result.stderr

@@ -121,7 +121,7 @@ def test_a_model_that_could_not_be_loaded_is_refused_before_the_first_step(shape
 def test_init_classes_wants_weights() -> None:
     status, output = run(TINY, "--init-classes")
     assert status == 1
-    assert "give them with --init" in " ".join(output.split())
+    assert "--init-classes needs --init WEIGHTS" in " ".join(output.split())
 
 
 def test_sigterm_saves_and_leaves_with_its_status(shapes: Path, tmp_path: Path) -> None:

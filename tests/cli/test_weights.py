@@ -126,7 +126,7 @@ def test_classes_that_nobody_names_must_be_given(checkpoint: Path, tmp_path: Pat
 def test_diff_compares_under_our_names(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.safetensors"
     run("convert", checkpoint, "--out", out)
-    assert run("diff", checkpoint, out) == "295 tensors are equal, 0 are not"
+    assert run("diff", checkpoint, out) == "295 tensors equal, 0 different"
     bias = torch.load(checkpoint, weights_only=True)["rpn.head.bbox_pred.bias"]
     change = {
         "rpn.head.bbox_pred.bias": bias + 0.5,

@@ -1,4 +1,4 @@
-"""`boxwright benchmark`: what recipes cost in time and memory, alone or beside a peer."""
+"""`boxwright benchmark`: measure time and memory of recipes, optionally against a peer."""
 
 from __future__ import annotations
 
@@ -12,55 +12,61 @@ import typer
 
 def benchmark(
     recipes: Annotated[
-        list[str], typer.Argument(help="Built-in ones, such as faster_rcnn_r50_fpn_1x, or package.module:function.")
+        list[str],
+        typer.Argument(help="Names of built-in recipes, such as faster_rcnn_r50_fpn_1x, or package.module:function."),
     ],
     phases: Annotated[
         str,
         typer.Option(
-            help="Of train, infer, train-loader, infer-loader, memory, parts and flops, with commas.",
+            help="Comma-separated list of train, infer, train-loader, infer-loader, memory, parts and flops.",
             show_default="all",
         ),
     ] = "",
     size: Annotated[
         str | None,
-        typer.Option(metavar="HxW", help="What pictures are brought to, as 800x1333.", show_default="the recipe's"),
+        typer.Option(metavar="HxW", help="Image size, such as 800x1333.", show_default="as in the recipe"),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at a time.", show_default="the recipe's in training, 1 in inference"),
+        typer.Option(min=1, help="Batch size.", show_default="as in the recipe for training, 1 for inference"),
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Times that count.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Times before them that do not.")] = 2,
+    iterations: Annotated[int, typer.Option(min=1, help="Number of measured iterations.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Number of warm-up iterations.")] = 2,
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto.", show_default="the recipe's")
+        str | None, typer.Option(help="float32, bfloat16 or auto.", show_default="as in the recipe")
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="PEER", help="Measure alternately with torchvision, detectron2 or mmdetection."),
+        typer.Option(metavar="PEER", help="Peer to measure in alternation: torchvision, detectron2 or mmdetection."),
     ] = None,
     peer_python: Annotated[
-        Path | None, typer.Option(metavar="PYTHON", help="The interpreter that has detectron2 or mmdetection.")
+        Path | None,
+        typer.Option(metavar="PYTHON", help="Python interpreter in which detectron2 or mmdetection is installed."),
     ] = None,
-    peer_precision: Annotated[str | None, typer.Option(help="Precision of the peer.", show_default="the same")] = None,
+    peer_precision: Annotated[
+        str | None, typer.Option(help="Precision of the peer.", show_default="as --precision")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of a data set to take pictures of.", show_default="they are generated")
+        Path | None, typer.Option(help="Folder of a data set whose images are used.", show_default="generated images")
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights file of the model.", show_default="random weights")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a field of the recipes, as train does; repeatable."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change a field of the recipes, as in boxwright train; repeatable."
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the arithmetic on the CPU.", show_default="torch's own")
+        int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="as in torch")
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each time and all else as JSON.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the printed tables.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Number of data loading workers.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all measurements to a JSON file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables to a Markdown file.")] = None,
 ) -> None:
-    """Measure recipes: time, memory, where the time goes, operations; and print tables."""
+    """Measure time, memory, time per part and number of operations of recipes, and print tables."""
     import torch
 
     from boxwright.benchmark.plan import Plan, parse_phases, parse_precision, parse_size

@@ -1,4 +1,4 @@
-"""Console output of commands: progress, metrics and tables. Text of users is never read as rich's markup."""
+"""Console output: progress, metrics and tables. Text of users is never interpreted as rich markup."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import typer
 
 
 class ImageProgress:
-    """One line that tells how far the images are and how fast they go."""
+    """Progress bar with the number of images and images per second."""
 
     def __init__(self, what: str, total: int, num_ranks: int, *, shown: bool) -> None:
-        """Prepare the line.
+        """Set up the progress bar.
 
         Args:
-            what: is being done.
-            total: images of all ranks.
-            num_ranks: how many processes share them.
-            shown: whether this process shows it.
+            what: description of the task.
+            total: number of images of all ranks.
+            num_ranks: number of ranks that share the images.
+            shown: whether this process shows the bar.
         """
         from rich import progress
 
@@ -29,7 +29,7 @@ class ImageProgress:
             progress.TimeRemainingColumn(),
         )
         self._progress = progress.Progress(*columns, disable=not shown)
-        # The ranks go at about the same pace, so the first one's images stand for all.
+        # All ranks are about equally fast, so the progress of all is estimated from this rank's.
         self._total, self._num_ranks, self._num_done = total, num_ranks, 0
         self._task = self._progress.add_task(what, total=total, speed="")
 
@@ -44,7 +44,7 @@ class ImageProgress:
         self._progress.stop()
 
     def advance(self, num_images: int) -> None:
-        """Count images that this process has done."""
+        """Add images that this process has done."""
         from time import perf_counter
 
         self._num_done = min(self._num_done + num_images * self._num_ranks, self._total)
@@ -53,7 +53,7 @@ class ImageProgress:
 
 
 def print_numbers(numbers: dict[str, float]) -> None:
-    """Print six numbers a line, in percent."""
+    """Print metrics in percent, six per line."""
     from boxwright.report.html import percent
 
     cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
@@ -63,7 +63,7 @@ def print_numbers(numbers: dict[str, float]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with the first column on the left and the others on the right."""
+    """Print a table. The first column is left-aligned, the others are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 

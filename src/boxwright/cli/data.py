@@ -17,27 +17,22 @@ app = typer.Typer(help="Check a data set, or generate one.", no_args_is_help=Tru
 
 @app.command()
 def check(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder of a data set, in any format that Boxwright reads.")
-    ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Annotations of one split, such as a COCO JSON file, instead of a folder.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a data set.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file of one split, instead of a folder.")] = None,
     images: Annotated[Path | None, typer.Option(help="Image folder of --annotations.")] = None,
 ) -> None:
-    """List everything that is wrong with a data set, and how to mend it; exit status 1 if anything is.
+    """List all faults of a data set with their fixes. The exit status is 1 if there are any.
 
-    Every picture is decoded. An `error` is refused by training; it leaves out what is `dropped` and cuts what is
-    `clipped`.
+    Every image is decoded. Training stops at an `error`; it ignores `dropped` objects and clips `clipped` boxes.
     """
     from boxwright.data.formats import Split, find_layout
 
     if folder and not annotations and not images:
         layout = find_layout(folder)
     elif annotations and images and not folder:
-        layout = {"given": Split(annotations, images)}
+        layout = {"split": Split(annotations, images)}
     else:
-        raise ValueError("give either a folder, or both --annotations and --images")
+        raise ValueError("no data set: use either a folder, or --annotations FILE and --images FOLDER")
     severities: Counter[str] = Counter()
     for name, split in layout.items():
         faults = _check_split(name, split)
@@ -53,16 +48,17 @@ def check(
 
 @app.command()
 def shapes(
-    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
-    train: Annotated[int, typer.Option(help="Pictures to learn from.", min=1)] = 400,
-    val: Annotated[int, typer.Option(help="Pictures to measure with.", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.", min=0)] = 0,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    train: Annotated[int, typer.Option(help="Number of training images.", min=1)] = 400,
+    val: Annotated[int, typer.Option(help="Number of validation images.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Random seed of the images.", min=0)] = 0,
 ) -> None:
     """Write a generated data set: coloured circles, squares and triangles that overlap on textured ground."""
     from boxwright.data.shapes import write_shapes
+    from boxwright.text import plural
 
     write_shapes(folder, train=train, val=val, seed=seed)
-    typer.echo(f"{folder}: {train} pictures to train with, {val} to validate with. Next: --data {folder}")
+    typer.echo(f"{folder}: train: {plural(train, 'image')} | val: {plural(val, 'image')}. Use it with --data {folder}")
 
 
 def _check_split(name: str, split: Split) -> list[Fault]:
@@ -74,7 +70,7 @@ def _check_split(name: str, split: Split) -> list[Fault]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{name}: pictures")
+        task = bar.add_task(f"{name}: images")
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)

@@ -1,7 +1,7 @@
-"""The `boxwright` command: one file a command, each imported here and added by one line.
+"""The `boxwright` command. Each command has its own module, which is added to the app here.
 
-Command files import typer and the standard library at the top, and everything heavy (torch) inside the command, so that
-`boxwright --help` answers at once.
+These modules import only typer and the standard library at the top; torch and other heavy modules are imported inside
+the command, so that `boxwright --help` is fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from boxwright.cli import benchmark, data, predict, propose, test, train, weight
 
 
 class _OneLineErrors(TyperGroup):
-    """Tells users what is wrong with what they gave in one line; a traceback is for faults of ours."""
+    """Prints errors of the user's input in one line. Other errors, which are bugs of Boxwright, print a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,7 +33,7 @@ class _OneLineErrors(TyperGroup):
 
 
 def _in_words(error: ValueError | OSError) -> str:
-    """The error, of the system's own the file first and no number."""
+    """Text of the error. An error of the operating system starts with the file and has no error number."""
     if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
         return str(error)
     files = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
@@ -43,14 +43,14 @@ def _in_words(error: ValueError | OSError) -> str:
 app = typer.Typer(
     cls=_OneLineErrors,
     name="boxwright",
-    help="Train, test and use object detectors. Set BOXWRIGHT_TRACEBACK=1 to see where an error came from.",
+    help="Train, evaluate and use object detectors. Set BOXWRIGHT_TRACEBACK=1 to print tracebacks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"boxwright {__version__}")
         raise typer.Exit
 
@@ -61,7 +61,8 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # Pillow warns of what `decode_image` refuses with the file's name (size) or can do without (broken EXIF).
+    # Pillow warns about large images, which `decode_image` refuses with the name of the file, and about broken EXIF
+    # data, which is not needed.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they find a user's recipe."""
+"""Options shared by several commands, and the search path of users' recipes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 PrecisionOption = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(
-        help="What the detector computes in; bfloat16 is faster where the device has it.",
-        show_default="as it was trained",
+        help="Precision of the detector. bfloat16 is faster on devices that support it.",
+        show_default="as in training",
     ),
 ]
 
 
 def search_current_folder(recipe: str) -> None:
-    """Let Python find the module of a user's recipe, `module:function`, in the current folder, as `python -m` does."""
+    """Add the current folder to the search path if the recipe is `module:function`, as `python -m` does."""
     if ":" in recipe and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

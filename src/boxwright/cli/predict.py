@@ -1,4 +1,4 @@
-"""`boxwright predict`: what a model finds in pictures."""
+"""`boxwright predict`: detect objects in image files."""
 
 from __future__ import annotations
 
@@ -21,39 +21,45 @@ WRITABLE = SUFFIXES - {".gif"}
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a model of the zoo.")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="FILES|FOLDERS", help="Pictures, or folders of pictures.")],
-    out: Annotated[Path, typer.Option(help="Where the pictures with boxes and detections.json go.")],
-    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out detections below this score.")] = 0.3,
+    model: Annotated[
+        str, typer.Argument(help="Folder of a run, weights file, URL, hf:OWNER/NAME, or name of a zoo model.")
+    ],
+    inputs: Annotated[list[Path], typer.Argument(metavar="FILES|FOLDERS", help="Image files, or folders of images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images with drawn detections and for detections.json.")],
+    score: Annotated[float, typer.Option(min=0, max=1, help="Score threshold.")] = 0.3,
     native: Annotated[
-        bool, typer.Option("--native", help="Keep the pictures' own sizes, padded to a multiple of 32.")
+        bool, typer.Option("--native", help="Do not resize the images; pad them to a multiple of 32.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
     precision: PrecisionOption = None,
     trust: Annotated[
-        list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Module outside Boxwright that parts of the model come from; repeatable. Its code is run."),
     ] = None,
 ) -> None:
-    """Detect objects in pictures: pictures with boxes and masks, and detections.json in COCO results form.
+    """Detect objects in images. Writes the images with boxes and masks, and detections.json in the COCO results format.
 
-    Folders are searched with all their sub-folders. A file that cannot be read, or whose drawing cannot be written, is
-    reported and skipped; the exit status is then 1.
+    Folders are searched recursively. A file that cannot be read or written is reported and skipped; the exit status is
+    then 1.
     """
     from boxwright.data.decode import decode_image
     from boxwright.evaluation.results import write_json, write_whole
     from boxwright.predictor import load
     from boxwright.report.draw import draw_detections, encode_image
+    from boxwright.text import plural
     from boxwright.training.distributed import process_group
 
-    pictures = list(find_pictures(inputs, out))
-    if not pictures:
-        raise ValueError(f"no pictures in {', '.join(map(str, inputs))}: looked for {', '.join(sorted(SUFFIXES))}")
-    targets = name_outputs([name for _, name in pictures], out)
-    num_named = Counter(name for _, name in pictures)
-    sources = {os.path.realpath(path) for path, _ in pictures}
+    image_files = list(find_images(inputs, out))
+    if not image_files:
+        raise ValueError(
+            f"no images in {', '.join(map(str, inputs))}: expected files with the endings {', '.join(sorted(SUFFIXES))}"
+        )
+    targets = name_outputs([name for _, name in image_files], out)
+    num_named = Counter(name for _, name in image_files)
+    sources = {os.path.realpath(path) for path, _ in image_files}
     clash = next((target for target in targets if os.path.realpath(target) in sources), None)
     if clash is not None:
-        raise ValueError(f"{clash} is one of the pictures and would be overwritten: give another --out")
+        raise ValueError(f"{clash} is an input image and would be overwritten: choose another --out")
 
     rows: list[dict[str, object]] = []
     num_done = 0
@@ -61,11 +67,11 @@ def predict(
         predictor = load(model, device=chosen, precision=precision, trusted_modules=trust or ())
         if predictor.detector.needs_proposals:
             raise ValueError(
-                f"{model} has no network for proposals, so that it needs boxes to look at: give them in Python "
-                "(model.predict(image, proposals=boxes)), or measure it with boxwright test --proposals FILE"
+                f"{model} has no RPN and needs proposals. Pass them in Python (model.predict(image, proposals=boxes)), "
+                "or use boxwright test --proposals FILE."
             )
         try:
-            for image_id, ((path, name), target) in enumerate(zip(pictures, targets, strict=True), start=1):
+            for image_id, ((path, name), target) in enumerate(zip(image_files, targets, strict=True), start=1):
                 try:
                     image = decode_image(path)
                 except (ValueError, OSError) as error:
@@ -90,15 +96,15 @@ def predict(
                     typer.echo(_readable(f"boxwright: {path}: {error}"), err=True)
                     continue
                 write_whole(target, content)
-                # Where several images share a name, their paths tell them apart.
+                # Images with equal names are listed by their paths.
                 file_name = _readable(name if num_named[name] == 1 else path)
                 rows += _rows(prediction, predictor.categories, file_name, image_id)
                 num_done += 1
-        finally:  # also of the images before an interrupt or an error
+        finally:  # Also after an interrupt or an error: detections so far are kept.
             write_json(out / "detections.json", rows)
-    num_failed = len(pictures) - num_done
-    counted = f"{num_done} picture{'s' * (num_done != 1)}, {len(rows)} detection{'s' * (len(rows) != 1)}"
-    typer.echo(f"{counted} in {out}; {num_failed} could not be read or written")
+    num_failed = len(image_files) - num_done
+    failed = f", {num_failed:,} failed" if num_failed else ""
+    typer.echo(f"{out}: {plural(num_done, 'image')}, {plural(len(rows), 'detection')}{failed}")
     if num_failed:
         raise typer.Exit(1)
 
@@ -106,7 +112,7 @@ def predict(
 def _rows(
     prediction: Prediction, categories: Sequence[Category], file_name: str, image_id: int
 ) -> list[dict[str, object]]:
-    """The detections of an image in COCO results form."""
+    """Detections of an image in the COCO results format."""
     masks = [None] * len(prediction) if prediction.masks is None else prediction.masks.to_coco()
     rows: list[dict[str, object]] = []
     for box, score, label, mask in zip(
@@ -127,29 +133,29 @@ def _rows(
     return rows
 
 
-def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
-    """Each picture once, with its name: its path inside the folder that was given, or the file's own name.
+def find_images(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield each image file once, with its name: the path relative to the input folder, or the file name.
 
-    What lies in `out`, from an earlier call say, is passed over, and so are hidden files.
+    Hidden files and files in `out`, for example of an earlier call, are skipped.
     """
     from boxwright.data.formats.check import lies_within
 
     seen: set[str] = set()
-    for given in inputs:
-        if not given.is_dir():
-            found = [(given, Path(given.name))]
+    for item in inputs:
+        if not item.is_dir():
+            files = [(item, Path(item.name))]
         else:
-            found = [
-                (path, path.relative_to(given))
-                for path in sorted(given.rglob("*"))
-                # A link that leads nowhere is no file, but was meant to be one: it is reported, not passed over.
+            files = [
+                (path, path.relative_to(item))
+                for path in sorted(item.rglob("*"))
+                # A broken link is included, so that it is reported.
                 if path.suffix.lower() in SUFFIXES
                 and not path.name.startswith(".")
                 and (path.is_file() or not path.exists())
             ]
-            if not lies_within(given, out):
-                found = [(path, name) for path, name in found if not lies_within(path, out)]
-        for path, name in found:
+            if not lies_within(item, out):
+                files = [(path, name) for path, name in files if not lies_within(path, out)]
+        for path, name in files:
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
@@ -157,21 +163,21 @@ def find_pictures(inputs: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _readable(name: Path | str) -> str:
-    """A file's name as text that any file can hold, whatever bytes the file system allowed in it."""
+    """File name as valid text; bytes that are not UTF-8 are replaced."""
     text = name.as_posix() if isinstance(name, Path) else name
     return os.fsencode(text).decode(errors="replace")
 
 
 def name_outputs(names: list[Path], out: Path) -> list[Path]:
-    """A file under `out` for each name; names that are equal but for case get -2, -3 and so on."""
-    taken: set[str] = set()
+    """Output file for each name. Names that differ only in case get -2, -3 and so on."""
+    used: set[str] = set()
     targets = []
     for name in names:
         suffix = name.suffix if name.suffix.lower() in WRITABLE else name.suffix + ".jpg"
         candidate, count = name.with_suffix(suffix), 1
-        while candidate.as_posix().lower() in taken:
+        while candidate.as_posix().lower() in used:
             count += 1
             candidate = name.with_name(f"{name.stem}-{count}{suffix}")
-        taken.add(candidate.as_posix().lower())
+        used.add(candidate.as_posix().lower())
         targets.append(out / candidate)
     return targets

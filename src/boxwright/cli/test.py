@@ -1,4 +1,4 @@
-"""`boxwright test`: measure a model on a data set."""
+"""`boxwright test`: evaluate a model on a data set."""
 
 from __future__ import annotations
 
@@ -18,59 +18,64 @@ if TYPE_CHECKING:
 
 
 def measure(
-    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a model of the zoo.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of a data set, in any format that Boxwright reads.")] = None,
-    split: Annotated[str, typer.Option(help="Which split of it: train, val or test.")] = "val",
-    annotations: Annotated[
-        Path | None, typer.Option(help="Annotations of one split, such as a COCO file, instead of --data.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="Folder of a run, weights file, URL, hf:OWNER/NAME, or name of a zoo model.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Folder of a data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of --data: train, val or test.")] = "val",
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file of one split, instead of --data.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder of --annotations.")] = None,
     proposals: Annotated[
-        Path | None, typer.Option(help="Proposals file, for a model without an RPN; boxwright propose writes it.")
+        Path | None, typer.Option(help="Proposals file, for a model without an RPN (see boxwright propose).")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Folder for results.json and report.html.",
-            show_default="RUN/evaluation/SPLIT, or another name there if that holds another evaluation",
+            show_default="RUN/evaluation/SPLIT, or another name there if it holds another evaluation",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for each process.")] = 4,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images, for each process.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size per process.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Number of data loading workers per process.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
     precision: PrecisionOption = None,
     max_detections: Annotated[
         int | None,
         typer.Option(
             min=11,
-            help="Detections that count for each image and class; COCO's own numbers are for 100.",
-            show_default="100, or what the model gives an image if that is more",
+            help="Maximum number of detections per image and class that are evaluated.",
+            show_default="100 as in COCO, or the limit of the model if higher",
         ),
     ] = None,
     metric: Annotated[
         Literal["coco", "voc07", "voc12"],
         typer.Option(
-            help="COCO's AP, or Pascal VOC's at IoU 0.5: of eleven points (voc07) or the area under the curve (voc12)."
+            help="COCO AP, or Pascal VOC AP at IoU 0.5 with eleven points (voc07) or the area under the curve (voc12)."
         ),
     ] = "coco",
     trust: Annotated[
-        list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Module outside Boxwright that parts of the model come from; repeatable. Its code is run."),
     ] = None,
     tta: Annotated[
         bool,
-        typer.Option("--tta", help="Test-time augmentation: look at each image several times, merge what is found."),
+        typer.Option(
+            "--tta",
+            help="Test-time augmentation: predict each image at several sizes and mirrored, and merge the detections.",
+        ),
     ] = False,
     tta_short: Annotated[
         str | None,
-        typer.Option(help="With --tta, the short sides to look at, as 640,800,960; the model's own if left out."),
+        typer.Option(
+            help="With --tta, short sides of the image, such as 640,800,960.", show_default="the training size"
+        ),
     ] = None,
-    tta_flip: Annotated[bool, typer.Option(help="With --tta, whether to look at mirrored images too.")] = True,
+    tta_flip: Annotated[bool, typer.Option(help="With --tta, also predict mirrored images.")] = True,
 ) -> None:
-    """Measure a model: AP of boxes and masks (or AR of proposals), results.json and report.html.
+    """Evaluate a model on a data set: AP of boxes and masks, or AR of proposals.
 
-    Each evaluation of a run has its own folder in RUN/evaluation.
-
-    Start it by torchrun to share the images out over several devices.
+    Writes results.json and report.html into a folder per evaluation, in RUN/evaluation. With torchrun, several devices
+    share the images.
     """
     from boxwright.cli.console import ImageProgress, print_numbers
     from boxwright.data.formats import Split, find_layout
@@ -92,18 +97,20 @@ def measure(
     from boxwright.zoo import load_zoo
 
     if out is None and (is_url(model) or is_hub_uri(model) or (not Path(model).exists() and model in load_zoo())):
-        raise ValueError("a model from elsewhere has no folder for what is measured: give --out")
+        raise ValueError(
+            f"{model} is not in a run's folder, so there is no default folder for the results: use --out FOLDER"
+        )
     if annotations is not None and images is not None and data is None:
         chosen_split = Split(annotations, images)
     elif data is not None and annotations is None and images is None:
         layout = find_layout(data)
         if split not in layout:
-            raise ValueError(f"{data} has no split {split!r}, only {', '.join(layout)}: name one with --split")
+            raise ValueError(f"{data} has no split {split!r}; it has {', '.join(layout)}. Choose one with --split.")
         chosen_split = layout[split]
     else:
-        raise ValueError("give either --data FOLDER, or --annotations FILE and --images FOLDER")
+        raise ValueError("no data set: use either --data FOLDER, or --annotations FILE and --images FOLDER")
     if not tta and (tta_short is not None or not tta_flip):
-        raise ValueError("--tta-short and --no-tta-flip say how to augment in testing: give --tta as well")
+        raise ValueError("--tta-short and --no-tta-flip need --tta")
     shorts = _short_sides(tta_short)
     weights = weights_file(model)
     run = weights.parent
@@ -112,13 +119,13 @@ def measure(
         require_proposals(predictor.detector, proposals is not None)
         dataset = IndexedDataset(*chosen_split)
         limit = predictor.experiment.given_proposals
-        given = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
+        proposal_file = open_proposals(proposals, dataset.image_ids, split=split, limit=limit) if proposals else None
         detector = predictor.detector
         is_proposals = detector.class_agnostic
         unfit = "--tta" if tta else f"--metric {metric}" if metric != "coco" else None
         if is_proposals and unfit is not None:
-            raise ValueError(f"{unfit}: {model} only proposes boxes, which are measured by their recall: leave it out")
-        if not is_proposals:  # before the work rather than after it
+            raise ValueError(f"{unfit}: {model} is an RPN, whose proposals are evaluated by recall. Leave out {unfit}.")
+        if not is_proposals:  # Before the evaluation, not after it.
             match_categories(predictor.categories, dataset.categories)
         resize = predictor.experiment.resize
         views = [View(resize)]
@@ -131,7 +138,7 @@ def measure(
                 batch_size=batch_size,
                 resize=view.resize,
                 flipped=view.flipped,
-                proposals=given,
+                proposals=proposal_file,
                 num_workers=workers,
                 rank=rank(),
                 world_size=world_size(),
@@ -196,15 +203,17 @@ def measure(
 
 
 def _short_sides(text: str | None) -> list[int]:
-    """The numbers of `--tta-short`."""
+    """Parse `--tta-short`."""
     sides = [] if text is None else [side.strip() for side in text.split(",")]
     if not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"--tta-short {text}: give short sides in pixels with commas between, such as 640,800,960")
+        raise ValueError(
+            f"--tta-short: expected short sides in pixels separated by commas, such as 640,800,960, got {text!r}"
+        )
     return [int(side) for side in sides]
 
 
 def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
-    """The numbers, and a row a class."""
+    """Print the metrics, with one row per class."""
     from boxwright.cli.console import print_numbers
     from boxwright.evaluation.coco import CLASS_COLUMNS
 

@@ -1,4 +1,4 @@
-"""`boxwright weights`: files of other code bases into ours, ours into theirs; what a file is; how two differ."""
+"""`boxwright weights`: convert, export, inspect and compare weights files."""
 
 from __future__ import annotations
 
@@ -13,66 +13,79 @@ if TYPE_CHECKING:
     from boxwright.importers.convert import Imported
 
 app = typer.Typer(
-    help="Convert weights of other code bases and back, look into weights files, compare them.", no_args_is_help=True
+    help="Convert weights from and to other libraries, inspect and compare weights files.", no_args_is_help=True
 )
 
-File = Annotated[Path, typer.Argument(help="A weights file: .pth, .pkl or .safetensors.")]
-Source = Annotated[str | None, typer.Option(help="Where it comes from, if the file does not tell.")]
+File = Annotated[Path, typer.Argument(help="Weights file: .pth, .pkl or .safetensors.")]
+Source = Annotated[
+    str | None, typer.Option(help="Library that wrote the file.", show_default="recognised from the file")
+]
 Categories = Annotated[
-    Path | None, typer.Option(help="The classes, if the file does not name them: a name a line, or a COCO JSON file.")
+    Path | None,
+    typer.Option(
+        help="Class names, if the file does not contain them: a text file with one name per line, or a COCO JSON file."
+    ),
 ]
 NormEps = Annotated[
-    float | None, typer.Option(help="What the norms of the backbone add to the variance, if not the source's usual.")
+    float | None, typer.Option(help="Epsilon of the backbone's norm layers.", show_default="usual value of the library")
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A number that the file does not hold; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Setting that the file does not contain, such as model.box.score_threshold=0.01; repeatable.",
+    ),
 ]
 Trust = Annotated[
-    list[str] | None, typer.Option(help="A module of yours that the model's parts come from; may be repeated.")
+    list[str] | None,
+    typer.Option(help="Module outside Boxwright that parts of the model come from; repeatable. Its code is run."),
 ]
 
 
 @app.command()
 def convert(
     file: File,
-    out: Annotated[Path, typer.Option(help="Where our weights file goes.")],
+    out: Annotated[Path, typer.Option(help="Weights file to write.")],
     source: Source = None,
     categories: Categories = None,
     norm_eps: NormEps = None,
-    sha256: Annotated[str | None, typer.Option(help="What the file must hash to.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected SHA-256 hash of the file.")] = None,
     changes: Changes = None,
 ) -> None:
-    """Convert weights of another code base into a file that predict, test and --init take.
+    """Convert weights of another library to a Boxwright weights file.
 
-    Nothing in the file is run. Where it does not say something, its source's published models do; `weights inspect`
-    shows what is so assumed, and --set changes it.
+    No code in the file is executed. Settings that the file does not contain are taken from the published models of the
+    library; `weights inspect` prints them, and --set changes them.
     """
     imported = _imported(file, source, categories, norm_eps, sha256, changes, require_names=True)
     imported.save(out)
     for line in _about(imported):
         typer.echo(line)
-    typer.echo(f"written to {out}")
+    typer.echo(f"written: {out}")
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run's folder, a weights file, its URL, or a name of the zoo.")],
-    out: Annotated[Path, typer.Option(help="Where the state dict goes, a .pth file.")],
-    to: Annotated[str, typer.Option(help="Whose model it is to be: torchvision.")] = "torchvision",
+    model: Annotated[
+        str, typer.Argument(help="Folder of a run, weights file, URL, hf:OWNER/NAME, or name of a zoo model.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write the state dict to (.pth).")],
+    to: Annotated[str, typer.Option(help="Library to export to: torchvision.")] = "torchvision",
     trust: Trust = None,
 ) -> None:
-    """Write weights as torchvision's detectors load them, and print the Python that builds the detector.
+    """Write a state dict for torchvision's detectors, and print the Python code that builds the detector.
 
-    It then detects what the model detects here. A model that torchvision's code cannot be is an error that says why.
+    The exported detector gives the same detections. A model that torchvision cannot represent is refused with the
+    reason.
     """
     from boxwright.importers.torchvision_export import export as export_model
     from boxwright.predictor import load
 
     if to != "torchvision":
-        raise ValueError(f"models cannot be exported to {to!r}: give --to torchvision")
+        raise ValueError(f"--to: expected torchvision, got {to!r}")
     if out.suffix not in (".pth", ".pt"):
-        raise ValueError(f"{out}: torchvision's weights are torch's own files: give a name that ends in .pth")
+        raise ValueError(f"--out: expected a file that ends in .pth, got {out}")
     predictor = load(model, trusted_modules=trust or ())
     try:
         exported = export_model(predictor.detector, predictor.experiment, predictor.categories)
@@ -90,21 +103,21 @@ def inspect(
     changes: Changes = None,
     trust: Trust = None,
 ) -> None:
-    """Print what a weights file is, what would be assumed of it, and what is in it."""
+    """Print the source, the settings and the tensors of a weights file."""
     from boxwright.importers.describe import model_line, numbers_of, summary_of
     from boxwright.predictor import load
     from boxwright.weights.ours import is_ours, load_weights
 
     if is_ours(file):
-        tensors, page = load_weights(file)
-        typer.echo(f"{file}: Boxwright's own")
-        if "experiment" in page:
+        tensors, metadata = load_weights(file)
+        typer.echo(f"{file}: Boxwright weights file")
+        if "experiment" in metadata:
             predictor = load(file, trusted_modules=trust or ())
             typer.echo(model_line(predictor.experiment, len(predictor.categories)))
             typer.echo("\n".join(f"  {line}" for line in numbers_of(predictor.experiment)))
         for name in ("source", "versions", "step"):
-            if name in page:
-                typer.echo(f"{name}: {page[name]}")
+            if name in metadata:
+                typer.echo(f"{name}: {metadata[name]}")
     else:
         imported = _imported(file, source, categories, norm_eps, None, changes, require_names=False)
         tensors = imported.tensors
@@ -116,18 +129,19 @@ def inspect(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A weights file, of any kind.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="First weights file, of any library.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Second weights file.")],
 ) -> None:
-    """List the tensors in which two weights files differ, under our names; exit status 1 if any does."""
+    """List the tensors that differ between two weights files, by Boxwright's names. Exit status 1 if any differ."""
     from boxwright.importers.describe import differences
+    from boxwright.text import plural
 
     first, second = _tensors(a), _tensors(b)
     lines = list(differences(first, second))
     for line in lines:
         typer.echo(line)
     num_equal = sum(name in second for name in first) - sum(line.startswith(("shape", "value")) for line in lines)
-    typer.echo(f"{num_equal} tensors are equal, {len(lines)} are not")
+    typer.echo(f"{plural(num_equal, 'tensor')} equal, {len(lines):,} different")
     if lines:
         raise typer.Exit(1)
 
@@ -148,7 +162,7 @@ def _imported(
     from boxwright.weights.ours import is_ours
 
     if is_ours(file):
-        raise ValueError(f"{file} is one of Boxwright's already")
+        raise ValueError(f"{file} is already a Boxwright weights file")
     return importer.convert(
         read_foreign(file, sha256=sha256),
         source=source,
@@ -161,18 +175,19 @@ def _imported(
 
 def _about(imported: Imported) -> list[str]:
     from boxwright.importers.describe import model_line, numbers_of
+    from boxwright.text import plural
 
     lines = [f"{imported.file.path}: {imported.source.title}, sha256 {imported.file.sha256}"]
     if imported.experiment is None:
-        lines.append("a backbone alone, to start training from with --init")
+        lines.append("backbone only: use it with boxwright train --init")
     else:
         names = [category.name for category in imported.categories]
         lines.append(f"{model_line(imported.experiment, len(names))}: {', '.join(names)}")
-        lines.append("assumed, where the file does not say:")
+        lines.append("settings that the file does not contain:")
         lines += [f"  {line}" for line in numbers_of(imported.experiment)]
-    lines.append(f"  norms of the backbone add {imported.settings.norm_eps:g} to the variance (--norm-eps)")
+    lines.append(f"  epsilon of the backbone's norm layers: {imported.settings.norm_eps:g} (--norm-eps)")
     if imported.unused:
-        lines.append(f"{len(imported.unused)} tensors without use here: {', '.join(imported.unused)}")
+        lines.append(f"{plural(len(imported.unused), 'unused tensor')}: {', '.join(imported.unused)}")
     return lines
 
 
