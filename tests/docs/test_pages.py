@@ -6,6 +6,7 @@ The blocks of a page run in order, in a folder of their own, and share one Pytho
 - `images/` and `street.jpg`, images of its validation split,
 - `runs/mine` and `runs/mine_masks`, a Faster R-CNN and a Mask R-CNN trained on it for one epoch.
 
+A Python block whose first line is `# NAME.py` is written to that file instead, and later blocks import it or run it.
 `boxwright train` is shortened: tiny images, few steps. A block that needs a GPU, the network or COCO is preceded by
 `<!-- skip: next "reason" -->`.
 """
@@ -26,7 +27,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from sybil import Document, Example
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
 from typer.testing import CliRunner
 
 from boxwright.cli.main import app
@@ -71,7 +73,22 @@ def run_boxwright(words: list[str]) -> None:
     assert result.exit_code == 0, f"boxwright {shlex.join(words)}\n{result.output}"
 
 
-PARSERS = (PythonCodeBlockParser(), CodeBlockParser(language="bash", evaluator=run_commands), SkipParser())
+class FileOrPython(PythonEvaluator):
+    """Write a Python block whose first line is `# NAME.py` to that file, and execute any other block."""
+
+    def __call__(self, example: Example) -> None:
+        name = re.match(r"# (\w+\.py)\n", example.parsed)
+        if name is None:
+            super().__call__(example)
+        else:
+            Path(name[1]).write_text(example.parsed, "utf-8")
+
+
+PARSERS = (
+    CodeBlockParser(language="python", evaluator=FileOrPython()),
+    CodeBlockParser(language="bash", evaluator=run_commands),
+    SkipParser(),
+)
 
 
 def run_page(page: Path) -> None:
