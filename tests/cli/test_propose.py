@@ -63,7 +63,7 @@ def command(folder: Path) -> list[str | Path]:
 def test_both_splits_are_written_and_measured(folder: Path) -> None:
     output = (folder / "output").read_text()
     assert len(re.findall(r"^AR@100 ", output, re.MULTILINE)) == 2
-    assert re.search(r"proposals: [\d,]+ proposals of 13 images \(train, val\)", output)
+    assert re.search(r"proposals: [\d,]+ proposals for 13 images \(train, val\)", output)
     layout = find_layout(folder / "data")
     for name in ("train", "val"):
         dataset = IndexedDataset(*layout[name])
@@ -108,7 +108,7 @@ def test_a_fast_rcnn_is_trained_and_tested_on_them(folder: Path) -> None:
     assert (folder / "fast_tested" / "report.html").is_file()
     status, output = run("predict", out, folder / "data" / "val", "--trust", "cli", "--out", folder / "fast_found")
     assert status == 1
-    assert "needs boxes to look at" in output
+    assert "has no RPN and needs proposals" in output
     assert not (folder / "fast_found").exists()
 
 
@@ -146,7 +146,7 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
     only_val = tmp_path / "val"
     assert run(*command(folder), "--split", "val", "--out", only_val)[0] == 0
     cases: list[tuple[list[str | Path], str]] = [
-        (["propose", other, *data, "--out", tmp_path / "x"], "is no RPN"),
+        (["propose", other, *data, "--out", tmp_path / "x"], "is not an RPN"),
         ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test', only train, val"),
         (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
         (["test", other, *data, "--proposals", proposals], "this model has its own RPN"),
@@ -154,7 +154,7 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
         (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "none: No such file"),
         ([*command(folder), "--out", folder], "is a folder. Use the path of a file"),
         ([*command(folder), "--out", proposals / "x"], "x cannot be written: "),
-        (["test", folder / "rpn", *data, "--tta"], "--tta: .*rpn only proposes boxes"),
+        (["test", folder / "rpn", *data, "--tta"], "--tta: .*rpn is an RPN"),
         (["test", tmp_path / "none", *data], "none does not exist"),
     ]
     for words, message in cases:

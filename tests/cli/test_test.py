@@ -73,7 +73,7 @@ def test_proposals_have_no_voc_numbers(few_cells: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", CELLS, proposals=True)
     result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--metric", "voc07"])
     assert result.exit_code == 1
-    assert "only proposes boxes, which are measured by their recall" in result.stderr
+    assert "is an RPN, whose proposals are evaluated by recall" in result.stderr
 
 
 def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "need --tta" in result.stderr
     result = CliRunner().invoke(app, [*arguments, "--tta", "--tta-short", "96,high"])
-    assert "--tta-short 96,high: give short sides in pixels" in result.stderr
+    assert "--tta-short: expected short sides in pixels" in result.stderr
     proposals = small_run(tmp_path / "rpn", CELLS, proposals=True)
     result = CliRunner().invoke(app, ["test", str(proposals), "--data", str(few_cells), "--device", "cpu", "--tta"])
     assert "--tta: " in result.stderr

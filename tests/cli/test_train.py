@@ -37,7 +37,7 @@ def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pyte
     status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0")
     assert status == 0, output
     assert f"train: {shapes / 'annotations' / 'instances_train.json'}, images in {shapes / 'train'}" in output
-    assert re.search(r"\d+ objects on \d+ images to learn from \(0 without any\), \d+ to evaluate on", output)
+    assert re.search(r"train: \d+ images \(0 empty\), \d+ objects \| val: \d+ images", output)
     tensors, metadata = load_weights(out / "weights.safetensors")
     assert "body.weight" in tensors
     assert [category["id"] for category in metadata["categories"]] == [1, 2, 3]
@@ -67,9 +67,9 @@ def test_several_folders_are_learnt_from_together(shapes: Path, tmp_path: Path) 
     arguments = ["--data", shapes, "--data", other, "--out", out, "--set", "epochs=1", "--workers", "0"]
     status, output = run(TINY, *arguments)
     assert status == 0, output
-    assert output.count("train: ") == 2
-    assert output.count("val: ") == 1
-    assert re.search(r"objects on 20 images to learn from .*, 5 to evaluate on", output)
+    assert output.count("train: ") == 3
+    assert output.count("val: ") == 2
+    assert re.search(r"train: 20 images .* \| val: 5 images", output)
     assert json.loads((out / "experiment.json").read_text())["steps_per_epoch"] == 5
 
 
@@ -88,7 +88,7 @@ def test_learns_from_voc_files(tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", {name: [("ant", (1, 1, 30, 30), 0)] for name in "abcd"})
     status, output = run(TINY, "--data", tmp_path / "voc", "--out", tmp_path / "run", "--workers", "0")
     assert status == 0, output
-    assert "4 objects on 4 images to learn from" in output
+    assert "train: 4 images (0 empty), 4 objects" in output
 
 
 def test_show_prints_the_experiment() -> None:

@@ -137,4 +137,4 @@ def test_diff_compares_under_our_names(checkpoint: Path, tmp_path: Path) -> None
     assert "only in B: box_head.fc2.bias [1024]" in printed
     assert "shape: rpn.objectness.bias is [15] in A and [3] in B" in printed
     assert "value: rpn.deltas.bias differs by up to 0.5" in printed
-    assert "292 tensors are equal, 3 are not" in printed
+    assert "292 tensors equal, 3 different" in printed

@@ -34,7 +34,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         """Check the ranges of the settings."""
         if self.scales is None and self.scale_mode != "list":
-            raise ValueError(f"scale_mode={self.scale_mode}: give the ends of the range, scales=(640,1333),(800,1333)")
+            raise ValueError(
+                f"scale_mode: {self.scale_mode!r} needs the two ends of the range, such as scales=(640,1333),(800,1333)"
+            )
         self.plan()
         self.geometric()
 

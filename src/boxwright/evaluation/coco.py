@@ -115,7 +115,7 @@ def coco_metrics(
     for limit in max_detections:
         check_count("max_detections", limit)
     if len(max_detections) != 3 or list(max_detections) != sorted(max_detections):
-        raise ValueError(f"max_detections={max_detections}: expected three ascending limits, such as (1, 10, 100)")
+        raise ValueError(f"max_detections: expected three ascending limits, such as (1, 10, 100), got {max_detections}")
     metrics = _measure(truth, results, max_detections, with_masks=False)
     if results.masks is None:
         return metrics

@@ -92,11 +92,11 @@ class RetinaConfig:
         check_numbers(self, "anchor_scale", "ratios", least=0, above=True)
         check_numbers(self, "focal_gamma", "smooth_l1_beta", least=0)
         if not 0 < self.prior < 1:
-            raise ValueError(f"prior={self.prior!r}: expected a number above 0 and below 1, such as 0.01")
+            raise ValueError(f"prior: expected a number above 0 and below 1, such as 0.01, got {self.prior!r}")
         check_choice("norm", self.norm, (None, "gn"))
         # Anchor sizes a hundredth of an octave apart have nearly the same IoU with any object.
         if not 1 <= self.scales_per_octave <= 100:
-            raise ValueError(f"scales_per_octave={self.scales_per_octave}: expected 1 to 100, such as 3")
+            raise ValueError(f"scales_per_octave: expected 1 to 100, such as 3, got {self.scales_per_octave}")
         check_box_loss(self.box_loss)
         check_numbers(self, "class_loss_weight", "box_loss_weight", least=0)
 
