@@ -169,7 +169,7 @@ def test_numpy_numbers_pass_and_truth_values_do_not() -> None:
     check_count("count", np.int64(3))
     check_number("share", np.float32(0.5), 0, 1)
     for check in (check_count, check_number):
-        with pytest.raises(ValueError, match="name: expected .*, got True"):
+        with pytest.raises(ValueError, match=r"name: expected .*, got True"):
             check("name", True)
 
 

@@ -147,7 +147,7 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
     assert run(*command(folder), "--split", "val", "--out", only_val)[0] == 0
     cases: list[tuple[list[str | Path], str]] = [
         (["propose", other, *data, "--out", tmp_path / "x"], "is not an RPN"),
-        ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test', only train, val"),
+        ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test'; it has train, val"),
         (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
         (["test", other, *data, "--proposals", proposals], "this model has its own RPN"),
         (["train", FAST, *data, "--out", tmp_path / "x"], "Write them with boxwright propose"),
