@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 COMMANDS = (
     [],
+    ["--version"],
     ["benchmark"],
     ["data"],
     ["data", "check"],
@@ -36,7 +37,7 @@ COMMANDS = (
     ["zoo", "page"],
     ["zoo", "publish"],
 )
-"""Those that stand in a sentence by their names alone."""
+"""Commands that are named without arguments in a sentence, and options that exit at once."""
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -59,7 +60,7 @@ def anchors(page: Path) -> set[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """The arguments of each `boxwright ...` in fenced blocks and in inline code."""
-    lines = [line for language, text in blocks(page) if language != "python" for line in _joined(text)]
+    lines = [line for language, text in blocks(page) if language not in ("python", "text") for line in _joined(text)]
     lines += re.findall(r"`(boxwright [a-z][^`]*)`", prose(page).replace("\n", " "))
     found = []
     for line in lines:

@@ -1,6 +1,6 @@
 """Imported models train with the settings of the code base that they come from.
 
-The expected values are copied from the files that docs/training_of_imported_weights.md names. Values for torchvision
+The expected values are copied from the files that docs/guides/import_training_settings.md names. Values for torchvision
 are read and computed from torchvision itself.
 """
 
