@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folders() -> list[Path]:
-    """Where things may be kept, the wanted place first: `BOXWRIGHT_CACHE`, else the user's cache folder.
+    """Folders for cached files, preferred first: `BOXWRIGHT_CACHE`, otherwise the user's cache folder.
 
     The temporary folder comes last, for what is only worth keeping until the machine restarts.
     """

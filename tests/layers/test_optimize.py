@@ -171,3 +171,29 @@ def test_convolutions_of_other_kinds_answer_as_they_did(
     optimize_for_cpu(holder)
     torch.testing.assert_close(holder(x), convolution(x))
     torch.testing.assert_close(conv_norm(holder[0], None, x, relu=True), convolution(x).relu())
+
+
+class _RaisingNorm:
+    """Replacement of a batch norm's `forward` that must not be called."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise AssertionError("the norm was called")
+
+
+@torch.no_grad()
+def test_repr_names_exactly_the_norms_that_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8, 8)
+    folded = ConvNorm(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    expected = {module: module(x) for module in (folded, plain)}
+    for module in (folded, plain):
+        optimize_for_cpu(module)
+    assert "folds 1" in repr(folded)
+    assert "packed" in repr(plain)
+    assert "folds" not in repr(plain)
+    torch.testing.assert_close(plain(x), expected[plain])
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", _RaisingNorm())
+    torch.testing.assert_close(folded(x), expected[folded])
+    with pytest.raises(AssertionError, match="the norm was called"):
+        plain(x)

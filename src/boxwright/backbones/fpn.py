@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from boxwright.backbones.backbone import Backbone
 from boxwright.backbones.resnet import ResNet, Style
-from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.conv_norm import ConvNorm, conv_norm
 from boxwright.layers.norm import Norm, make_norm
 
 Extra = Literal["pool", "c5", "p5"]
@@ -87,7 +87,7 @@ def _convolution(inputs: int, outputs: int, size: int, norm: Norm | None, stride
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
         return convolution
-    return nn.Sequential(convolution, make_norm(norm, outputs))
+    return ConvNorm(convolution, make_norm(norm, outputs))
 
 
 def resnet_fpn(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.conv_norm import ConvNorm, conv_norm
 from boxwright.layers.norm import Norm, make_norm
 
 Style = Literal["pytorch", "caffe"]
@@ -125,10 +125,10 @@ class Bottleneck(nn.Module):
         return conv_norm(self.conv3, self.bn3, x, shortcut, relu=True)
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> nn.Sequential | None:
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, train_affine: bool) -> ConvNorm | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(
+    return ConvNorm(
         nn.Conv2d(inputs, outputs, 1, stride, bias=False), make_norm(norm, outputs, train_affine=train_affine)
     )
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from boxwright.layers.conv_norm import ConvNorm
 from boxwright.layers.norm import make_norm
 
 GridNorm = Literal["gn", "frozen_bn"]
@@ -24,7 +25,7 @@ def grid_convs(inputs: int, width: int, num_convs: int, norm: GridNorm | None) -
     layers = nn.ModuleList()
     for index in range(num_convs):
         conv = nn.Conv2d(width if index else inputs, width, 3, padding=1, bias=norm is None)
-        layers.append(conv if norm is None else nn.Sequential(conv, make_norm(norm, width)))
+        layers.append(conv if norm is None else ConvNorm(conv, make_norm(norm, width)))
     return layers
 
 

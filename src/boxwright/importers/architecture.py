@@ -1,4 +1,4 @@
-"""Which model some tensors are: found from their names and shapes alone, under our names."""
+"""Determine the model from the names and shapes of its tensors, after renaming to Boxwright's names."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Tensors = Mapping[str, Tensor]
 
 
 def is_backbone(tensors: Tensors) -> bool:
-    """Whether there is nothing beyond a backbone's body."""
+    """Whether the tensors belong to the body of a backbone only."""
     return all(name.startswith("backbone.body.") for name in tensors)
 
 
 def model_of(tensors: Tensors, settings: Settings) -> Any:
-    """The call that makes the detector.
+    """Return the factory of the detector.
 
     Args:
-        tensors: Under our names.
-        settings: What the tensors do not say.
+        tensors: Tensors by Boxwright's names.
+        settings: Settings that the tensors do not determine.
 
     Raises:
-        ValueError: There is no such model here.
+        ValueError: Boxwright has no such model.
     """
     parts = {name.partition(".")[0] for name in tensors}
     common: dict[str, Any] = {
@@ -59,16 +59,16 @@ def model_of(tensors: Tensors, settings: Settings) -> Any:
         return partial(fast_mask_rcnn if masks else fast_rcnn, **common)
     if "rpn" in parts:
         return partial(proposal_network, **common, rpn=_rpn(tensors, settings))
-    raise ValueError(f"the tensors make no detector that is known here: there are {', '.join(sorted(parts))}")
+    raise ValueError(f"unknown detector with the parts {', '.join(sorted(parts))}")
 
 
 def num_classes_of(tensors: Tensors) -> int | None:
-    """Classes without background, by the last layers' shapes; None of an RPN, which takes all of them for one."""
+    """Number of classes without background, from the shape of the last layer; None for an RPN."""
     for name in ("box_head.class_logits.bias", "box_heads.0.class_logits.bias"):
         if name in tensors:
             return tensors[name].shape[0] - 1
     if "head.class_logits.bias" in tensors:
-        # Four deltas and as many logits as classes for each anchor.
+        # Each anchor has four deltas and one logit per class.
         return 4 * tensors["head.class_logits.bias"].shape[0] // _size(tensors, "head.box_deltas.bias", 0)
     return None
 
@@ -80,14 +80,14 @@ def _backbone(tensors: Tensors, settings: Settings) -> Any:
     depths = {d: b for d, b in BLOCKS_PER_STAGE.items() if b == blocks and (d >= 50) == bottleneck}
     if not depths:
         raise ValueError(
-            f"the backbone has {blocks} {'bottlenecks' if bottleneck else 'basic blocks'} in its stages, which no "
-            f"ResNet here has: there are depths {', '.join(map(str, BLOCKS_PER_STAGE))}"
+            f"the backbone has {blocks} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; supported are "
+            f"ResNets of depth {', '.join(map(str, BLOCKS_PER_STAGE))}"
         )
     fpn_norm = _norm(tensors, "backbone.lateral.0")
     lateral = "backbone.lateral.{}.weight" if fpn_norm is None else "backbone.lateral.{}.0.weight"
     num_laterals = _count(tensors, lateral)
     if not num_laterals:
-        raise ValueError("the detector has no feature pyramid: only detectors on one can be built here")
+        raise ValueError("the detector has no feature pyramid; only detectors with a feature pyramid are supported")
     extra, channels = "pool", _size(tensors, lateral.format(0), 0)
     for name in ("backbone.extra_output.0.weight", "backbone.extra_output.0.0.weight"):
         if name in tensors:
@@ -110,7 +110,7 @@ def _backbone(tensors: Tensors, settings: Settings) -> Any:
 
 
 def _body_norm(body: Tensors, fpn_norm: str | None) -> Norm:
-    """GroupNorm has no statistics. Those of BatchNorm go on being learnt if the pyramid's are, which is normalised."""
+    """Norm of the body: GroupNorm without statistics; BatchNorm is trainable if the pyramid also has BatchNorm."""
     if not any(name.endswith("running_var") for name in body):
         return "gn"
     return "bn" if fpn_norm == "bn" else "frozen_bn"
@@ -128,7 +128,7 @@ def _box(tensors: Tensors, settings: Settings, prefix: str) -> Any:
         num_convs=num_convs,
         conv_width=conv_width or settings.box.conv_width,
         norm=norm,
-        # A head without convolutions has two layers in every code base: one of them alone is a file that lacks some.
+        # A head without convolutions has two layers in every library. With only one, the file is incomplete.
         num_fcs=num_fcs if num_convs else max(2, num_fcs),
         width=_size(tensors, f"{prefix}.fc1.bias", 0),
         class_agnostic=_size(tensors, f"{prefix}.box_deltas.bias", 0) == 4,
@@ -143,9 +143,9 @@ def _mask(tensors: Tensors, settings: Settings) -> Any:
 
 
 def _grid_convs(tensors: Tensors, prefix: str) -> tuple[int, int, GridNorm | None]:
-    """How many convolutions a head has on RoIAlign's grid, their channels (0 where there are none) and their norm."""
-    found = _norm(tensors, f"{prefix}.0")
-    norm: GridNorm | None = "frozen_bn" if found == "bn" else found
+    """Number of convolutions of a head on the RoI grid, their channels (0 without convolutions) and their norm."""
+    norm_type = _norm(tensors, f"{prefix}.0")
+    norm: GridNorm | None = "frozen_bn" if norm_type == "bn" else norm_type
     name = f"{prefix}.{{}}.weight" if norm is None else f"{prefix}.{{}}.0.weight"
     count = _count(tensors, name)
     return count, _size(tensors, name.format(0), 0) if count else 0, norm
@@ -158,14 +158,14 @@ def _retina(tensors: Tensors, settings: Settings) -> Any:
 
 
 def _norm(tensors: Tensors, layer: str) -> Literal["bn", "gn"] | None:
-    """The norm behind a convolution: BatchNorm where it has statistics, GroupNorm where not; None if there is none."""
+    """Norm after a convolution: BatchNorm if it has statistics, otherwise GroupNorm; None without a norm."""
     if f"{layer}.1.weight" not in tensors:
         return None
     return "bn" if f"{layer}.1.running_var" in tensors else "gn"
 
 
 def _count(tensors: Tensors, template: str, first: int = 0) -> int:
-    """How many of the names numbered from the first on there are."""
+    """Number of consecutive names of a template, counted from `first`."""
     count = 0
     while template.format(first + count) in tensors:
         count += 1
@@ -174,5 +174,5 @@ def _count(tensors: Tensors, template: str, first: int = 0) -> int:
 
 def _size(tensors: Tensors, name: str, axis: int) -> int:
     if name not in tensors:
-        raise ValueError(f"the file has no tensor for {name}, without which the model cannot be told")
+        raise ValueError(f"tensor missing: {name}, which is needed to determine the model")
     return tensors[name].shape[axis]

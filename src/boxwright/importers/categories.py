@@ -1,4 +1,4 @@
-"""The classes of files that do not name them: COCO's, and those that a user names."""
+"""Classes of files that do not name them: the COCO classes, or class names from the user."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ _COCO = """\
 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush"""
 
 COCO = tuple(Category(int(id), name) for id, _, name in (row.strip().partition(" ") for row in _COCO.split(",")))
-"""COCO's 80 classes in the order of their ids, which leave gaps."""
+"""The 80 COCO classes by id. The ids have gaps."""
 
 
 def coco_by_count(file: ForeignFile, count: int) -> Sequence[Category] | None:
-    """COCO's classes for a model of 80 classes, else None, whatever the file."""
+    """The COCO classes for a model with 80 classes, otherwise None."""
     return COCO if count == len(COCO) else None
 
 
 def by_coco_id(first: int) -> tuple[Category, ...]:
-    """A class for every number up to COCO's last id, the gaps between COCO's classes included, as "N/A 12" and so on.
+    """One class per COCO id, gaps included: a class in a gap is named "N/A 12" and so on.
 
     Args:
-        first: 1, or 0 where a class that was never trained stands before COCO's first.
+        first: First id: 1, or 0 if the model has an untrained class before the first COCO class.
     """
     names = {category.id: category.name for category in COCO}
     return tuple(Category(id, names.get(id, f"{UNUSED}{id}")) for id in range(first, COCO[-1].id + 1))
 
 
 def named(names: Sequence[str]) -> tuple[Category, ...]:
-    """Classes of these names: with COCO's ids if they are COCO's, else numbered from 1."""
+    """Classes with these names: with the COCO ids for the COCO names, otherwise numbered from 1."""
     if list(names) == [category.name for category in COCO]:
         return COCO
     return tuple(Category(id, name) for id, name in enumerate(names, start=1))
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:
-    """Classes from a file: the `categories` of a COCO JSON file, or a name a line.
+    """Read classes from a COCO JSON file or from a text file with one name per line.
 
     Raises:
-        ValueError: It is neither.
-        OSError: It cannot be read.
+        ValueError: The file is neither.
+        OSError: The file cannot be read.
     """
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): write it as UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
     if not text.lstrip().startswith(("{", "[")):
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if not names:
-            raise ValueError(f"{path} names no class: give a name a line, or a COCO JSON file")
+            raise ValueError(f"{path}: no class names. Write one name per line, or use a COCO JSON file.")
         return named(names)
     try:
-        page = json.loads(text)
-        entries = page["categories"] if isinstance(page, dict) else page
+        data = json.loads(text)
+        entries = data["categories"] if isinstance(data, dict) else data
         return tuple(Category(int(entry["id"]), str(entry["name"])) for entry in sorted(entries, key=_id))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no list of categories with an id and a name each ({error!r})") from None
+        raise ValueError(f"{path}: expected a list of categories, each with an id and a name ({error!r})") from None
 
 
 def _id(entry: dict[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""Turns a weights file of another code base into one of ours, which `boxwright.load` opens."""
+"""Convert a weights file of another library to a Boxwright weights file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from boxwright.importers.architecture import is_backbone, model_of, num_classes_
 from boxwright.importers.categories import COCO
 from boxwright.importers.rules import NORM_EPS, listed, rename, with_batch_counts, with_norm_eps
 from boxwright.importers.source import Settings, Source
+from boxwright.text import plural
 from boxwright.training.experiment import Experiment, build, to_json
 from boxwright.training.run_folder import versions
 from boxwright.training.settings import with_settings
@@ -31,67 +32,67 @@ SOURCES = (
     detectron.DETECTRON,
     maskrcnn_benchmark.MASKRCNN_BENCHMARK,
 )
-"""The code bases whose files are read."""
+"""Libraries whose weights files can be imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """A file as ours."""
+    """A converted weights file."""
 
     source: Source
-    """The code base that it comes from."""
+    """Library that wrote the file."""
     file: ForeignFile
-    """What was read."""
+    """The file as read."""
     tensors: dict[str, Tensor]
-    """Under our names."""
+    """Tensors by Boxwright's names."""
     unused: list[str]
-    """The file's own names of tensors that have no use here."""
+    """Names, in the file, of tensors that Boxwright does not use."""
     settings: Settings
-    """What the file did not say and was taken from its source's published models."""
+    """Settings that the file does not contain, taken from the published models of the library."""
     experiment: Experiment | None
-    """The model; None of a backbone alone."""
+    """Experiment with the model; None for a backbone only."""
     categories: list[Category]
-    """The classes by label; none of a backbone alone."""
+    """Classes by label; empty for a backbone only."""
 
     def save(self, path: Path) -> None:
-        """Write our weights file: to be opened by `boxwright.load`, or of a backbone alone, to start from (--init)."""
-        page: dict[str, Any] = {
+        """Write a Boxwright weights file, for `boxwright.load` or, for a backbone only, for `--init`."""
+        metadata: dict[str, Any] = {
             "versions": versions(),
             "source": {"format": self.source.name, "file": self.file.path.name, "sha256": self.file.sha256},
         }
         if self.experiment is not None:
-            page["experiment"] = to_json(self.experiment)
-            page["categories"] = [{"id": category.id, "name": category.name} for category in self.categories]
-        save_weights(path, self.tensors, page)
+            metadata["experiment"] = to_json(self.experiment)
+            metadata["categories"] = [{"id": category.id, "name": category.name} for category in self.categories]
+        save_weights(path, self.tensors, metadata)
 
 
 def find_source(file: ForeignFile, name: str | None = None) -> Source:
-    """The code base that a file comes from.
+    """Find the library that wrote a file.
 
     Args:
-        file: As read.
-        name: Of the source, where the user names it.
+        file: The file as read.
+        name: Name of the source, if the user states it.
 
     Raises:
-        ValueError: There is no such source, none knows the file, or several do.
+        ValueError: The name is unknown, no source recognises the file, or several do.
     """
     if name is not None:
-        found = [source for source in SOURCES if source.name == name]
-        if not found:
-            raise ValueError(f"there is no source {name!r}: give one of {', '.join(s.name for s in SOURCES)}")
-        return found[0]
-    found = [source for source in SOURCES if source.recognises(file.tensors.keys(), file)]
-    if not found:
+        named = [source for source in SOURCES if source.name == name]
+        if not named:
+            raise ValueError(f"--source: expected one of {', '.join(s.name for s in SOURCES)}, got {name!r}")
+        return named[0]
+    candidates = [source for source in SOURCES if source.recognises(file.tensors.keys(), file)]
+    if not candidates:
         raise ValueError(
-            f"{file.path} is of no kind that is read here ({', '.join(source.name for source in SOURCES)}); its "
-            f"tensors are {listed(sorted(file.tensors))}"
+            f"{file.path}: unknown source; supported are {', '.join(source.name for source in SOURCES)}. Its tensors "
+            f"are {listed(sorted(file.tensors))}"
         )
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise ValueError(
-            f"{file.path} may be {' or '.join(source.title for source in found)}, whose numbers differ, and does not "
-            f"say which: give --source {' or --source '.join(source.name for source in found)}"
+            f"{file.path} may be {' or '.join(source.title for source in candidates)}, with different settings. Choose "
+            f"one with --source {' or --source '.join(source.name for source in candidates)}."
         )
-    return found[0]
+    return candidates[0]
 
 
 def convert(
@@ -103,19 +104,20 @@ def convert(
     changes: Sequence[str] = (),
     require_names: bool = True,
 ) -> Imported:
-    """Bring a file's tensors under our names, and find the model that they are.
+    """Rename the tensors of a file and determine its model.
 
     Args:
-        file: As read.
-        source: Where it comes from; None finds out.
-        categories: The classes by label; None takes the file's or the source's.
-        norm_eps: What the norms of the backbone add to the variance where they were trained; None takes the source's.
-        changes: `name=value` each, of the experiment, where the source's usual numbers are not the file's: see
+        file: The file as read.
+        source: Name of the library that wrote the file; None to recognise it.
+        categories: Classes by label; None for the classes of the file or of the library.
+        norm_eps: Epsilon of the backbone's norm layers in training; None for the usual value of the library.
+        changes: `name=value` settings of the experiment that differ from the library's usual ones, see
             `with_settings`.
-        require_names: Whether it is an error that nobody names the classes; otherwise they are numbered.
+        require_names: Whether unknown class names are an error; otherwise the classes are numbered.
 
     Raises:
-        ValueError: It cannot be converted whole: a tensor is unknown, missing or of another shape, or the classes are.
+        ValueError: The file cannot be converted completely: a tensor is unknown, missing or has another shape, or the
+            classes are unknown.
     """
     known = find_source(file, source)
     settings = known.settings(file)
@@ -126,7 +128,9 @@ def convert(
         experiment, classes = None, list[Category]()
         if is_backbone(tensors):
             if changes or categories is not None:
-                raise ValueError("it is a backbone alone, which has neither settings nor classes: leave them out")
+                raise ValueError(
+                    "a backbone has neither settings nor classes. Leave out --set and --categories."
+                )
         else:
             experiment = with_settings(Experiment(model=model_of(tensors, settings)), changes)
             classes = _categories(known, file, categories, num_classes_of(tensors), require_names)
@@ -134,7 +138,7 @@ def convert(
                 detector = build(experiment.model, num_classes=len(classes))
             _require_fit(tensors, detector.state_dict())
     except ValueError as error:
-        raise ValueError(f"{file.path}, taken for {known.title}: {error}") from None
+        raise ValueError(f"{file.path} ({known.title}): {error}") from None
     return Imported(
         source=known,
         file=file,
@@ -147,17 +151,17 @@ def convert(
 
 
 def our_tensors(file: ForeignFile) -> dict[str, Tensor]:
-    """A file's tensors under our names, whether or not they are the whole of a model.
+    """Rename the tensors of a file to Boxwright's names. The model may be incomplete.
 
     Raises:
-        ValueError: Its source is not known, or a tensor is not.
+        ValueError: The source or a tensor is unknown.
     """
     source = find_source(file)
     return _renamed(file, source, source.settings(file))[0]
 
 
 def _renamed(file: ForeignFile, source: Source, settings: Settings) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under our names, and the names without use."""
+    """Renamed tensors, and the names of unused tensors."""
     renamed = rename(file.tensors, source.rules(file.tensors.keys()))
     tensors = with_batch_counts(source.finish(renamed.tensors))
     if settings.norm_eps != NORM_EPS:
@@ -166,39 +170,39 @@ def _renamed(file: ForeignFile, source: Source, settings: Settings) -> tuple[dic
 
 
 def _categories(
-    source: Source, file: ForeignFile, given: Sequence[Category] | None, count: int | None, require_names: bool
+    source: Source, file: ForeignFile, categories: Sequence[Category] | None, count: int | None, require_names: bool
 ) -> list[Category]:
-    if count is None:  # of a network for proposals, which has no classes of its own
-        return list(given or source.categories(file, len(COCO)) or COCO)
-    found = source.categories(file, count) if given is None else given
-    if found is None and not require_names:
+    if count is None:  # An RPN has no classes of its own.
+        return list(categories or source.categories(file, len(COCO)) or COCO)
+    named = source.categories(file, count) if categories is None else categories
+    if named is None and not require_names:
         return [Category(number, f"class {number}") for number in range(1, count + 1)]
-    if found is None:
-        raise ValueError(f"it does not name its {count} classes: give --categories, a file with a name a line")
-    if len(found) != count:
-        raise ValueError(f"it has {count} classes, but {len(found)} are named: {listed([c.name for c in found])}")
-    return list(found)
+    if named is None:
+        raise ValueError(f"the names of its {count} classes are unknown: use --categories FILE, with one name per line")
+    if len(named) != count:
+        raise ValueError(f"the model has {count} classes, got {len(named)} names: {listed([c.name for c in named])}")
+    return list(named)
 
 
-def _require_fit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Check that the tensors are the model's, each of them.
+def _require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that the tensors have the names and shapes of the model's.
 
     Raises:
-        ValueError: some are missing, over, or of another shape; all are named.
+        ValueError: Tensors are missing, unexpected or have another shape; the message names them.
     """
-    missing = sorted(wanted.keys() - tensors.keys())
-    over = sorted(tensors.keys() - wanted.keys())
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
     other = [
-        f"{name} is {list(tensors[name].shape)} in the file and {list(wanted[name].shape)} in the model"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
+        f"{name}: {list(tensors[name].shape)} in the file, {list(expected[name].shape)} in the model"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
     ]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} tensors are missing: {listed(missing)}")
-    if over:
-        faults.append(f"{len(over)} tensors have no place in the model: {listed(over)}")
+        faults.append(f"{plural(len(missing), 'missing tensor')}: {listed(missing)}")
+    if unexpected:
+        faults.append(f"{plural(len(unexpected), 'unexpected tensor')}: {listed(unexpected)}")
     if other:
         faults.append("; ".join(other[:10]) + (f"; and {len(other) - 10} more" if len(other) > 10 else ""))
     if faults:
-        raise ValueError("the file does not fit the model that it seems to be. " + ". ".join(faults))
+        raise ValueError("the tensors do not match the model. " + ". ".join(faults))

@@ -1,4 +1,4 @@
-"""What a weights file is, in lines for people."""
+"""Describe weights files in text lines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from boxwright.text import plural
 from boxwright.training.experiment import Experiment, arguments_of, call_name
 
-_TOLD = {
+_SETTINGS = {
     "pixel_stats": ("order", "mean", "std"),
     "conventions": ("plus_one", "anchor_rounding", "roi_align_aligned", "roi_align_plus_one", "proposal_clip_multiple"),
     "rpn": ("test_pre_nms_per_level", "test_num_proposals", "nms_iou"),
@@ -28,11 +29,11 @@ _TOLD = {
         "max_detections",
     ),
 }
-"""Settings that change what a model detects and that files of other code bases do not hold."""
+"""Settings that affect detections and that files of other libraries do not contain."""
 
 
 def model_line(experiment: Experiment, num_classes: int) -> str:
-    """Which model it is."""
+    """Name of the model, with backbone and number of classes."""
     backbone = arguments_of(arguments_of(experiment.model)["backbone"])
     body = f", ResNet of depth {backbone['depth']}" if "depth" in backbone else ""
     groups = f", {backbone['groups']} groups" if backbone.get("groups", 1) > 1 else ""
@@ -40,13 +41,13 @@ def model_line(experiment: Experiment, num_classes: int) -> str:
 
 
 def numbers_of(experiment: Experiment) -> Iterator[str]:
-    """`name = value` of the settings that tensors do not say, as `--set` takes them."""
+    """`name = value` lines of the settings that tensors do not determine, for `--set`."""
     model = arguments_of(experiment.model)
     backbone = arguments_of(model["backbone"])
     for name in ("style", "extra_relu"):
         if name in backbone:
             yield f"model.backbone.{name} = {backbone[name]}"
-    for part, names in _TOLD.items():
+    for part, names in _SETTINGS.items():
         if part in model:
             values = arguments_of(model[part])
             yield from (f"model.{part}.{name} = {_text(values[name])}" for name in names)
@@ -59,7 +60,7 @@ def _text(value: Any) -> str:
 
 
 def summary_of(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """A line for each part of a model: its tensors, their numbers and types."""
+    """One line per part of a model: number of tensors, number of elements, dtypes."""
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         first, _, rest = name.partition(".")
@@ -67,20 +68,20 @@ def summary_of(tensors: Mapping[str, Tensor]) -> Iterator[str]:
         parts.setdefault(part, []).append(tensor)
     for part, members in sorted(parts.items()):
         kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in members)
-        numbers = sum(tensor.numel() for tensor in members)
-        yield f"{part}: {len(members)} tensors, {numbers:,} numbers, {', '.join(sorted(kinds))}"
+        elements = sum(tensor.numel() for tensor in members)
+        yield f"{part}: {plural(len(members), 'tensor')}, {plural(elements, 'element')}, {', '.join(sorted(kinds))}"
 
 
 def differences(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[str]:
-    """A line for each name that one side lacks or that is of another shape or value; largest differences first."""
+    """One line per tensor that exists in one file only or differs in shape or value; largest differences first."""
     yield from (f"only in A: {name} {list(a[name].shape)}" for name in sorted(a.keys() - b.keys()))
     yield from (f"only in B: {name} {list(b[name].shape)}" for name in sorted(b.keys() - a.keys()))
     gaps = []
     for name in sorted(a.keys() & b.keys()):
         if a[name].shape != b[name].shape:
-            yield f"shape: {name} is {list(a[name].shape)} in A and {list(b[name].shape)} in B"
+            yield f"shape: {name} {list(a[name].shape)} in A, {list(b[name].shape)} in B"
         elif not torch.equal(a[name], b[name]):
             gap = (a[name].double() - b[name].double()).abs().max().item()
             gaps.append((gap, name))
     for gap, name in sorted(gaps, reverse=True):
-        yield f"value: {name} differs by up to {gap:.3g}"
+        yield f"value: {name} maximum difference {gap:.3g}"

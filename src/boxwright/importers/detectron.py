@@ -1,7 +1,7 @@
-"""Detectron's blobs (Caffe2): detectors on a ResNet-FPN, and the ImageNet weights that they start from.
+"""Detectron (Caffe2): detectors with a ResNet-FPN, and ImageNet weights.
 
-Background is first, pixels are BGR, norms are a scale and a bias, and the stride is in the first 1x1 convolution (in
-ResNeXts in the 3x3 one). What all levels share is named after the finest.
+Background is the first class, pixels are BGR, norm layers are a scale and a bias, and the stride is in the first 1x1
+convolution (in ResNeXts in the 3x3 one). Layers shared by all levels are named after the finest level.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from boxwright.weights.foreign import ForeignFile
 
 
 def _layer(theirs: str, ours: str, change: Change | None = None) -> tuple[Rule, Rule]:
-    """A weight and a bias."""
+    """Rules for the weight and the bias of a layer."""
     return Rule(f"{theirs}_w", f"{ours}.weight", change), Rule(f"{theirs}_b", f"{ours}.bias", change)
 
 
@@ -58,7 +58,7 @@ _BRANCH = ((1, "a"), (2, "b"), (3, "c"))
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table; a RetinaNet's pyramid begins with stage 3, all others' with stage 2."""
+    """Rules for all models. The pyramid of a RetinaNet starts at stage 3, all others start at stage 2."""
     first = 2 if any_starts(names, "fpn_res2_") else 3
     return (
         Rule("*_momentum", None),
@@ -85,12 +85,12 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         *_layer("retnet_bbox_conv_n{i}_fpn3", "head.box_convs.{i*2}"),
         *_layer("retnet_cls_pred_fpn3", "head.class_logits", ratios_outermost),
         *_layer("retnet_bbox_pred_fpn3", "head.box_deltas", ratios_outermost),
-        Unsupported("kps_*", "keypoints cannot be detected here"),
+        Unsupported("kps_*", "keypoints are not supported"),
     )
 
 
 def finish(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Norms get statistics; the bias of the first convolution, of which ours has none, goes into its norm's."""
+    """Add statistics to norm layers, and move the bias of the first convolution into its norm layer."""
     filled = with_statistics(tensors)
     bias = filled.pop("backbone.body.conv1.bias", None)
     if bias is not None and {"backbone.body.bn1.weight", "backbone.body.bn1.bias"} <= filled.keys():
@@ -105,28 +105,28 @@ SETTINGS = Settings(
     style="caffe",
     extra_relu=True,
     train_norm_affine=False,
-    # In training the best 2000 of the two images of a GPU together, which is about 1000 per image.
+    # Detectron keeps the best 2000 proposals of the two images of a GPU, about 1000 per image.
     rpn=RPNConfig(low_quality=0.0, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
     retina=RetinaConfig(ratios=(1.0, 2.0, 0.5)),
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """ResNeXts have their stride elsewhere, an RPN alone gives more proposals, the oldest models' deltas are plain."""
+    """Settings of a file: style of ResNeXts, more proposals of an RPN alone, unscaled deltas of the oldest models."""
     weight = file.tensors.get("res2_0_branch2b_w")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     rpn, box = SETTINGS.rpn, SETTINGS.box
     if "cls_score_w" not in file.tensors:
         rpn = replace(rpn, test_num_proposals=2000)
     if "cfg" in file.about and "BBOX_REG_WEIGHTS" not in str(file.about["cfg"]):
-        # Detectron's own rule: they are from before there were any.
+        # As in Detectron: models without this setting were trained before it existed.
         box = replace(box, stds=(1.0, 1.0, 1.0, 1.0))
     return replace(SETTINGS, style="pytorch" if grouped else SETTINGS.style, rpn=rpn, box=box)
 
 
 DETECTRON = Source(
     name="detectron",
-    title="a Detectron model of Caffe2",
+    title="a Detectron (Caffe2) model",
     recognises=lambda names, file: {"conv1_w", "res2_0_branch2a_w"} <= names,
     rules=rules,
     settings=_settings,

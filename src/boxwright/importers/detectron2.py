@@ -1,8 +1,8 @@
-"""Detectron2's detectors on a ResNet-FPN, and its ImageNet weights under the same names.
+"""Detectron2: detectors with a ResNet-FPN, and ImageNet weights under the same names.
 
-Those of the model zoo start from Caffe-trained ResNets: BGR pixels, only their mean taken, the stride in the first 1x1
-convolution. Those on ResNeXt and on torchvision's ResNets divide by a deviation and have the stride in the 3x3 one;
-those with GroupNorm have the latter alone.
+Most models of the model zoo start from Caffe-trained ResNets: BGR pixels, mean without standard deviation, stride in
+the first 1x1 convolution. Models with ResNeXt and with torchvision's ResNets divide by a standard deviation and have the
+stride in the 3x3 convolution. Models with GroupNorm only differ in the stride.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
 MSRA = PixelStats(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="bgr")
-"""Pixels of the model zoo's ResNets."""
+"""Pixel statistics of the model zoo's ResNets."""
 RESNEXT = replace(MSRA, std=(57.375, 57.12, 58.395))
-"""Pixels of the model zoo's ResNeXts."""
+"""Pixel statistics of the model zoo's ResNeXts."""
 
-_RETINA_NORM = "its heads of RetinaNet with norms have biases before these, which cannot be built here"
+_RETINA_NORM = "RetinaNet heads with norm layers after convolutions with biases are not supported"
 
 
 def _body(prefix: str) -> tuple[Rule | Unsupported, ...]:
-    """The ResNet's names, in a detector or alone."""
+    """Rules for a ResNet, in a detector or alone."""
     rules: list[Rule | Unsupported] = [
         Rule(f"{prefix}stem.conv1.weight", "backbone.body.conv1.weight"),
         Rule(f"{prefix}stem.conv1.norm.*", "backbone.body.bn1.*"),
         Rule(f"{prefix}stem.fc.*", None),
-        Unsupported(f"{prefix}res{{i}}.{{b}}.conv2_offset.*", "deformable convolutions cannot be built here"),
+        Unsupported(f"{prefix}res{{i}}.{{b}}.conv2_offset.*", "deformable convolutions are not supported"),
     ]
     for stage in range(2, 6):
         theirs, ours = f"{prefix}res{stage}.{{b}}", f"backbone.body.layer{stage - 1}.{{b}}"
@@ -52,9 +52,9 @@ def _body(prefix: str) -> tuple[Rule | Unsupported, ...]:
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table; a RetinaNet's pyramid begins with stage 3, all others' with stage 2.
+    """Rules for all models. The pyramid of a RetinaNet starts at stage 3, all others start at stage 2.
 
-    A convolution of ours with a norm behind it is a pair of layers.
+    In Boxwright, a convolution followed by a norm is a pair of layers.
     """
     first = 2 if "backbone.fpn_lateral2.weight" in names else 3
     pair = ".0" if f"backbone.fpn_lateral{first}.norm.weight" in names else ""
@@ -81,7 +81,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("proposal_generator.rpn_head.conv.*", "rpn.conv.*"),
         Rule("proposal_generator.rpn_head.objectness_logits.*", "rpn.objectness.*"),
         Rule("proposal_generator.rpn_head.anchor_deltas.*", "rpn.deltas.*"),
-        Unsupported("roi_heads.keypoint_head.*", "keypoints cannot be detected here"),
+        Unsupported("roi_heads.keypoint_head.*", "keypoints are not supported"),
         *_box_head("", "box_head", names),
         *_box_head(".{s}", "box_heads.{s}", names),
         Rule("roi_heads.mask_head.mask_fcn{i}.norm.*", f"{mask_head}.convs.{{i-1}}.1.*"),
@@ -97,7 +97,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
 
 
 def _box_head(stage: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
-    """The second stage, of one stage and of a cascade."""
+    """Rules for the box head of a two-stage detector or of a stage of a cascade."""
     theirs, predictor = f"roi_heads.box_head{stage}", f"roi_heads.box_predictor{stage}"
     pair = ".0" if f"{theirs.format(s=0)}.conv1.norm.weight" in names else ""
     return (
@@ -110,7 +110,7 @@ def _box_head(stage: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
 
 
 SETTINGS = Settings(
-    # Its levels get 1e-8, which vanishes beside a level's number in float32.
+    # Detectron2 adds 1e-8 to the level, which has no effect in float32.
     conventions=replace(MODERN, level_epsilon=0.0),
     pixel_stats=MSRA,
     style="caffe",
@@ -123,7 +123,7 @@ SETTINGS = Settings(
         num_proposals=1000,
         test_pre_nms_per_level=1000,
         test_num_proposals=1000,
-        # All that are not empty.
+        # Discards empty boxes only.
         min_size=1e-9,
     ),
     box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
@@ -139,11 +139,11 @@ SETTINGS = Settings(
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """The file's own pixels where it holds them, as files of the first versions do; of an RPN alone, more proposals."""
+    """Settings of a file: its pixel statistics, if any, as in the first versions; more proposals of an RPN alone."""
     mean, std = (file.tensors.get(f"pixel_{name}") for name in ("mean", "std"))
     if mean is not None and std is not None:
         means = _three(mean)
-        # ImageNet's pictures have more red than blue.
+        # In ImageNet, the mean of red is higher than the mean of blue.
         stats = PixelStats(mean=means, std=_three(std), order="bgr" if means[0] < means[2] else "rgb")
     else:
         stats = RESNEXT if _is_resnext(file.tensors) else MSRA
@@ -167,7 +167,7 @@ def _is_resnext(tensors: dict[str, Tensor]) -> bool:
 
 
 def _has_group_norm(tensors: dict[str, Tensor]) -> bool:
-    """Whether the pyramid has norms without statistics, as then the ResNet has."""
+    """Whether the pyramid, and therefore the ResNet, has norm layers without statistics."""
     norm = "backbone.fpn_lateral5.norm."
     return norm + "weight" in tensors and norm + "running_var" not in tensors
 

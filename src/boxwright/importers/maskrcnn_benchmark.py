@@ -1,7 +1,7 @@
-"""maskrcnn-benchmark's detectors on a ResNet-FPN.
+"""maskrcnn-benchmark: detectors with a ResNet-FPN.
 
-They follow Detectron: background first, BGR pixels, the stride in the first 1x1 convolution (not in ResNeXts), its
-anchors. Norms add nothing to the variance, and RetinaNet's deltas are divided as a box head's are.
+They follow Detectron: background first, BGR pixels, stride in the first 1x1 convolution (not in ResNeXts), Detectron's
+anchors. Norm layers have epsilon 0, and RetinaNet's deltas are scaled as in a box head.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from boxwright.weights.foreign import ForeignFile
 
 
 def undivided(rows: Tensor) -> Tensor:
-    """[A * 4, ...] RetinaNet's last layer for deltas in units of 0.1, 0.1, 0.2, 0.2 -> for plain ones."""
+    """[A * 4, ...] RetinaNet's last layer for deltas in units of 0.1, 0.1, 0.2, 0.2 -> for unscaled deltas."""
     stds = torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=rows.dtype).repeat(rows.shape[0] // 4)
     return rows * stds.view(-1, *(1,) * (rows.ndim - 1))
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table; a RetinaNet's head has the RPN's names, and its pyramid begins with the second stage's maps."""
+    """Rules for all models. A RetinaNet's head has the names of an RPN, and its pyramid starts at the second stage."""
     retina = any_starts(names, "rpn.head.cls_tower.")
     first = 2 if retina else 1
     single_stage = (
@@ -53,7 +53,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("*.num_batches_tracked", None),
         Rule("rpn.anchor_generator.cell_anchors.{i}", None),
         Rule("backbone.body.stem.*", "backbone.body.*"),
-        Unsupported("backbone.body.layer{i}.{b}.conv2.offset.*", "deformable convolutions cannot be built here"),
+        Unsupported("backbone.body.layer{i}.{b}.conv2.offset.*", "deformable convolutions are not supported"),
         Rule("backbone.body.layer{i}.*", "backbone.body.layer{i}.*"),
         Rule("backbone.fpn.fpn_inner{i}.*", f"backbone.lateral.{{i-{first}}}.*"),
         Rule("backbone.fpn.fpn_layer{i}.*", f"backbone.output.{{i-{first}}}.*"),
@@ -67,7 +67,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("roi_heads.mask.feature_extractor.mask_fcn{i}.*", "mask_head.convs.{i-1}.*"),
         Rule("roi_heads.mask.predictor.conv5_mask.*", "mask_head.upsample.*"),
         Rule("roi_heads.mask.predictor.mask_fcn_logits.*", "mask_head.mask_logits.*", without_background),
-        Unsupported("roi_heads.keypoint.*", "keypoints cannot be detected here"),
+        Unsupported("roi_heads.keypoint.*", "keypoints are not supported"),
     )
 
 
@@ -77,7 +77,7 @@ SETTINGS = Settings(
     style="caffe",
     extra_relu=True,
     train_norm_affine=False,
-    # In training the best 2000 of the two images of a GPU together, which is about 1000 per image.
+    # maskrcnn-benchmark keeps the best 2000 proposals of the two images of a GPU, about 1000 per image.
     rpn=RPNConfig(low_quality=0.0, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
     # Its deltas are divided by 0.1, 0.1, 0.2, 0.2, its beta is 0.11, and its box loss is divided by 4. For plain deltas
     # that is beta 0.011 and weight 2.5 for centres, 0.022 and 1.25 for sizes; these are the means.
@@ -87,7 +87,7 @@ SETTINGS = Settings(
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """ResNeXts have their stride elsewhere, and an RPN alone gives more proposals."""
+    """Settings of a file: style of ResNeXts, more proposals of an RPN alone."""
     weight = file.tensors.get("backbone.body.layer1.0.conv2.weight")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     rpn = SETTINGS.rpn

@@ -1,9 +1,9 @@
-"""The 2018 toolbox (0.5 and later) and its successors 1.x, 2.x and 3.x: detectors on a ResNet-FPN.
+"""mmdetection 0.5 to 3.x: detectors with a ResNet-FPN.
 
-Up to 1.x background is the first class and boxes have the 2018 geometry; from 2.0 on it is the last, without deltas and
-masks of its own, and boxes are continuous. Single-stage models have the same names in both, so that the version must
-be in the file or be given. The configuration is text beside the tensors: pixel statistics, stride and losses are read
-from it, and nothing of it is run.
+Up to 1.x, background is the first class and boxes have the `+1` geometry. From 2.0, background is the last class,
+without deltas and masks, and boxes are continuous. Single-stage models have the same tensor names in all versions, so
+the version must be in the file or be stated. Files contain the configuration as text: pixel statistics, stride and
+losses are read from it; it is not executed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from boxwright.importers.rules import (
 from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
-_RETINA_BN = "heads of RetinaNet with BatchNorm cannot be built here"
+_RETINA_BN = "RetinaNet heads with BatchNorm are not supported"
 
 
 def _rpn(prefix: str) -> tuple[Rule, ...]:
@@ -51,12 +51,12 @@ _SHARED: tuple[Rule | Unsupported, ...] = (
     Rule("backbone.conv1.weight", "backbone.body.conv1.weight"),
     Rule("backbone.bn1.*", "backbone.body.bn1.*"),
     Rule("backbone.gn1.*", "backbone.body.bn1.*"),
-    Unsupported("backbone.layer{i}.{j}.conv2.conv_offset*", "deformable convolutions cannot be built here"),
-    Unsupported("backbone.layer{i}.{j}.conv2_offset.*", "deformable convolutions cannot be built here"),
+    Unsupported("backbone.layer{i}.{j}.conv2.conv_offset*", "deformable convolutions are not supported"),
+    Unsupported("backbone.layer{i}.{j}.conv2_offset.*", "deformable convolutions are not supported"),
     Rule("backbone.layer{i}.{j}.gn{k}.*", "backbone.body.layer{i}.{j}.bn{k}.*"),
     Rule("backbone.layer{i}.*", "backbone.body.layer{i}.*"),
     *_rpn("rpn_head"),
-    *_rpn("bbox_head"),  # 3.x, of an RPN on its own
+    *_rpn("bbox_head"),  # 3.x, for an RPN alone
     Rule("bbox_head.cls_convs.{i}.gn.*", "head.class_convs.{i*3+1}.*"),
     Rule("bbox_head.reg_convs.{i}.gn.*", "head.box_convs.{i*3+1}.*"),
     Unsupported("bbox_head.cls_convs.{i}.bn.*", _RETINA_BN),
@@ -66,12 +66,12 @@ _SHARED: tuple[Rule | Unsupported, ...] = (
 
 
 def _convs(theirs: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
-    """Convolutions that may have norms behind them: of ours, each is then a pair of layers.
+    """Rules for convolutions. In Boxwright, a convolution followed by a norm is a pair of layers.
 
     Args:
-        theirs: Their name up to the number `{i}`.
-        ours: Ours, with the number.
-        names: Of all tensors.
+        theirs: Name in the file up to the number `{i}`.
+        ours: Boxwright's name, with the number.
+        names: Names of all tensors.
     """
     first = theirs.format(s=0) + ".0."
     pair = ".0" if any_starts(names, f"{first}gn.", f"{first}bn.") else ""
@@ -83,7 +83,7 @@ def _convs(theirs: str, ours: str, names: Set[str]) -> tuple[Rule, ...]:
 
 
 def _heads(prefix: str, names: Set[str], *, background_first: bool) -> tuple[Rule, ...]:
-    """The second stage, of one stage and of a cascade."""
+    """Rules for the heads of a two-stage detector or of the stages of a cascade."""
     logits = background_to_last if background_first else None
     deltas = without_background_deltas if background_first else None
     masks = without_background if background_first else None
@@ -103,21 +103,21 @@ def _heads(prefix: str, names: Set[str], *, background_first: bool) -> tuple[Rul
 
 
 def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupported]:
-    """The table for a file whose pyramid has as many levels of its own as it has lateral convolutions.
+    """Rules for all models.
 
-    The two that follow them in a RetinaNet are numbered on.
+    The extra levels P6 and P7 of a RetinaNet are numbered after the levels with lateral convolutions.
     """
-    own = sum(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name) is not None for name in names)
+    num_laterals = sum(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name) is not None for name in names)
     pair = ".0" if any_starts(names, "neck.fpn_convs.0.gn.", "neck.fpn_convs.0.bn.") else ""
     pyramid = list(_convs("neck.lateral_convs", "backbone.lateral.{i}", names))
     for part, place in (("conv", pair), ("gn", ".1"), ("bn", ".1")):
-        pyramid += [Rule(f"neck.fpn_convs.{i}.{part}.*", f"backbone.output.{i}{place}.*") for i in range(own)]
-        pyramid.append(Rule(f"neck.fpn_convs.{{i}}.{part}.*", f"backbone.extra_output.{{i-{own}}}{place}.*"))
+        pyramid += [Rule(f"neck.fpn_convs.{i}.{part}.*", f"backbone.output.{i}{place}.*") for i in range(num_laterals)]
+        pyramid.append(Rule(f"neck.fpn_convs.{{i}}.{part}.*", f"backbone.extra_output.{{i-{num_laterals}}}{place}.*"))
     layers = 3 if "bbox_head.cls_convs.0.gn.weight" in names else 2
     retina = (
         Rule("bbox_head.cls_convs.{i}.conv.*", f"head.class_convs.{{i*{layers}}}.*"),
         Rule("bbox_head.reg_convs.{i}.conv.*", f"head.box_convs.{{i*{layers}}}.*"),
-        # 0.5 and 0.6.
+        # mmdetection 0.5 and 0.6.
         Rule("bbox_head.cls_convs.{i}.*", "head.class_convs.{i*2}.*"),
         Rule("bbox_head.reg_convs.{i}.*", "head.box_convs.{i*2}.*"),
     )
@@ -125,7 +125,7 @@ def _rules(names: Set[str], heads: Sequence[Rule]) -> Sequence[Rule | Unsupporte
 
 
 FIRST_SETTINGS = Settings(conventions=DETECTRON)
-"""The defaults are the 2018 toolbox's."""
+"""The defaults follow mmdetection 0.5."""
 LATER_SETTINGS = Settings(
     rpn=RPNConfig(border=None, smooth_l1_beta=0.0, num_proposals=1000, test_num_proposals=1000),
     box=BoxConfig(sampling_ratio=0, smooth_l1_beta=0.0, min_size=0.0),
@@ -135,19 +135,19 @@ LATER_SETTINGS = Settings(
 
 
 def _about(file: ForeignFile) -> Iterator[Mapping[str, Any]]:
-    """What stands beside the tensors."""
+    """Metadata of the file."""
     for key in ("meta", "metadata"):
         if isinstance(file.about.get(key), Mapping):
             yield file.about[key]
 
 
 def _version(file: ForeignFile) -> int | None:
-    """The major version that wrote the file, if it says so; 3.x names only the engine that it runs on."""
-    for page in _about(file):
-        match = re.match(r"(\d+)\.", str(page.get("mmdet_version", "")))
+    """Major version that wrote the file, or None; 3.x states only the version of mmengine."""
+    for metadata in _about(file):
+        match = re.match(r"(\d+)\.", str(metadata.get("mmdet_version", "")))
         if match:
             return int(match[1])
-        if "mmengine_version" in page:
+        if "mmengine_version" in metadata:
             return 3
     return None
 
@@ -173,7 +173,7 @@ def _recognises_later(names: Set[str], file: ForeignFile) -> bool:
 
 
 def _first_settings(file: ForeignFile) -> Settings:
-    # 1.0 halved the proposals that the second stage looks at in testing.
+    # 1.0 halved the number of proposals of the second stage at test time.
     return _settings(file, FIRST_SETTINGS, fewer_proposals=_version(file) == 1)
 
 
@@ -191,20 +191,20 @@ def _later_settings(file: ForeignFile) -> Settings:
 
 
 def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -> Settings:
-    """Apply what the configuration in the file sets: pixel statistics, style and losses.
+    """Apply the configuration in the file: pixel statistics, style and losses.
 
-    Without a configuration, pixel statistics and style are those of the pytorch style.
+    Without a configuration, pixel statistics and style are "pytorch".
 
     Raises:
-        ValueError: The configuration says of the convolutions what the tensors do not, and what is not built here.
+        ValueError: The configuration contains convolutions that are not supported and that tensors do not reveal.
     """
     names = file.tensors.keys()
     if fewer_proposals and any_starts(names, "rpn_head.") and any_starts(names, "bbox_head.", "roi_head."):
-        # An RPN on its own is tested with as many as ever.
+        # An RPN alone keeps the higher number of proposals.
         settings = replace(settings, rpn=replace(settings.rpn, test_pre_nms_per_level=1000, test_num_proposals=1000))
-    text = next((str(page[key]) for page in _about(file) for key in ("config", "cfg") if key in page), "")
+    text = next((str(metadata[key]) for metadata in _about(file) for key in ("config", "cfg") if key in metadata), "")
     if "ConvWS" in text:
-        raise ValueError("its convolutions standardise their weights (ConvWS), which cannot be built here")
+        raise ValueError("convolutions with weight standardisation (ConvWS) are not supported")
     style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
     numbers = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
     reverse = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
@@ -223,10 +223,10 @@ def _three(match: re.Match[str] | None) -> tuple[float, float, float] | None:
 
 
 def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
-    """As the file names them; else COCO's, if there are as many."""
-    for page in _about(file):
-        dataset = page.get("dataset_meta")
-        names = page.get("CLASSES") or (
+    """Classes that the file names, otherwise the COCO classes if there are 80."""
+    for metadata in _about(file):
+        dataset = metadata.get("dataset_meta")
+        names = metadata.get("CLASSES") or (
             (dataset.get("classes") or dataset.get("CLASSES")) if isinstance(dataset, Mapping) else None
         )
         if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(name, str) for name in names):
@@ -236,7 +236,7 @@ def _categories(file: ForeignFile, count: int) -> Sequence[Category] | None:
 
 FIRST = Source(
     name="mmdetection1",
-    title="a detector of the 2018 toolbox, 0.5 to 1.x",
+    title="an mmdetection detector, 0.5 to 1.x",
     recognises=_recognises_first,
     rules=lambda names: _rules(names, _heads("", names, background_first=True)),
     settings=_first_settings,

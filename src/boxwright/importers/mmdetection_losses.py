@@ -42,7 +42,7 @@ def with_losses(settings: Settings, text: str) -> Settings:
 
 
 def _losses(head: Mapping[str, Any], class_weight_name: str) -> dict[str, Any]:
-    """The fields of our head's configuration that the configuration of their head sets."""
+    """Fields of Boxwright's head configuration that the mmdetection configuration sets."""
     class_loss, box_loss = _mapping(head.get("loss_cls")), _mapping(head.get("loss_bbox"))
     kind, decoded = box_loss.get("type"), head.get("reg_decoded_bbox") is True
     fields: dict[str, Any] = {class_weight_name: _number(class_loss.get("loss_weight"))}
@@ -85,7 +85,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """A dictionary as it is; the losses of a cascade's stages, a list, if all stages have the same ones; else empty."""
+    """A dictionary unchanged; for a list of cascade stages, their losses if all are equal; otherwise empty."""
     if isinstance(value, list) and value and all(isinstance(stage, dict) for stage in value):
         names = ("type", "loss_cls", "loss_bbox", "loss_mask", "reg_decoded_bbox")
         first, *others = ({name: stage.get(name) for name in names} for stage in value)

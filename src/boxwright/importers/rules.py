@@ -1,6 +1,6 @@
-"""Tables that turn another code base's names of tensors into ours, and small changes of the tensors on the way.
+"""Rules that rename the tensors of another library to Boxwright's names, and changes of the tensors.
 
-C classes, A anchors a position, S anchor sizes, R anchor ratios.
+C classes, A anchors per position, S anchor sizes, R anchor ratios.
 """
 
 from __future__ import annotations
@@ -13,54 +13,56 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from boxwright.text import plural
+
 Change = Callable[[Tensor], Tensor]
 
 NORM_EPS = 1e-5
-"""What the norms of our backbones add to the variance."""
+"""Epsilon of the norm layers of Boxwright's backbones."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of a table. The first row that a name fits is the name's."""
+    """A rule for tensor names. The first rule that matches a name applies."""
 
     theirs: str
-    """A name of theirs: `{i}` stands for a whole number, `*` for any text."""
+    """Pattern of the name in the file: `{i}` matches an integer, `*` matches any text."""
     ours: str | None
-    """Ours, with numbers (`{i}`, `{i*2}`, `{i-1}`, `{i*3+1}`) and text put in; None for what has no use here."""
+    """Boxwright's name, with integers (`{i}`, `{i*2}`, `{i-1}`, `{i*3+1}`) and text filled in; None for an unused tensor."""
     change: Change | None = None
-    """What becomes of the tensor; None leaves it as it is."""
+    """Change of the tensor; None for no change."""
 
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A row for what belongs to a model that cannot be built here."""
+    """A rule for tensors of models that Boxwright does not support."""
 
     theirs: str
-    """As in `Rule`."""
+    """Pattern of the name, as in `Rule`."""
     why: str
-    """What is missing, for the error."""
+    """Reason for the error message."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """What a table made of a file's tensors."""
+    """Result of `rename`."""
 
     tensors: dict[str, Tensor]
-    """Under our names."""
+    """Tensors by Boxwright's names."""
     unused: list[str]
-    """Their names that have no use here."""
+    """Names, in the file, of tensors that are not used."""
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -> Renamed:
-    """Put a table to work.
+    """Rename tensors by rules.
 
     Args:
-        tensors: By their names.
-        rules: The table.
+        tensors: Tensors by their names in the file.
+        rules: The rules.
 
     Raises:
-        ValueError: A name fits no row, fits a row of what is not supported, or two names become one of ours; or a
-            tensor's shape is not such that it can be changed.
+        ValueError: A name matches no rule or an unsupported one, two names become the same name, or the shape of a
+            tensor does not allow its change.
     """
     renamed: dict[str, Tensor] = {}
     unused, unknown = [], []
@@ -79,29 +81,28 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
             continue
         ours = _filled(rule.ours, match)
         if ours in renamed:
-            raise ValueError(f"{origin[ours]} and {name} are both {ours}: the file holds two models")
+            raise ValueError(f"{origin[ours]} and {name} both map to {ours}: the file contains two models")
         origin[ours] = name
         try:
             renamed[ours] = tensor if rule.change is None else rule.change(tensor)
-        except (IndexError, RuntimeError):  # of a shape that is not the layer's
-            raise ValueError(f"{name} is {list(tensor.shape)}, which cannot be {ours}") from None
+        except (IndexError, RuntimeError):  # The shape does not match the layer.
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not match {ours}") from None
     if unknown:
         raise ValueError(
-            f"{len(unknown)} tensors are no part of the models that can be built here, so that the model would not be "
-            f"whole: {listed(unknown)}"
+            f"{plural(len(unknown), 'unknown tensor')}, so the model would be incomplete: {listed(unknown)}"
         )
     return Renamed(renamed, unused)
 
 
 def rename_back(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -> dict[str, Tensor]:
-    """Undo `rename`. Where several rows lead to a name of ours, the first is taken back.
+    """Undo `rename`. If several rules produce a name, the first one is inverted.
 
     Args:
-        tensors: By our names.
-        rules: The table that brings theirs under ours.
+        tensors: Tensors by Boxwright's names.
+        rules: The rules of `rename`.
 
     Raises:
-        ValueError: No row leads to a name of ours, or none whose change can be undone.
+        ValueError: No rule with an invertible change produces a name.
     """
     theirs: dict[str, Tensor] = {}
     lost = []
@@ -115,12 +116,12 @@ def rename_back(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupporte
         else:
             lost.append(name)
     if lost:
-        raise ValueError(f"{len(lost)} tensors have no names there: {listed(lost)}")
+        raise ValueError(f"{plural(len(lost), 'tensor')} cannot be renamed: {listed(lost)}")
     return theirs
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first few names, and how many more there are."""
+    """The first names, and the number of further names."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -141,7 +142,7 @@ def _filled(template: str, match: re.Match[str]) -> str:
 
 
 def _origin(rule: Rule | Unsupported, ours: str) -> str | None:
-    """The name of theirs that a row would turn into this one of ours; None if there is none, or no way back."""
+    """Name in the file that a rule renames to this name; None if there is none or the change is not invertible."""
     if isinstance(rule, Unsupported) or rule.ours is None or rule.change not in (None, *_UNDO):
         return None
     numbers: list[tuple[str, int, int]] = []
@@ -181,7 +182,7 @@ def without_background(rows: Tensor) -> Tensor:
 
 
 def without_background_deltas(rows: Tensor) -> Tensor:
-    """[4 * (1 + C), ...] with background first -> [4 * C, ...]; the [4, ...] of a box for all classes stay."""
+    """[4 * (1 + C), ...] with background first -> [4 * C, ...]; class-agnostic [4, ...] stay unchanged."""
     return rows if rows.shape[0] == 4 else rows[4:]
 
 
@@ -205,26 +206,26 @@ _UNDO: dict[Change, Change] = {
     without_background: with_background,
     without_background_deltas: with_background_deltas,
 }
-"""What undoes a change. Rows that were dropped come back as zeros: they are background's, which is never read."""
+"""Inverse of each change. Dropped rows become zeros: they belong to the background and are never read."""
 
 
 def ratios_outermost(rows: Tensor) -> Tensor:
-    """RetinaNet's last layers with anchor sizes outermost -> with anchor ratios outermost, as ours are.
+    """Reorder RetinaNet's last layers from sizes outermost to ratios outermost, Boxwright's order.
 
     Args:
         rows: [S * R * values, ...], S = R = 3 as in the paper.
     """
     if rows.shape[0] % 9:
-        raise ValueError(f"{rows.shape[0]} rows are not as many for each of 3 x 3 anchors a position")
+        raise ValueError(f"{rows.shape[0]} rows cannot be divided among 3 x 3 anchors per position")
     return rows.reshape(3, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Norms that are a scale and a bias alone, with statistics under which scale and bias are all that they do.
+    """Add neutral statistics to norm layers that consist of a scale and a bias only.
 
     Args:
-        tensors: Under our names; the body's `bn` and `downsample.1` may lack `running_mean` and `running_var`. If the
-            pyramid's norms do, too, they are GroupNorms, as the body's then are, which stay as they are.
+        tensors: Tensors by Boxwright's names. The norm layers of the body may lack `running_mean` and `running_var`. If
+            the norm layers of the pyramid lack them too, all norm layers are GroupNorms and stay unchanged.
     """
     filled = dict(tensors)
     if "backbone.lateral.0.1.weight" in tensors and "backbone.lateral.0.1.running_var" not in tensors:
@@ -239,10 +240,10 @@ def with_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_batch_counts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With what BatchNorms count beside their statistics, which changes nothing and which files may lack.
+    """Add `num_batches_tracked` of BatchNorm layers, which files may lack and which has no effect.
 
     Args:
-        tensors: Under our names. The backbone's are BatchNorms if those of the pyramid are.
+        tensors: Tensors by Boxwright's names. The backbone has BatchNorm if the pyramid has BatchNorm.
     """
     if "backbone.lateral.0.1.running_var" not in tensors:
         return tensors
@@ -252,12 +253,14 @@ def with_batch_counts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:
-    """The body's norms for an eps that is not ours: variances, and where they are too small for that scales, that do.
+    """Change the norm layers of the body for another epsilon, with equal outputs.
+
+    The difference of the epsilons is added to the variances. If a variance would become negative, the scale changes.
 
     Args:
-        tensors: Under our names.
-        theirs: What the source's norms add to the variance.
-        ours: What ours add.
+        tensors: Tensors by Boxwright's names.
+        theirs: Epsilon of the source.
+        ours: Epsilon of Boxwright.
     """
     changed = dict(tensors)
     for name, variance in tensors.items():

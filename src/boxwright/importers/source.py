@@ -1,4 +1,4 @@
-"""What an importer says of a code base: how to know its files, its names, and the numbers that its files leave out."""
+"""`Source`: how the files of a library are recognised, its tensor names, and settings that its files do not contain."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ from boxwright.weights.foreign import ForeignFile
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the tensors of a model do not say, as the source's own published models have it."""
+    """Settings that the tensors do not determine. Each source takes them from its published models."""
 
     conventions: Conventions = MODERN
-    """Of boxes, anchors and RoIAlign."""
+    """Conventions of boxes, anchors and RoIAlign."""
     pixel_stats: PixelStats = PYTORCH
-    """What the backbone expects of pixels."""
+    """Pixel statistics that the backbone expects."""
     style: Style = "pytorch"
-    """Where a bottleneck has its stride."""
+    """Position of the stride in a bottleneck: "caffe" for the first 1x1 convolution, "pytorch" for the 3x3 one."""
     extra_relu: bool = False
-    """Whether a ReLU stands between P6 and P7 of a RetinaNet."""
+    """Whether there is a ReLU between P6 and P7 of a RetinaNet."""
     train_norm_affine: bool = True
-    """Whether the scales and biases of the backbone's norms learn, should the model be trained on."""
+    """Whether scales and biases of the backbone's norm layers are trainable in further training."""
     rpn: RPNConfig = RPNConfig()
-    """The numbers of proposals; depth is the tensors' to say."""
+    """Hyperparameters of the RPN. Its depth is read from the tensors."""
     box: BoxConfig = BoxConfig()
-    """The numbers of box heads; depth, width, norm and boxes a class are the tensors' to say."""
+    """Hyperparameters of the box head. Depth, width, norm and number of boxes per class are read from the tensors."""
     cascade: CascadeConfig = CascadeConfig()
-    """What differs from stage to stage of a cascade, and how they are joined."""
+    """Hyperparameters of the stages of a cascade."""
     mask: MaskConfig = MaskConfig()
-    """The numbers of mask heads; width, depth and norm are the tensors' to say."""
+    """Hyperparameters of the mask head. Width, depth and norm are read from the tensors."""
     retina: RetinaConfig = RetinaConfig()
-    """The numbers of a RetinaNet; depth and norm are the tensors' to say."""
+    """Hyperparameters of the RetinaNet head. Depth and norm are read from the tensors."""
     norm_eps: float = 1e-5
-    """What the backbone's norms add to the variance."""
+    """Epsilon of the backbone's norm layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A code base whose files are read."""
+    """A library whose weights files can be imported."""
 
     name: str
-    """As users name it."""
+    """Name for the option --source."""
     title: str
-    """What it is, for people."""
+    """Description for messages."""
     recognises: Callable[[Set[str], ForeignFile], bool]
-    """Whether a file is one of its, by the names of its tensors and by what stands beside them."""
+    """Called with the tensor names and the file. Returns whether the library wrote the file."""
     rules: Callable[[Set[str]], Sequence[Rule | Unsupported]]
-    """The table of names; it may depend on which names there are."""
+    """Called with the tensor names. Returns the rules that rename the tensors."""
     settings: Callable[[ForeignFile], Settings]
-    """What a file's tensors do not say."""
+    """Returns the settings that the tensors of a file do not determine."""
     categories: Callable[[ForeignFile, int], Sequence[Category] | None] = lambda file, count: None
-    """A number of classes as the file or the source names them; None where neither does."""
+    """Called with the file and the number of classes. Returns the classes, or None if their names are unknown."""
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
-    """What is left to do to the tensors under our names."""
+    """Changes the renamed tensors."""
 
 
 def any_starts(names: Set[str], *prefixes: str) -> bool:
-    """Whether some name starts with one of these."""
+    """Whether any name starts with one of the prefixes."""
     return any(name.startswith(prefixes) for name in names)

@@ -1,7 +1,7 @@
-"""torchvision's detectors on a ResNet-FPN; and ResNets and ResNeXts for classification, of timm too, as backbones.
+"""torchvision's detectors with a ResNet-FPN, and ResNets and ResNeXts of torchvision and timm as backbones.
 
-Its labels are COCO's ids, the unused ones included: 91 rows with background first, of RetinaNet with a row that was
-never trained first.
+Labels are COCO ids including the unused ones: 91 rows, of which the first is the background (in RetinaNet an untrained
+row).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
 _FIRST_MODELS = ("258fb6c6", "bf2d0c1e", "eeacb38b")
-"""How the hashes of the first published Faster R-CNN, Mask R-CNN and RetinaNet begin, as their file names say. Their
-norms add nothing to the variance; all later ones add 1e-5."""
+"""First digits of the hashes of the first published Faster R-CNN, Mask R-CNN and RetinaNet, as in their file names.
+Their norm layers have epsilon 0; all later models have 1e-5."""
 
 SETTINGS = Settings(
     conventions=GEOMETRY,
@@ -41,9 +41,9 @@ SETTINGS = Settings(
 
 
 def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
-    """The table of detectors, whose convolutions may have norms behind them: in the second models of each kind.
+    """Rules for detectors. In the second models (`_v2`), norm layers follow the convolutions.
 
-    A convolution of ours with a norm is a pair of layers, and in RetinaNet's head a layer more of a row.
+    In Boxwright, a convolution with a norm is a pair of layers; in RetinaNet's head it adds one layer to the sequence.
     """
     pair = ".0" if "backbone.fpn.inner_blocks.0.1.weight" in names else ""
     box_pair = ".0" if "roi_heads.box_head.0.1.weight" in names else ""
@@ -52,7 +52,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
     num_box_convs = sum(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", name) is not None for name in names)
     return (
         Rule("*.num_batches_tracked", None),
-        Unsupported("roi_heads.keypoint*", "keypoints cannot be detected here"),
+        Unsupported("roi_heads.keypoint*", "keypoints are not supported"),
         Rule("backbone.body.*", "backbone.body.*"),
         Rule("backbone.fpn.inner_blocks.{i}.0.*", f"backbone.lateral.{{i}}{pair}.*"),
         Rule("backbone.fpn.layer_blocks.{i}.0.*", f"backbone.output.{{i}}{pair}.*"),
@@ -70,7 +70,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("rpn.head.bbox_pred.*", "rpn.deltas.*"),
         Rule("roi_heads.box_head.{i}.0.*", f"box_head.convs.{{i}}{box_pair}.*"),
         Rule("roi_heads.box_head.{i}.1.*", "box_head.convs.{i}.1.*"),
-        # Between the last convolution and this layer stands one that only flattens.
+        # A flatten layer precedes this layer.
         Rule("roi_heads.box_head.fc6.*", "box_head.fc1.*"),
         Rule(f"roi_heads.box_head.{num_box_convs + 1}.*", "box_head.fc1.*"),
         Rule("roi_heads.box_head.fc7.*", "box_head.fc2.*"),

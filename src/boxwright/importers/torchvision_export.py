@@ -1,4 +1,4 @@
-"""Our weights as torchvision's: the state dict of its detector, and the Python that builds that detector.
+"""Export weights to torchvision: the state dict of its detector, and the Python code that builds the detector.
 
 The names go back through the table of `torchvision.py`. What torchvision's constructors take is told in the Python;
 what they cannot be told is an error, so that the model detects there what it detects here.
@@ -36,11 +36,11 @@ _BODIES = {
     (101, 32, 8): "resnext101_32x8d",
     (101, 64, 4): "resnext101_64x4d",
 }
-"""Torchvision's names by depth, groups and width of a group."""
+"""torchvision's ResNets by depth, groups and width per group."""
 _CHANNELS = 256
-"""Of its pyramids."""
+"""Number of channels of torchvision's pyramids."""
 _NORMALISED = {"head.classification_head.conv.0.1.weight"}
-"""What tells the table that RetinaNet's head has norms."""
+"""Tensor by which the rules recognise norm layers in RetinaNet's head."""
 
 _TOLD = {
     "conventions": {"anchor_rounding", "anchor_strides_from_canvas", "roi_align_plus_one"},
@@ -51,7 +51,7 @@ _TOLD = {
     "retina": {"norm", "anchor_scale", "scales_per_octave", "ratios"}
     | {"pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"},
 }
-"""Settings that its model can be given, or that change nothing where the others of their kind are its."""
+"""Settings that torchvision's model supports, or that have no effect if the others are torchvision's."""
 _TRAINING = {
     "rpn": {"positive_iou", "negative_iou", "low_quality", "border", "num_sampled", "positive_fraction"}
     | {"smooth_l1_beta", "box_loss", "objectness_loss_weight", "box_loss_weight", "pre_nms_per_level", "num_proposals"},
@@ -61,8 +61,8 @@ _TRAINING = {
     "retina": {"positive_iou", "negative_iou", "low_quality", "prior", "focal_alpha", "focal_gamma", "smooth_l1_beta"}
     | {"box_loss", "class_loss_weight", "box_loss_weight"},
 }
-"""Settings that play no part in what a model detects, or none with the others that are asked for."""
-_MEND = {
+"""Settings that do not affect detections, or not with the other required settings."""
+_FIXES = {
     "roi_align_aligned": "train with --set model.conventions.roi_align_aligned=false to export",
     "extra_relu": "train with --set model.backbone.extra_relu=true to export",
 }
@@ -70,17 +70,17 @@ _MEND = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A model as torchvision's."""
+    """A model exported to torchvision."""
 
     tensors: dict[str, Tensor]
-    """By torchvision's names."""
+    """Tensors by torchvision's names."""
     code: str
-    """Python that builds the model, `model`, without its weights."""
+    """Python code that builds `model` without its weights."""
     names: list[str]
-    """What its labels stand for."""
+    """Class names by label."""
 
     def save(self, path: Path) -> str:
-        """Write the state dict, whole or not at all; returns Python that builds the model and loads it."""
+        """Write the state dict atomically. Returns the Python code that builds the model and loads the file."""
         with atomic_file(path) as temporary:
             torch.save({name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}, temporary)
         return f"{self.code}model.load_state_dict(torch.load({str(path)!r}, weights_only=True))\nmodel.eval()\n" + (
@@ -103,18 +103,17 @@ def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Cat
     if kind is None:
         made = call_name(experiment.model).rpartition(".")[2]
         raise ValueError(
-            f"torchvision has no model like {made}: Faster R-CNN, Mask R-CNN and RetinaNet can be exported"
+            f"{made} cannot be exported to torchvision; supported are Faster R-CNN, Mask R-CNN and RetinaNet"
         )
     replaced = replaced_parts(experiment.model)
     if replaced:
         raise ValueError(
-            f"torchvision's model cannot be given what this one has: {', '.join(replaced.values())} in place of "
-            "Boxwright's own heads"
+            f"torchvision's model does not support {', '.join(replaced.values())} instead of Boxwright's own heads"
         )
     model = {name: arguments_of(value) for name, value in arguments_of(experiment.model).items()}
     faults = _faults(call_name(arguments_of(experiment.model)["backbone"]), model, kind)
     if faults:
-        raise ValueError("torchvision's model cannot be given what this one has: " + "; ".join(faults))
+        raise ValueError("torchvision's model does not support these settings: " + "; ".join(faults))
     own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith(".num_batches_tracked")}
     normalised = kind == "RetinaNet" and model["retina"]["norm"] is not None
     names = [category.name for category in categories]
@@ -126,46 +125,46 @@ def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Cat
 
 
 def _faults(backbone: str, model: dict[str, dict[str, Any]], kind: str) -> list[str]:
-    """What torchvision's model cannot be given."""
+    """Settings that torchvision's model does not support."""
     if backbone != "boxwright.backbones.fpn.resnet_fpn":
-        return [f"its backbone is made by {backbone}, not by resnet_fpn"]
+        return [f"the backbone is {backbone}, expected resnet_fpn"]
     body = model["backbone"]
     faults = []
     if (body["depth"], body["groups"], body["width_per_group"]) not in _BODIES:
-        faults.append(f"torchvision has no ResNet of {body['groups']} groups {body['width_per_group']} wide")
+        faults.append(f"torchvision has no ResNet with {body['groups']} groups of width {body['width_per_group']}")
     if body["style"] != "pytorch" and body["depth"] >= 50:
         faults.append("its bottlenecks have their stride in the first convolution (style caffe)")
     if body["norm"] not in ("frozen_bn", "bn", "sync_bn"):
-        faults.append(f"its backbone has norms of kind {body['norm']}")
+        faults.append(f"the norm of the backbone is {body['norm']}")
     if body["fpn_norm"] is not None:
         faults.append("its pyramid has norms")
     if body["channels"] != _CHANNELS:
-        faults.append(f"its pyramid has {body['channels']} channels, not {_CHANNELS}")
+        faults.append(f"the pyramid has {body['channels']} channels, expected {_CHANNELS}")
     if body["extra"] is None:
         faults.append("its pyramid has no level above the last map's")
     elif body["extra"] != "pool" and not body["extra_relu"]:
-        faults.append(f"there is no ReLU between P6 and P7 ({_MEND['extra_relu']})")
+        faults.append(f"there is no ReLU between P6 and P7 ({_FIXES['extra_relu']})")
     if model["pixel_stats"]["order"] != "rgb":
         faults.append("it takes BGR pixels")
     for part, told in _TOLD.items():
         theirs = arguments_of(getattr(SETTINGS, part))
         free = told | _TRAINING.get(part, set())
         if part == "conventions" and kind == "RetinaNet":
-            free = free | {"roi_align_aligned", "level_epsilon"}  # of RoIAlign, which it has not
+            free = free | {"roi_align_aligned", "level_epsilon"}  # Settings of RoIAlign, which RetinaNet does not have.
         for name, value in model.get(part, {}).items():
             if name not in free and value != theirs[name]:
-                mend = f" ({_MEND[name]})" if name in _MEND else ""
-                faults.append(f"{part}.{name} is {value}, not {theirs[name]}{mend}")
+                fix = f" ({_FIXES[name]})" if name in _FIXES else ""
+                faults.append(f"{part}.{name} is {value}, expected {theirs[name]}{fix}")
     rounding = model["conventions"]["anchor_rounding"]
     if rounding not in ("none", "torchvision"):
-        faults.append(f"its anchors are rounded as in {rounding}")
+        faults.append(f"anchors are rounded as in {rounding}")
     return faults
 
 
 def _code(
     kind: str, model: dict[str, dict[str, Any]], experiment: Experiment, own: dict[str, Tensor], num_classes: int
 ) -> str:
-    """Python that builds torchvision's model; each value is written by `repr`, whatever a weights file says it is."""
+    """Python code that builds torchvision's model. Values are written by `repr`, so that a file cannot inject code."""
     body, conventions, pixels = model["backbone"], model["conventions"], model["pixel_stats"]
     stages = list(body["out_stages"])
     # Stage 2 has stride 4, and P6 and P7 follow.
@@ -190,7 +189,7 @@ def _code(
     arguments: dict[str, str] = {
         "min_size": repr(experiment.resize.short),
         "max_size": repr(experiment.resize.long),
-        # Torchvision's pixels lie in 0..1.
+        # torchvision's pixels are in 0..1.
         "image_mean": repr([round(value / 255, 12) for value in pixels["mean"]]),
         "image_std": repr([round(value / 255, 12) for value in pixels["std"]]),
     }
@@ -216,19 +215,19 @@ def _code(
 
 
 def _box_loss(retina: dict[str, Any]) -> list[str]:
-    """The line that sets an IoU loss for training; no line for other losses, where torchvision's L1 loss stays."""
+    """Line that sets an IoU loss for training; no line for other losses, for which torchvision's L1 loss is kept."""
     if retina["box_loss"] not in ("giou", "diou", "ciou"):
         return []
     return [f"model.head.regression_head._loss_type = {retina['box_loss']!r}"]
 
 
 def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
-    """The lines of a class of anchors that are not torchvision's own; no strides where those are."""
+    """Lines of a class of anchors that differ from torchvision's; without strides if these are equal."""
     lines = ["", "class Anchors(AnchorGenerator):"]
     if rounding == "none":
         lines += [
             "    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=None):",
-            "        # Torchvision rounds these to whole pixels.",
+            "        # torchvision rounds these to whole pixels.",
             "        sides, ratios = torch.tensor(scales), torch.tensor(aspect_ratios).sqrt()[:, None]",
             "        widths, heights = (1 / ratios * sides).flatten(), (ratios * sides).flatten()",
             "        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2",
@@ -237,7 +236,7 @@ def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
     if strides is not None:
         lines += [
             "    def grid_anchors(self, grid_sizes, strides):",
-            "        # Torchvision divides the picture's size by the map's, which is less where it does not divide.",
+            "        # torchvision divides the image size by the map size, which is smaller if it does not divide.",
             f"        return super().grid_anchors(grid_sizes, {[(stride, stride) for stride in strides]!r})",
             "",
         ]

@@ -20,6 +20,21 @@ _NEW_OUTPUT = (*CONVS, *FOLDED_NORMS, nn.ConvTranspose2d, nn.SyncBatchNorm, nn.G
 """Layers whose output is a new tensor that autograd does not keep, so that it may be overwritten."""
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution and the norm of its output."""
+
+    conv_norms = (("0", "1"),)
+    """Names of the convolution and of its norm, for `optimize_for_cpu`."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        """Combine a convolution and a norm."""
+        super().__init__(conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`norm(conv(x))`, see `conv_norm`."""
+        return conv_norm(self[0], self[1], x)
+
+
 def conv_norm(
     conv: nn.Module, norm: nn.Module | None, x: Tensor, add: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
@@ -31,7 +46,7 @@ def conv_norm(
     and the ReLU in the same call.
 
     Args:
-        conv: any module. A stock `nn.Sequential` of two modules is a convolution and its norm.
+        conv: any module. A stock `ConvNorm` is a convolution and its norm.
         norm: of the convolution's output; None for none.
         x: [B, inputs, H, W].
         add: [B, C, H', W']; None for nothing.
@@ -40,7 +55,7 @@ def conv_norm(
     Returns:
         [B, C, H', W'].
     """
-    if norm is None and is_stock(conv, nn.Sequential) and len(conv) == 2:  # type: ignore[arg-type]
+    if norm is None and is_stock(conv, ConvNorm):
         conv, norm = conv  # type: ignore[misc]
     if is_stock(norm, nn.Identity):
         norm = None

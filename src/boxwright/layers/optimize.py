@@ -18,10 +18,11 @@ from boxwright.layers.stock import is_stock, is_unhooked
 def optimize_for_cpu(model: nn.Module) -> None:
     """Make a model detect faster on a CPU, in place.
 
-    Every stock `nn.Conv2d` keeps its weights as the CPU computes with them, together with the batch norm that
-    `conv_norm` applies to its output. A linear layer that reads RoIAlign's grids keeps its weights in the order of the
-    grids. Parameters, their names and their precision stay, and the model still trains. Modules with hooks, subclasses
-    and parametrized modules stay as they are, and hooks that are registered later are called as usual.
+    Every stock `nn.Conv2d` caches its weights in the form that the CPU computes with, with the batch norm folded in that
+    `conv_norm` applies to its output; its repr names that norm. A linear layer that reads RoI features caches its
+    weights in the order of these features. Parameters, their names and their precision do not change, and the model can
+    still be trained. Modules with hooks, subclasses and parametrized modules are not changed, and hooks that are
+    registered later are called as usual.
 
     Args:
         model: any module, usually a detector in eval mode.
@@ -58,7 +59,7 @@ def optimize_for_cuda(model: nn.Module) -> None:
     """
     uses = Counter(child for container in model.modules() for child in container._modules.values())
     for container in list(model.modules()):
-        for conv_name, norm_name in list(folded_pairs(container)):
+        for conv_name, norm_name in list(folded_pairs(container, sequences=True)):
             conv, norm = container.get_submodule(conv_name), container.get_submodule(norm_name)
             if uses[conv] == uses[norm] == 1 and has_constant_statistics(norm):
                 assert isinstance(conv, nn.Conv2d)
@@ -68,16 +69,18 @@ def optimize_for_cuda(model: nn.Module) -> None:
     model.to(memory_format=torch.channels_last)
 
 
-def folded_pairs(container: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of each stock convolution and of the stock batch norm that alone reads its output.
+def folded_pairs(container: nn.Module, *, sequences: bool = False) -> Iterator[tuple[str, str]]:
+    """Names of the pairs of a stock convolution and the stock batch norm that is applied to its output only.
 
-    The order in which a container applies its children is known in two cases: a stock `nn.Sequential`, and a class
-    that names the pairs in `conv_norms` beside its own `forward`. A subclass with another `forward` has no pairs.
+    Args:
+        container: module whose children are paired. Its class names the pairs in `conv_norms`, next to a `forward` that
+            applies them by `conv_norm`. A subclass with another `forward` has no pairs.
+        sequences: whether a stock `nn.Sequential`, which applies its children one by one, also has pairs.
     """
     forward_owner = next(cls for cls in type(container).__mro__ if "forward" in vars(cls))
     if not is_unhooked(container):
         return
-    in_sequence = pairwise(container._modules) if forward_owner is nn.Sequential else ()
+    in_sequence = pairwise(container._modules) if sequences and forward_owner is nn.Sequential else ()
     for conv_name, norm_name in vars(forward_owner).get("conv_norms", in_sequence):
         conv, norm = container._modules[conv_name], container._modules[norm_name]
         if is_stock(conv, nn.Conv2d) and is_stock(norm, *FOLDED_NORMS):
