@@ -70,8 +70,8 @@ class Augment:
 
         Args:
             original: (height, width) of the image in its file.
-            resize: limits of the sides; None keeps the size of the image.
-            rng: random generator. The number of draws does not depend on the settings, so enabling one augmentation
+            resize: Limits of the sides; None keeps the size of the image.
+            rng: Random generator. The number of draws does not depend on the settings, so enabling one augmentation
                 does not change the others.
         """
         at_flip, at_scale, at_height, at_width, at_top, at_left = rng.random(6)

@@ -50,7 +50,7 @@ def group(
         order: int64 [n], images in the order in which they fill batches.
         buckets: int64 [N], bucket of each image.
         canvases: [K], one or more canvases of each bucket.
-        batch_size: number of images in a full batch.
+        batch_size: Number of images in a full batch.
 
     Returns:
         (bucket, images) of each batch.
@@ -91,10 +91,10 @@ class TrainingSampler:
 
         Args:
             buckets: int64 [N], bucket of each image.
-            canvases: canvases of the K buckets, one per scale.
-            batch_size: number of images per step, over all ranks.
-            seed: seed of the run, not negative.
-            weights: relative frequency of each scale.
+            canvases: Canvases of the K buckets, one per scale.
+            batch_size: Number of images per step, over all ranks.
+            seed: Seed of the run, not negative.
+            weights: Relative frequency of each scale.
         """
         if len(buckets) == 0:
             raise ValueError("the training set contains no images")
