@@ -99,7 +99,7 @@ def test_repetitions_of_a_sample_are_augmented_differently() -> None:
         for image_id, seed in zip(batch.image_ids, batch.seeds, strict=True)
     }
     assert len(pairs) == 12
-    with pytest.raises(ValueError, match="times=0"):
+    with pytest.raises(ValueError, match="times: expected at least 1, got 0"):
         RepeatDataset(GeneratedImages(4), 0)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
+from boxwright.checks import check_choice
 from boxwright.data.augment import Augment, Photometric
 from boxwright.data.buckets import Resize, Scale, ScaleMode, plan_scales
 from boxwright.data.dataset import Sample
@@ -33,6 +35,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Check the ranges of the settings."""
+        check_choice("scale_mode", self.scale_mode, get_args(ScaleMode))
         if self.scales is None and self.scale_mode != "list":
             raise ValueError(
                 f"scale_mode: expected 'list' without scales, got {self.scale_mode!r}. Set the two ends of the "

@@ -42,7 +42,7 @@ class Resize:
     def __post_init__(self) -> None:
         check_counts(self, "short", "long")
         if not 1 <= self.short <= self.long <= MAX_SIDE:
-            raise ValueError(f"{self}: expected 1 <= short <= long <= {MAX_SIDE}")
+            raise ValueError(f"resize: expected 1 <= short <= long <= {MAX_SIDE}, got {self}")
 
     def sizes(self, original_sizes: np.ndarray) -> np.ndarray:
         """Resized (height, width) of images, rounded as in mmdetection 0.5 (2018).

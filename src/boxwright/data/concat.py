@@ -92,7 +92,7 @@ class RepeatDataset:
             ValueError: `times` is below 1.
         """
         if times < 1:
-            raise ValueError(f"times={times}: expected at least 1")
+            raise ValueError(f"times: expected at least 1, got {times}")
         self.dataset, self.times = dataset, times
         self.categories: Sequence[Category] = dataset.categories
         info = DatasetInfo(dataset)

@@ -99,9 +99,9 @@ class TrainingSampler:
         if len(buckets) == 0:
             raise ValueError("the training set contains no images")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if seed < 0:
-            raise ValueError(f"seed={seed}: expected at least 0")
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         self._buckets = buckets
         self._canvases = canvases
         self._batch_size = batch_size

@@ -48,7 +48,7 @@ def find_layout(folder: Path) -> dict[str, Split]:
             return match
         reasons.append(f"{form.name}: looked for {match.reason}")
     raise ValueError(
-        f"{folder}: the folder is not a data set in a known format ({', '.join(form.name for form in formats())}). "
+        f"{folder}: the folder is not in a known format ({', '.join(form.name for form in formats())}). "
         f"{'. '.join(reasons)}. Rename the files, or use the paths of the annotation file and the image folder"
     )
 
