@@ -205,7 +205,7 @@ def test_importing_boxwright_does_not_import_torch() -> None:
 
 def test_invalid_metadata_of_a_weights_file_is_an_error(run: Path, tmp_path: Path) -> None:
     tensors, metadata = load_weights(run / "weights.safetensors")
-    path = tmp_path / "odd.safetensors"
+    path = tmp_path / "inconsistent.safetensors"
     arguments = metadata["experiment"]["arguments"]
     changes: list[dict[str, Any]] = [
         {"categories": [1, 2]},
@@ -217,7 +217,7 @@ def test_invalid_metadata_of_a_weights_file_is_an_error(run: Path, tmp_path: Pat
     ]
     for change in changes:
         save_weights(path, tensors, {**metadata, **change})
-        with pytest.raises(ValueError, match=r"odd\.safetensors: the model cannot be rebuilt"):
+        with pytest.raises(ValueError, match=r"inconsistent\.safetensors: the model cannot be rebuilt"):
             boxwright.load(path)
 
 

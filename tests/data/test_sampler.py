@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from boxwright.data.buckets import Canvases, Resize, Scale, holds, plan_buckets, plan_scales
+from boxwright.data.buckets import Canvases, Resize, Scale, contains, plan_buckets, plan_scales
 from boxwright.data.sampler import TrainingSampler, group, image_seed
 
 RESIZE = Resize(800, 1333)
@@ -30,7 +30,7 @@ def test_every_image_occurs_in_each_epoch_and_few_occur_twice(count: int, batch_
         assert len(seen) - count < 2 * batch_size
         for step in steps:
             assert len(step.indices) == batch_size
-            assert all(holds((step.canvas,), canvases[buckets[index]]) for index in step.indices)
+            assert all(contains((step.canvas,), canvases[buckets[index]]) for index in step.indices)
 
 
 def test_batches_are_filled_with_images_they_do_not_contain_yet() -> None:

@@ -184,7 +184,7 @@ def main(case, start_method):
         batches = loader.batches()
         for batch in batches:
             if case == "user":
-                raise KeyError("the user's own loop")
+                raise KeyError("the training loop")
             print("running", flush=True)
     else:
         loader = EvaluationLoader(dataset, resize=Resize(64, 107), **common)
@@ -236,8 +236,8 @@ def finish(process: subprocess.Popen[str]) -> str:
         ("evaluation", "fork", "SampleError: KeyError: 'no such column' (position 3 of the data set)"),
         ("propose", "fork", "SampleError: KeyError: 'no such column' (position 3 of the data set)"),
         ("detector", "fork", "KeyError: 'the detector'"),
-        ("user", "fork", 'KeyError: "the user\'s own loop"'),
-        ("user", "spawn", 'KeyError: "the user\'s own loop"'),
+        ("user", "fork", "KeyError: 'the training loop'"),
+        ("user", "spawn", "KeyError: 'the training loop'"),
     ],
 )
 def test_a_program_ends_after_an_error(program: Path, case: str, start_method: str, message: str) -> None:

@@ -135,8 +135,8 @@ def test_without_objects_all_anchors_are_background() -> None:
 
 def test_anchors_inside_a_crowd_region_are_ignored() -> None:
     output, targets = spread_head()(features(1), CANVAS), random_targets(1, 1, 1, CANVAS, NUM_CLASSES)
-    everywhere = torch.tensor([[[-200.0, -200.0, 400.0, 400.0]]])
-    crowd = replace(targets, boxes=everywhere, crowd=torch.ones(1, 1, dtype=torch.bool))
+    around_canvas = torch.tensor([[[-200.0, -200.0, 400.0, 400.0]]])
+    crowd = replace(targets, boxes=around_canvas, crowd=torch.ones(1, 1, dtype=torch.bool))
     assert all(loss == 0 for loss in spread_head().losses(output, crowd).values())
 
 

@@ -1,7 +1,8 @@
 """Build the batch of a training or evaluation step, and add the image to the message of any error.
 
 A worker process receives one `BatchBuilder` when it starts. After that it receives only a `Step` per batch: epoch,
-canvas and image positions. So the memory of a worker holds the data set, which all processes share, and one batch.
+canvas and image positions. So a worker needs memory for one batch; all processes share the
+memory of the data set.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def buckets_for(resize: Resize, original_sizes: np.ndarray | None = None) -> lis
     return [canvas for length in sorted(lengths) for canvas in dict.fromkeys(((short, length), (length, short)))]
 
 
-def holds(canvases: Canvases, others: Canvases) -> bool:
+def contains(canvases: Canvases, others: Canvases) -> bool:
     """Whether all images that fit `others` also fit `canvases`, at every scale."""
     return all(one[0] >= two[0] and one[1] >= two[1] for one, two in zip(canvases, others, strict=True))
 

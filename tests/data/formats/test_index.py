@@ -58,9 +58,9 @@ def test_polygons_and_run_lengths(index: AnnotationIndex) -> None:
 def test_an_index_is_pickled_as_a_path(index: AnnotationIndex) -> None:
     data = pickle.dumps(index)
     assert len(data) < 500
-    again = pickle.loads(data)
-    assert isinstance(again.boxes, np.memmap)
-    np.testing.assert_array_equal(again.boxes, index.boxes)
+    unpickled = pickle.loads(data)
+    assert isinstance(unpickled.boxes, np.memmap)
+    np.testing.assert_array_equal(unpickled.boxes, index.boxes)
 
 
 @pytest.mark.parametrize("name", ["train", "val"])

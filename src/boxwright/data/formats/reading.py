@@ -130,7 +130,7 @@ class _Checker:
         )
 
     def _finite(self) -> NDArray[np.bool_]:
-        """Whether all numbers of each annotation are finite."""
+        """Whether box, area and polygons of each annotation are finite."""
         columns = self.columns
         num_polygons = np.asarray(columns.polygon_ends)
         bad_points = np.flatnonzero(~np.isfinite(np.asarray(columns.points)))

@@ -62,8 +62,8 @@ class Masks:
         first, last = int(ends[2 * on[0]]) // height, int(ends[2 * on[-1] + 1] - 1) // height
         # Clip the runs to these columns.
         bounds = np.clip(ends, first * height, (last + 1) * height)
-        cut = np.diff(bounds, prepend=first * height, append=(last + 1) * height)
-        columns = np.repeat(np.arange(len(cut)) % 2 == 1, cut).reshape(-1, height)
+        clipped = np.diff(bounds, prepend=first * height, append=(last + 1) * height)
+        columns = np.repeat(np.arange(len(clipped)) % 2 == 1, clipped).reshape(-1, height)
         rows = columns.any(axis=0).nonzero()[0]
         return first, int(rows[0]), columns[:, rows[0] : rows[-1] + 1].T
 
