@@ -8,7 +8,7 @@ import pytest
 
 from boxwright.data.formats import find_layout
 from boxwright.data.formats.check import check
-from boxwright.data.formats.fault import FaultyDataError
+from boxwright.data.formats.fault import Fault, FaultyDataError
 from boxwright.data.indexed_dataset import IndexedDataset
 from coco_files import document, write
 
@@ -42,6 +42,12 @@ def test_all_kinds_of_faults_are_reported_together(tmp_path: Path) -> None:
     ]
     assert faults[4].file == str(images / "broken.png")
     assert all(fault.what and fault.fix for fault in faults)
+
+
+def test_the_deprecated_name_of_the_fix_works() -> None:
+    fault = Fault("a.json", "image 7", "the file is missing", "Add the file")
+    assert fault.mend == fault.fix == "Add the file"
+    assert str(fault) == "a.json: image 7: the file is missing. Add the file"
 
 
 def test_images_above_the_pixel_limit_are_faults(tmp_path: Path) -> None:

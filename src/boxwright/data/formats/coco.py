@@ -82,7 +82,7 @@ def detect(folder: Path) -> dict[str, Split] | NoMatch:
     """Find annotation files in `annotations/`, in the folder itself and in folders named like a split.
 
     The images of a split may be in a folder named like the split, in `images/`, in `JPEGImages/` or beside the
-    annotation file. The folder that contains the most of the first images in the file is used.
+    annotation file. The folder that contains the largest number of the first 20 images in the file is used.
 
     Raises:
         ValueError: Several files match the same split.
@@ -179,7 +179,7 @@ def _ambiguous(folder: Path, names: list[str], split: str) -> ValueError:
 
 
 def _find_images(folder: Path, annotations: Path, name: str) -> Path:
-    """The folder that contains the most of the first images in the file; the most specific folder if none has any."""
+    """The folder that contains the largest number of the first images in the file; for a tie, the most specific one."""
     folders = [folder / place.replace("SPLIT", name) for place in _IMAGES]
     folders = [place for place in (annotations.parent, *folders) if place.is_dir()]
     file_names = _first_file_names(annotations)
@@ -228,7 +228,7 @@ def _file_fault(path: Path, error: ValueError) -> Fault:
             return Fault(str(path), "file", f"the JSON is truncated: {error}", "Copy or export the file again")
         return Fault(str(path), "file", f"not valid JSON: {error}", "Correct the file, or export it again")
     if isinstance(error, msgspec.ValidationError):
-        fix = "Use a JSON object with the lists images, annotations and categories; a results file has no annotations"
+        fix = "Use a JSON object with the lists images, annotations and categories. A COCO results file cannot be used"
         return Fault(str(path), "file", f"not COCO annotations: {error}", fix)
     return Fault(str(path), "file", f"not valid JSON: {error}", "Export the file again as UTF-8 JSON")
 

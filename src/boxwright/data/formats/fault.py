@@ -45,5 +45,5 @@ class FaultyDataError(ValueError):
         count = len(self.faults)
         lines = [f"{count} fault{'s' * (count > 1)} in the data set:", *map(str, self.faults[:SHOWN])]
         if count > SHOWN:
-            lines.append(f"... and {count - SHOWN} more; `boxwright data check` lists all")
+            lines.append(f"... and {count - SHOWN} more; `boxwright data check` lists all of them")
         return "\n  ".join(lines)
