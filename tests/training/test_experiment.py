@@ -72,7 +72,7 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
         ({"cuda_graphs": True}, "give compile=true too"),
-        ({"scale_mode": "range"}, "scale_mode: expected 'list' without scales, got 'range'"),
+        ({"scale_mode": "range"}, "scale_mode=range: give the ends"),
     ],
 )
 def test_impossible_numbers_are_refused(settings: dict, message: str) -> None:

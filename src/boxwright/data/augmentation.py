@@ -38,8 +38,7 @@ class Augmentation:
         check_choice("scale_mode", self.scale_mode, get_args(ScaleMode))
         if self.scales is None and self.scale_mode != "list":
             raise ValueError(
-                f"scale_mode: expected 'list' without scales, got {self.scale_mode!r}. Set the two ends of the "
-                "range, such as scales=(640,1333),(800,1333)"
+                f"scale_mode: {self.scale_mode!r} needs the two ends of the range, such as scales=(640,1333),(800,1333)"
             )
         self.plan()
         self.geometric()
