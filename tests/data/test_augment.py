@@ -73,7 +73,7 @@ def test_photometric_is_repeatable_and_within_its_strength() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"flip": 1.5}, "flip=1.5"),
+        ({"flip": 1.5}, r"flip\S*: expected a number in 0\.\.1"),
         ({"scale_jitter": (0, 1)}, "scale_jitter"),
         ({"scale_jitter": (1.2, 0.8)}, "scale_jitter"),
         ({"crop": 0.0}, "crop: expected .* got 0.0"),
@@ -85,7 +85,7 @@ def test_augment_settings_out_of_range_are_an_error(settings: dict, message: str
 
 
 def test_photometric_settings_out_of_range_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"brightness=2: expected a number in 0..1"):
+    with pytest.raises(ValueError, match=r"brightness\S*: expected a number in 0\.\.1"):
         Photometric(brightness=2)
 
 

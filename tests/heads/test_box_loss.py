@@ -96,7 +96,7 @@ def test_invalid_settings_are_an_error(config: Any) -> None:
     with pytest.raises(ValueError, match=r"box_loss: expected one of smooth_l1, giou, diou, ciou or a function.*'iou'"):
         config(box_loss="iou")
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"box_loss_weight=\S+: expected a number, at least 0"):
+        with pytest.raises(ValueError, match=r"box_loss_weight\S*: expected a number, at least 0"):
             config(box_loss_weight=weight)
     with pytest.raises(ValueError, match="mask_loss_weight"):
         MaskConfig(mask_loss_weight=-1.0)
@@ -186,7 +186,7 @@ def test_settings_and_json_contain_the_box_loss() -> None:
     assert restored.model.keywords["box"].box_loss == "giou"
     assert restored.model.keywords["box"].box_loss_weight == 10.0
     assert restored.model.keywords["rpn"].box_loss == "diou"
-    with pytest.raises(ValueError, match=r"model\.box\.box_loss=iou.*'giou'"):
+    with pytest.raises(ValueError, match=r"model\.box\.box_loss.*'giou'"):
         with_settings(faster_rcnn_r50_fpn_1x(), ["model.box.box_loss=iou"])
 
 
