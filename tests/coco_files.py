@@ -11,7 +11,7 @@ import numpy as np
 
 
 def document() -> dict[str, Any]:
-    """Two images of 60 x 40 pixels, categories with a gap, polygons, both forms of run lengths and a crowd region."""
+    """Two images of 60 x 40 pixels with polygons, run lengths in both forms, and a crowd region; ids have gaps."""
     return {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 60, "height": 40, "license": [1, None]},
@@ -51,7 +51,7 @@ def document() -> dict[str, Any]:
 
 
 def write(folder: Path, content: dict[str, Any] | None = None) -> tuple[Path, Path]:
-    """Write a data set whose pictures match `document()`; returns the annotation file and the image folder."""
+    """Write a data set with the images of `document()`; returns the paths of the annotation file and image folder."""
     images = folder / "images"
     (images / "sub").mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(("a.png", "sub/b.png")):

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from boxwright.data.dataset import Sample
-from pictures import StatedPictures
+from generated_images import GeneratedImagesWithInfo as StatedPictures
 
 POSITION = 3
 """Position of the image that cannot be read."""

@@ -36,7 +36,7 @@ from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
 from boxwright.training.loop import train
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.step import TrainStep
-from pictures import StatedPictures
+from generated_images import GeneratedImagesWithInfo as StatedPictures
 from small_model import small_run
 from training.fakes import MODEL, Pictures, tiny_detector
 

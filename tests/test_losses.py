@@ -28,8 +28,8 @@ def values(*shape: int, seed: int = 0) -> Tensor:
 
 def test_binary_cross_entropy() -> None:
     logits, targets = values(2, 50), values(2, 50, seed=1).sigmoid()
-    chance = logits.sigmoid()
-    expected = -(targets * chance.log() + (1 - targets) * (1 - chance).log())
+    probability = logits.sigmoid()
+    expected = -(targets * probability.log() + (1 - targets) * (1 - probability).log())
     torch.testing.assert_close(binary_cross_entropy(logits, targets), expected)
     ours = binary_cross_entropy(logits.float(), targets > 0.5)
     torch.testing.assert_close(
@@ -47,7 +47,7 @@ def test_cross_entropy() -> None:
 
 
 def focal_inputs(num_classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, labels of which some are of no class, and the same as one-hot rows."""
+    """Logits, labels (some of them background), and the labels as one-hot rows."""
     logits, labels = values(2, 50, num_classes), torch.arange(100).view(2, 50) % (num_classes + 1)
     return logits, labels, F.one_hot(labels, num_classes + 1)[..., :num_classes].double()
 
@@ -55,23 +55,26 @@ def focal_inputs(num_classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.75, 1.5)])
 def test_sigmoid_focal_loss(alpha: float, gamma: float) -> None:
     logits, labels, one_hot = focal_inputs()
-    chance = logits.sigmoid()
-    yes = -alpha * (1 - chance) ** gamma * chance.log()
-    no = -(1 - alpha) * chance**gamma * (1 - chance).log()
-    expected = (one_hot * yes + (1 - one_hot) * no).sum(-1)
+    probability = logits.sigmoid()
+    positive = -alpha * (1 - probability) ** gamma * probability.log()
+    negative = -(1 - alpha) * probability**gamma * (1 - probability).log()
+    expected = (one_hot * positive + (1 - one_hot) * negative).sum(-1)
     torch.testing.assert_close(sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma), expected)
     theirs, ours = logits.float().requires_grad_(), logits.float().requires_grad_()
-    wanted = torchvision.ops.sigmoid_focal_loss(theirs, one_hot.float(), alpha, gamma).sum(-1)
-    given = sigmoid_focal_loss(ours, labels, alpha=alpha, gamma=gamma)
-    torch.testing.assert_close(given, wanted)
+    reference = torchvision.ops.sigmoid_focal_loss(theirs, one_hot.float(), alpha, gamma).sum(-1)
+    actual = sigmoid_focal_loss(ours, labels, alpha=alpha, gamma=gamma)
+    torch.testing.assert_close(actual, reference)
     weights = values(2, 50, seed=3).float()
     torch.testing.assert_close(
-        torch.autograd.grad(given, ours, weights), torch.autograd.grad(wanted, theirs, weights), rtol=1e-5, atol=1e-6
+        torch.autograd.grad(actual, ours, weights),
+        torch.autograd.grad(reference, theirs, weights),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
-def test_the_gradient_of_focal_loss_is_its_finite_difference(gamma: float) -> None:
+def test_the_gradient_of_focal_loss_equals_the_finite_difference(gamma: float) -> None:
     logits, labels, _ = focal_inputs(3)
     valid = torch.arange(50) < 40
     assert torch.autograd.gradcheck(
@@ -82,18 +85,19 @@ def test_the_gradient_of_focal_loss_is_its_finite_difference(gamma: float) -> No
 def test_focal_loss_of_large_logits_is_finite_and_exact() -> None:
     logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0], [20.0, -20.0]], requires_grad=True)
     loss = sigmoid_focal_loss(logits, torch.tensor([0, 0, 2]))
-    # Nothing wrong; both wrong, each by its logit; one wrong "yes" of certainty 1 - 2e-9.
+    # Row 0: both logits right. Row 1: both wrong, the loss is the absolute logit. Row 2: background, but class 0 has a
+    # probability of 1 - 2e-9.
     torch.testing.assert_close(loss, torch.tensor([0.0, 0.25 * 200 + 0.75 * 200, 0.75 * 20]))
     loss.sum().backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0.0], [-0.25, 0.75], [0.75, 0.0]]))
 
 
-def test_focal_loss_keeps_no_more_than_its_input() -> None:
+def test_focal_loss_saves_only_its_inputs_for_backward() -> None:
     logits, labels, _ = focal_inputs()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         sigmoid_focal_loss(logits.requires_grad_(), labels)
-    assert {t.data_ptr() for t in kept} == {logits.data_ptr(), labels.data_ptr()}
+    assert {t.data_ptr() for t in saved} == {logits.data_ptr(), labels.data_ptr()}
 
 
 @pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0])
@@ -132,7 +136,7 @@ def padded_inputs(padding: float, label: int) -> tuple[Tensor, Tensor, Tensor, T
     return logits.requires_grad_(), boxes.requires_grad_(), labels, targets[..., :4], valid
 
 
-def test_what_padding_holds_changes_neither_loss_nor_gradient() -> None:
+def test_padding_does_not_change_losses_and_gradients() -> None:
     clean, dirty = padded_inputs(0.0, 0), padded_inputs(float("nan"), 10**6)
     losses = all_losses(*clean), all_losses(*dirty)
     assert torch.equal(*losses)
@@ -146,7 +150,7 @@ def test_what_padding_holds_changes_neither_loss_nor_gradient() -> None:
         assert not ours.grad[1].any()
 
 
-def test_float32_under_autocast() -> None:
+def test_losses_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         arguments = padded_inputs(0.0, 0)
         halves = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in arguments]
@@ -154,7 +158,7 @@ def test_float32_under_autocast() -> None:
         torch.testing.assert_close(all_losses(*arguments), all_losses(*halves), rtol=0.02, atol=0.02)
 
 
-def test_traces_whole_and_runs_on_fake_tensors() -> None:
+def test_losses_compile_to_one_graph_and_run_on_fake_tensors() -> None:
     arguments = padded_inputs(float("nan"), -1)
     compiled: Callable[..., Tensor] = torch.compile(all_losses, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), all_losses(*arguments))
@@ -176,7 +180,7 @@ def gradient_of(rows: slice, mean: Callable[[Tensor, Tensor], Tensor]) -> Tensor
 
 
 def average_over_ranks(rank: int, port: int) -> None:
-    """The denominator is local outside of `shared_denominators` and shared within, in eager and in compiled code."""
+    """Check that denominators are shared only within `shared_denominators`, in eager and in compiled code."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     rows = slice(rank, rank + 1)
@@ -192,7 +196,7 @@ def average_over_ranks(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_shared_denominators_average_to_what_one_process_computes() -> None:
+def test_with_shared_denominators_two_ranks_average_to_the_result_of_one_process() -> None:
     whole = gradient_of(slice(None), weighted_mean)
     torch.testing.assert_close(whole, (LOSS.sum(-1) * WEIGHT).sum() / WEIGHT.sum())
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""`boxwright.load(...).predict(...)` takes files and arrays and answers in their own pixels."""
+"""`boxwright.load(...).predict(...)` accepts files and arrays, and returns boxes and masks in their pixels."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(data_dir: Path) -> Path:
+def image_file(data_dir: Path) -> Path:
     return min((data_dir / "bccd" / "JPEGImages").iterdir())
 
 
-class WholePicture(nn.Module):
-    """Finds the whole picture twice, with scores 0.9 and 0.2, and remembers the canvas."""
+class WholeImage(nn.Module):
+    """Predicts the whole image twice, with scores 0.9 and 0.2, and stores the canvas size."""
 
     num_classes = 2
     max_detections = 3
@@ -64,83 +64,83 @@ class WholePicture(nn.Module):
         )
 
 
-def test_boxes_are_in_pixels_of_the_picture() -> None:
-    detector = WholePicture()
-    predictor = Predictor(detector, experiment=small(WholePicture), categories=CATEGORIES)
+def test_boxes_are_in_pixels_of_the_image() -> None:
+    detector = WholeImage()
+    predictor = Predictor(detector, experiment=small(WholeImage), categories=CATEGORIES)
     image = np.zeros((90, 130, 3), dtype=np.uint8)
-    found = predictor.predict(image)
+    prediction = predictor.predict(image)
     assert detector.canvas == (256, 352)
-    np.testing.assert_allclose(found.boxes[0], [0, 0, 130, 90], atol=1e-3)
-    assert found.boxes.max() <= 130
-    assert found.scores.tolist() == pytest.approx([0.9, 0.2])
-    assert found.names == ["dust", "cell"]
-    assert found.image_size == (90, 130)
+    np.testing.assert_allclose(prediction.boxes[0], [0, 0, 130, 90], atol=1e-3)
+    assert prediction.boxes.max() <= 130
+    assert prediction.scores.tolist() == pytest.approx([0.9, 0.2])
+    assert prediction.names == ["dust", "cell"]
+    assert prediction.image_size == (90, 130)
 
-    (found,) = predictor.predict([image], score=0.5, native=True)
+    (prediction,) = predictor.predict([image], score=0.5, native=True)
     assert detector.canvas == (96, 160)
-    np.testing.assert_allclose(found.boxes, [[0, 0, 130, 90]])
+    np.testing.assert_allclose(prediction.boxes, [[0, 0, 130, 90]])
 
 
-class OtherLabel(WholePicture):
-    """Gives the last class the label -1, which as an index would be a class too."""
+class InvalidLabel(WholeImage):
+    """Predicts the label -1, which would be the last class as an index."""
 
     def detect(self, batch: Batch) -> Detections:
         detections = super().detect(batch)
         return replace(detections, labels=detections.labels - 1)
 
 
-def test_labels_that_are_no_classes_are_refused() -> None:
-    predictor = Predictor(OtherLabel(), experiment=small(OtherLabel), categories=CATEGORIES)
-    with pytest.raises(ValueError, match=r"OtherLabel.detect: label -1.*0 to 1"):
+def test_labels_out_of_range_are_an_error() -> None:
+    predictor = Predictor(InvalidLabel(), experiment=small(InvalidLabel), categories=CATEGORIES)
+    with pytest.raises(ValueError, match=r"InvalidLabel.detect: label -1.*0 to 1"):
         predictor.predict(np.zeros((90, 130, 3), dtype=np.uint8))
 
 
-def test_there_is_a_category_for_each_class() -> None:
+def test_the_number_of_categories_must_match_the_number_of_classes() -> None:
     with pytest.raises(ValueError, match=r"1 categories.*num_classes is 2"):
-        Predictor(WholePicture(), experiment=small(WholePicture), categories=CATEGORIES[:1])
+        Predictor(WholeImage(), experiment=small(WholeImage), categories=CATEGORIES[:1])
 
 
-class WithMasks(WholePicture):
-    """Says that its objects fill the upper halves of their boxes."""
+class WithMasks(WholeImage):
+    """Predicts masks that fill the upper half of each box."""
 
     def detect(self, batch: Batch) -> Detections:
         half = (torch.arange(28) < 14).float()[:, None].expand(1, 3, 28, 28)
         return replace(super().detect(batch), masks=half)
 
 
-def test_masks_are_in_pixels_of_the_picture() -> None:
+def test_masks_are_in_pixels_of_the_image() -> None:
     predictor = Predictor(WithMasks(), experiment=small(WithMasks), categories=CATEGORIES)
     image = np.zeros((90, 130, 3), dtype=np.uint8)
-    assert Predictor(WholePicture(), experiment=small(WholePicture), categories=CATEGORIES).predict(image).masks is None
-    found = predictor.predict(image)
-    assert found.masks is not None
-    assert len(found.masks) == len(found) == 2
+    assert Predictor(WholeImage(), experiment=small(WholeImage), categories=CATEGORIES).predict(image).masks is None
+    prediction = predictor.predict(image)
+    assert prediction.masks is not None
+    assert len(prediction.masks) == len(prediction) == 2
     expected = np.zeros((90, 130), bool)
     expected[:45] = True
-    expected[[0, 0, 44, 44], [0, 129, 0, 129]] = False  # bilinear sampling rounds corners off
-    np.testing.assert_array_equal(found.masks[0], expected)
-    found = predictor.predict(image, score=0.5)
-    assert found.masks is not None
-    assert [mask.shape for mask in found.masks] == [(90, 130)]
+    expected[[0, 0, 44, 44], [0, 129, 0, 129]] = False  # bilinear interpolation cuts the corners
+    np.testing.assert_array_equal(prediction.masks[0], expected)
+    prediction = predictor.predict(image, score=0.5)
+    assert prediction.masks is not None
+    assert [mask.shape for mask in prediction.masks] == [(90, 130)]
 
 
-def test_load_and_predict(run: Path, picture: Path) -> None:
+def test_load_and_predict(run: Path, image_file: Path) -> None:
     predictor = boxwright.load(run)
     assert predictor.categories == CATEGORIES
     assert predictor.metadata["step"] == 12
-    found = predictor.predict(picture)
-    assert len(found)
-    assert (np.diff(found.scores) <= 0).all()
-    assert found.boxes.min() >= 0
-    assert (found.boxes.max(axis=0) <= [640, 480, 640, 480]).all()
-    from_file, from_pixels = boxwright.load(run / "weights.safetensors").predict([picture, decode_image(picture)])
+    prediction = predictor.predict(image_file)
+    assert len(prediction)
+    assert (np.diff(prediction.scores) <= 0).all()
+    assert prediction.boxes.min() >= 0
+    assert (prediction.boxes.max(axis=0) <= [640, 480, 640, 480]).all()
+    from_file, from_pixels = boxwright.load(run / "weights.safetensors").predict([image_file, decode_image(image_file)])
     for other in (from_file, from_pixels):
-        np.testing.assert_array_equal(other.boxes, found.boxes)
-        np.testing.assert_array_equal(other.scores, found.scores)
+        np.testing.assert_array_equal(other.boxes, prediction.boxes)
+        np.testing.assert_array_equal(other.scores, prediction.scores)
 
 
-def test_a_url_and_a_folder_with_one_weights_file(
-    run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_load_from_a_url_and_from_a_folder_with_one_weights_file(
+    run: Path, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "cache"))
     for name in ("BOXWRIGHT_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -151,41 +151,41 @@ def test_a_url_and_a_folder_with_one_weights_file(
     (folder / "mine.safetensors").write_bytes(content)
     with serve() as host:
         url = host.answer("mine.safetensors", whole(content))
-        found = [boxwright.load(place).predict(picture) for place in (run, folder, url, url)]
+        predictions = [boxwright.load(source).predict(image_file) for source in (run, folder, url, url)]
         assert len(host.requests) == 1
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.boxes, found[0].boxes)
+    for other in predictions[1:]:
+        np.testing.assert_array_equal(other.boxes, predictions[0].boxes)
     (folder / "other.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"contains mine\.safetensors, other\.safetensors\. Use the path of one"):
         boxwright.load(folder)
 
 
-def test_a_loaded_detector_is_the_built_one_bit_for_bit(run: Path, picture: Path) -> None:
-    """Loading skips what fills parameters; anchors and pixel statistics, which no file holds, must be there."""
+def test_a_loaded_detector_is_bit_identical_to_a_built_one(run: Path, image_file: Path) -> None:
+    """Loading skips the initialisation of parameters, but must create buffers that no file has, such as anchors."""
     loaded = boxwright.load(run)
     tensors, _ = load_weights(run / "weights.safetensors")
     built = build(loaded.experiment.model, num_classes=len(CATEGORIES))
     built.load_state_dict(tensors)
-    wanted, given = dict(built.named_buffers()), dict(loaded.detector.named_buffers())
-    assert {"normalize.mean", "rpn.anchors.base_0"} <= wanted.keys()
-    for name, tensor in [*wanted.items(), *built.named_parameters()]:
-        other = given[name] if name in given else loaded.detector.get_parameter(name)
+    expected, buffers = dict(built.named_buffers()), dict(loaded.detector.named_buffers())
+    assert {"normalize.mean", "rpn.anchors.base_0"} <= expected.keys()
+    for name, tensor in [*expected.items(), *built.named_parameters()]:
+        other = buffers[name] if name in buffers else loaded.detector.get_parameter(name)
         assert torch.equal(tensor, other), name
         assert (tensor.dtype, tensor.requires_grad) == (other.dtype, other.requires_grad), name
-    found = loaded.predict(picture)
-    other = Predictor(built, experiment=loaded.experiment, categories=CATEGORIES).predict(picture)
-    np.testing.assert_array_equal(found.boxes, other.boxes)
-    np.testing.assert_array_equal(found.scores, other.scores)
+    prediction = loaded.predict(image_file)
+    other = Predictor(built, experiment=loaded.experiment, categories=CATEGORIES).predict(image_file)
+    np.testing.assert_array_equal(prediction.boxes, other.boxes)
+    np.testing.assert_array_equal(prediction.scores, other.scores)
 
 
-def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
+def test_invalid_inputs_and_weights_are_an_error(run: Path, tmp_path: Path) -> None:
     predictor = boxwright.load(run)
     with pytest.raises(ValueError, match=r"image: expected uint8 .*got float64 \[4, 4, 3\]"):
         predictor.predict(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match="expected a path or an array of pixels, got an object of type Image"):
         predictor.predict(Image.new("RGB", (8, 8)))  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match=r"nowhere\.jpg"):
-        predictor.predict(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match=r"missing\.jpg"):
+        predictor.predict(tmp_path / "missing.jpg")
     with pytest.raises(ValueError, match=r"no weights\.safetensors"):
         boxwright.load(tmp_path)
     tensors, metadata = load_weights(run / "weights.safetensors")
@@ -198,14 +198,14 @@ def test_what_cannot_be_used_is_told(run: Path, tmp_path: Path) -> None:
         boxwright.load(tmp_path / "other.safetensors")
 
 
-def test_boxwright_alone_does_not_import_torch() -> None:
+def test_importing_boxwright_does_not_import_torch() -> None:
     code = "import sys, boxwright; assert 'torch' not in sys.modules; assert boxwright.__version__"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_file_whose_parts_were_not_made_for_each_other_is_named(run: Path, tmp_path: Path) -> None:
+def test_invalid_metadata_of_a_weights_file_is_an_error(run: Path, tmp_path: Path) -> None:
     tensors, metadata = load_weights(run / "weights.safetensors")
-    path = tmp_path / "odd.safetensors"
+    path = tmp_path / "inconsistent.safetensors"
     arguments = metadata["experiment"]["arguments"]
     changes: list[dict[str, Any]] = [
         {"categories": [1, 2]},
@@ -217,47 +217,47 @@ def test_a_file_whose_parts_were_not_made_for_each_other_is_named(run: Path, tmp
     ]
     for change in changes:
         save_weights(path, tensors, {**metadata, **change})
-        with pytest.raises(ValueError, match=r"odd\.safetensors: the model cannot be rebuilt"):
+        with pytest.raises(ValueError, match=r"inconsistent\.safetensors: the model cannot be rebuilt"):
             boxwright.load(path)
 
 
-def test_a_model_without_an_rpn_takes_proposals(picture: Path) -> None:
+def test_a_model_without_an_rpn_needs_proposals(image_file: Path) -> None:
     model = partial(fast_rcnn, backbone=BACKBONE, box=BoxConfig(width=32, score_threshold=0.0))
     experiment = replace(small(model), resize=Resize(short=96, long=160))
     torch.manual_seed(0)
     detector = build(experiment.model, num_classes=2)
     predictor = Predictor(detector, experiment=experiment, categories=CATEGORIES)
     proposals = np.array([[10, 20, 200, 220], [300, 100, 500, 400], [-50, -50, -10, -10]])
-    found = predictor.predict(picture, proposals=proposals)
-    assert 0 < len(found) <= 4, "two classes on the two boxes that lie in the picture"
-    again = predictor.predict([picture, picture], proposals=[proposals[::-1], proposals[:0]])
-    np.testing.assert_allclose(again[0].boxes, found.boxes, atol=1e-3)
-    assert len(again[1]) == 0
+    prediction = predictor.predict(image_file, proposals=proposals)
+    assert 0 < len(prediction) <= 4, "two classes for each of the two boxes inside the image"
+    reordered = predictor.predict([image_file, image_file], proposals=[proposals[::-1], proposals[:0]])
+    np.testing.assert_allclose(reordered[0].boxes, prediction.boxes, atol=1e-3)
+    assert len(reordered[1]) == 0
     with pytest.raises(ValueError, match="this model has no RPN and needs proposals"):
-        predictor.predict(picture)
+        predictor.predict(image_file)
     with pytest.raises(ValueError, match="got 1 arrays for 2 images"):
-        predictor.predict([picture, picture], proposals=[proposals])
-    for wrong in (np.zeros((2, 5)), np.full((2, 4), np.nan), np.array([["a"] * 4])):
+        predictor.predict([image_file, image_file], proposals=[proposals])
+    for invalid in (np.zeros((2, 5)), np.full((2, 4), np.nan), np.array([["a"] * 4])):
         with pytest.raises(ValueError, match="proposals: expected finite numbers"):
-            predictor.predict(picture, proposals=wrong)
+            predictor.predict(image_file, proposals=invalid)
 
 
-def test_proposals_are_of_no_class(picture: Path, tmp_path: Path) -> None:
+def test_predictions_of_an_rpn_have_the_name_object(image_file: Path, tmp_path: Path) -> None:
     predictor = boxwright.load(small_run(tmp_path, CATEGORIES, proposals=True))
-    assert set(predictor.predict(picture).names) == {"object"}
+    assert set(predictor.predict(image_file).names) == {"object"}
 
 
-def test_a_model_with_an_rpn_takes_none(run: Path, picture: Path) -> None:
+def test_a_model_with_an_rpn_does_not_accept_proposals(run: Path, image_file: Path) -> None:
     with pytest.raises(ValueError, match="this model has its own RPN"):
-        boxwright.load(run).predict(picture, proposals=np.zeros((1, 4)))
+        boxwright.load(run).predict(image_file, proposals=np.zeros((1, 4)))
 
 
-def test_precision_is_the_models_own_or_the_one_asked_for(run: Path, picture: Path) -> None:
-    seen = []
+def test_precision_is_the_one_of_the_experiment_unless_specified(run: Path, image_file: Path) -> None:
+    dtypes = []
     for precision in (None, "bfloat16", "float32"):
         model = boxwright.load(run, precision=precision)
-        model.detector.backbone.register_forward_hook(lambda _, __, maps: seen.append(maps[0].dtype))
+        model.detector.backbone.register_forward_hook(lambda _, __, maps: dtypes.append(maps[0].dtype))
         assert model.experiment.precision == (precision or boxwright.load(run).experiment.precision)
         assert any(isinstance(module, PackedConv2d) for module in model.detector.modules())
-        assert model.predict(picture).boxes.dtype == np.float32
-    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+        assert model.predict(image_file).boxes.dtype == np.float32
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]

@@ -8,18 +8,18 @@ import cv2
 import numpy as np
 
 Object = tuple[str, tuple[object, object, object, object], int]
-"""Class, (xmin, ymin, xmax, ymax) and whether it is difficult."""
+"""Class name, (xmin, ymin, xmax, ymax), and 1 for a difficult object."""
 
-PICTURES: dict[str, list[Object]] = {
+IMAGES: dict[str, list[Object]] = {
     "000007": [("zebra", (11, 6, 30, 15), 0), ("ant", (1, 1, 60, 40), 1)],
     "2008_000003": [],
-    "some one": [("ant", (5, 6, 7.5, 8), 0)],
+    "with space": [("ant", (5, 6, 7.5, 8), 0)],
 }
 
 
-def page(name: str, objects: list[Object], *, size: tuple[int, int] = (40, 60)) -> str:
-    """The XML file of a picture of (height, width) pixels."""
-    things = "".join(
+def annotation_xml(name: str, objects: list[Object], *, size: tuple[int, int] = (40, 60)) -> str:
+    """Content of the XML file of an image; `size` is (height, width)."""
+    elements = "".join(
         f"<object><name>{label}</name><difficult>{difficult}</difficult>"
         f"<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part><bndbox>"
         + "".join(f"<{side}>{x}</{side}>" for side, x in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
@@ -29,18 +29,24 @@ def page(name: str, objects: list[Object], *, size: tuple[int, int] = (40, 60)) 
     height, width = size
     return (
         f"<annotation><filename>{name}.png</filename><size><width>{width}</width><height>{height}</height>"
-        f"<depth>3</depth></size>{things}</annotation>"
+        f"<depth>3</depth></size>{elements}</annotation>"
     )
 
 
-def write_voc(root: Path, pictures: dict[str, list[Object]] | None = None, split: str = "train") -> tuple[Path, Path]:
-    """Write a data set of pictures of 60 x 40 pixels; returns the split's list and the image folder."""
-    pictures = PICTURES if pictures is None else pictures
+def write_voc(root: Path, objects: dict[str, list[Object]] | None = None, split: str = "train") -> tuple[Path, Path]:
+    """Write a data set of images of 60 x 40 pixels; returns the paths of the image list and the image folder.
+
+    Args:
+        root: Folder of the data set.
+        objects: Objects of each image, by image name; None for `IMAGES`.
+        split: Name of the image list.
+    """
+    objects = IMAGES if objects is None else objects
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, (name, objects) in enumerate(pictures.items()):
-        (root / "Annotations" / f"{name}.xml").write_text(page(name, objects))
+    for number, (name, image_objects) in enumerate(objects.items()):
+        (root / "Annotations" / f"{name}.xml").write_text(annotation_xml(name, image_objects))
         cv2.imwrite(str(root / "JPEGImages" / f"{name}.png"), np.full((40, 60, 3), number, np.uint8))
     image_set = root / "ImageSets" / "Main" / f"{split}.txt"
-    image_set.write_text("".join(f"{name}\n" for name in pictures))
+    image_set.write_text("".join(f"{name}\n" for name in objects))
     return image_set, root / "JPEGImages"

@@ -20,7 +20,7 @@ from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.masks import Masks
 from boxwright.data.placement import place
-from boxwright.data.proposals import GivenProposals
+from boxwright.data.proposals import ImageProposals
 from boxwright.detectors.detector import Detector, as_detector, require_proposals
 from boxwright.evaluation.evaluate import file_boxes, file_masks, require_labels, without_non_finite
 from boxwright.layers.optimize import optimize_for_cpu, optimize_for_cuda
@@ -191,7 +191,7 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _to_proposals(boxes: Any) -> GivenProposals:
+def _to_proposals(boxes: Any) -> ImageProposals:
     """Convert an array of boxes to proposals. Their order does not matter, so all scores are 0."""
     array = np.asarray(boxes)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
@@ -199,7 +199,7 @@ def _to_proposals(boxes: Any) -> GivenProposals:
             "proposals: expected finite numbers [n, 4], x1, y1, x2, y2 in pixels of the image, got "
             f"{array.dtype} {list(array.shape)}"
         )
-    return GivenProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
+    return ImageProposals(array.astype(np.float32), np.zeros(len(array), np.float32))
 
 
 def load(

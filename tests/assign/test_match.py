@@ -28,7 +28,7 @@ def anchors_of(height: int = 160, width: int = 224) -> Tensor:
 
 
 def targets_of(*images: Tensor, slots: int = 8) -> Targets:
-    """Objects first, then slots whose contents must not matter."""
+    """Objects in the first slots; unused slots contain NaN."""
     boxes = torch.full((len(images), slots, 4), NAN)
     valid = torch.zeros(len(images), slots, dtype=torch.bool)
     for image, objects in enumerate(images):
@@ -39,7 +39,7 @@ def targets_of(*images: Tensor, slots: int = 8) -> Targets:
 
 
 def random_objects(count: int, seed: int) -> Tensor:
-    """Whole-pixel boxes, some of them anchors and one twice, so that equal IoUs abound."""
+    """Boxes with integer coordinates. The first equals an anchor and the last is a duplicate, so that IoUs tie."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.randint(0, 100, (count, 2), generator=generator)
     size = torch.randint(8, 100, (count, 2), generator=generator)
@@ -49,7 +49,7 @@ def random_objects(count: int, seed: int) -> Tensor:
     return boxes
 
 
-@pytest.fixture(params=["whole", "in tiles"])
+@pytest.fixture(params=["at once", "in tiles"])
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in tiles":
         monkeypatch.setattr(module, "CPU_TILE", 10_000)
@@ -58,7 +58,7 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("low_quality", [0.0, None])
-def test_equals_torchvision(low_quality: float | None) -> None:
+def test_match_equals_torchvision(low_quality: float | None) -> None:
     anchors, images = anchors_of(), [random_objects(count, seed) for seed, count in enumerate((2, 5, 8))]
     ours = match(anchors, targets_of(*images), **RPN, low_quality=low_quality)
     for image, objects in enumerate(images):
@@ -71,7 +71,7 @@ def test_equals_torchvision(low_quality: float | None) -> None:
 def rule_by_hand(
     candidates: Tensor, targets: Targets, image: int, low_quality: float, plus_one: float
 ) -> list[list[int]]:
-    """The documented rule for one image, one candidate after another, in float64."""
+    """Labels and matches of one image by the documented rule, one candidate at a time, in float64."""
     slots = [s for s in range(targets.valid.shape[1]) if targets.valid[image, s] and not targets.crowd[image, s]]
     crowds = [s for s in range(targets.valid.shape[1]) if targets.valid[image, s] and targets.crowd[image, s]]
     boxes = targets.boxes[image].double()
@@ -83,8 +83,8 @@ def rule_by_hand(
     for n in range(len(candidates)):
         column = [row[n] for row in table]
         best = max(column, default=0.0)
-        level = any(v == b and b > 0 and b >= low_quality for v, b in zip(column, best_of_object, strict=True))
-        if best >= 0.7 or level:
+        is_best = any(v == b and b > 0 and b >= low_quality for v, b in zip(column, best_of_object, strict=True))
+        if best >= 0.7 or is_best:
             result.append([1, slots[column.index(best)]])
         else:
             result.append([0 if best < 0.3 and max(inside[n], default=0.0) < 0.7 else -1, 0])
@@ -93,7 +93,7 @@ def rule_by_hand(
 
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("plus_one", [0.0, 1.0])
-def test_equals_the_2018_rule_by_hand(plus_one: float) -> None:
+def test_match_equals_the_rule_of_mmdetection_0_5(plus_one: float) -> None:
     anchors = anchors_of()
     targets = targets_of(random_objects(6, 0), random_objects(3, 1), torch.zeros(0, 4))
     crowd = torch.zeros_like(targets.crowd)
@@ -107,29 +107,29 @@ def test_equals_the_2018_rule_by_hand(plus_one: float) -> None:
     assert (ours.labels[2] == 0).all()
 
 
-def test_low_quality_minimum() -> None:
+def test_the_minimum_iou_of_low_quality_matches() -> None:
     candidates = torch.tensor([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
     objects = torch.tensor([[5.0, 0.0, 15.0, 10.0]])  # IoU 1/3 with the first, 0 with the second
-    for least, expected in ((0.0, 1), (0.33, 1), (0.34, -1), (None, -1)):
-        assert match(candidates, targets_of(objects), **RPN, low_quality=least).labels.tolist() == [[expected, 0]]
-    untouched = targets_of(torch.tensor([[20.0, 20.0, 30.0, 30.0]]))
-    assert match(candidates, untouched, **RPN, low_quality=0.0).labels.tolist() == [[0, 0]]
+    for minimum, expected in ((0.0, 1), (0.33, 1), (0.34, -1), (None, -1)):
+        assert match(candidates, targets_of(objects), **RPN, low_quality=minimum).labels.tolist() == [[expected, 0]]
+    no_overlap = targets_of(torch.tensor([[20.0, 20.0, 30.0, 30.0]]))
+    assert match(candidates, no_overlap, **RPN, low_quality=0.0).labels.tolist() == [[0, 0]]
 
 
-def test_candidates_of_each_image_and_those_that_do_not_count() -> None:
+def test_candidates_per_image_and_invalid_candidates() -> None:
     objects = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     candidates = torch.tensor(
         [[[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 6.0], [NAN] * 4], [[90.0, 90.0, 99.0, 99.0]] * 3]
     )
     valid = torch.tensor([[False, True, False], [True, True, False]])
     matches = match(candidates, targets_of(objects, objects), **RPN, low_quality=0.3, candidates_valid=valid)
-    # The best candidate does not count, so the second becomes the object's best.
+    # The best candidate is invalid, so the second is the best match of the object.
     assert matches.labels.tolist() == [[-1, 1, -1], [0, 0, -1]]
     shared = match(candidates[0], targets_of(objects), **RPN, low_quality=0.3, candidates_valid=valid[0])
     assert shared.labels.tolist() == [[-1, 1, -1]]
 
 
-def test_a_proposal_inside_a_crowd_is_ignored_unless_positive() -> None:
+def test_a_proposal_inside_a_crowd_region_is_ignored_unless_positive() -> None:
     targets = targets_of(torch.tensor([[0.0, 0.0, 100.0, 100.0], [20.0, 20.0, 40.0, 40.0]]))
     targets = replace(targets, crowd=torch.tensor([[True, False] + [False] * 6]))
     candidates = torch.tensor([[0.0, 0.0, 100.0, 99.0], [20.0, 20.0, 40.0, 40.0], [90.0, 0.0, 110.0, 10.0]])
@@ -138,7 +138,7 @@ def test_a_proposal_inside_a_crowd_is_ignored_unless_positive() -> None:
     assert matches.matched.tolist() == [[0, 1, 0]]
 
 
-def test_boxes_without_area() -> None:
+def test_boxes_without_area_are_negative() -> None:
     point = torch.tensor([[5.0, 5.0, 5.0, 5.0]])
     assert match(point, targets_of(point), **RPN, low_quality=0.0).labels.tolist() == [[0]]
     crowd = replace(targets_of(point), crowd=torch.ones(1, 8, dtype=torch.bool))
@@ -149,7 +149,7 @@ def rpn_match(anchors: Tensor, targets: Targets, valid: Tensor) -> Matches:
     return match(anchors, targets, **RPN, low_quality=0.3, candidates_valid=valid)
 
 
-def test_traces_whole_and_runs_on_fake_tensors() -> None:
+def test_match_compiles_to_one_graph_and_runs_on_fake_tensors() -> None:
     anchors, targets = anchors_of(), targets_of(random_objects(6, 0), torch.zeros(0, 4))
     valid = (anchors >= 0).all(-1).expand(2, -1)
     ours = rpn_match(anchors, targets, valid)
@@ -165,8 +165,8 @@ def retinanet_match(anchors: Tensor, targets: Targets, valid: Tensor) -> Matches
 
 
 @pytest.mark.parametrize("matching", [rpn_match, retinanet_match])
-def test_graph_for_a_gpu_is_small_whatever_the_number_of_pairs(matching: Any) -> None:
-    torch._dynamo.reset()  # after other shapes, Dynamo would trace with symbolic sizes, which add nodes
+def test_the_graph_for_a_gpu_is_small_for_many_pairs(matching: Any) -> None:
+    torch._dynamo.reset()  # otherwise Dynamo traces symbolic sizes, which add nodes
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -183,7 +183,7 @@ def test_graph_for_a_gpu_is_small_whatever_the_number_of_pairs(matching: Any) ->
     assert len(graphs[0].graph.nodes) < 60
 
 
-def test_tiles_never_make_the_host_wait_for_a_gpu() -> None:
+def test_tiles_do_not_synchronise_with_the_gpu() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         candidates, objects = torch.empty(1, 5000, 4), torch.empty(2, 300, 4)
         areas, object_areas = torch.empty(1, 5000), torch.empty(2, 300)
@@ -194,7 +194,7 @@ def test_tiles_never_make_the_host_wait_for_a_gpu() -> None:
     assert {result.shape for result in results} == {(2, 5000)}
 
 
-def test_tiles_of_a_gpu_and_of_the_cpu_agree() -> None:
+def test_the_tiled_gpu_form_equals_the_cpu_form() -> None:
     targets = targets_of(random_objects(6, 0), random_objects(3, 1), torch.zeros(0, 4))
     objects = targets.boxes.nan_to_num()
     object_areas = area(objects).masked_fill(~targets.valid, torch.inf)
@@ -206,7 +206,7 @@ def test_tiles_of_a_gpu_and_of_the_cpu_agree() -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Remembers how many elements the largest result of an operation had."""
+    """Records the number of elements of the largest result of any operation."""
 
     num_elements = 0
 
@@ -217,7 +217,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_thousands_of_objects_never_meet_all_candidates_at_once() -> None:
+def test_memory_is_limited_by_the_tile_size() -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(25_000, 2, generator=generator) * 1000
     boxes = torch.cat([corners, corners + 8 + 40 * torch.rand(25_000, 2, generator=generator)], -1)
@@ -228,55 +228,55 @@ def test_thousands_of_objects_never_meet_all_candidates_at_once() -> None:
             candidates, area(candidates), objects, area(objects), torch.zeros(1, 5000), 0.0, 0.7, 0.3, tile
         )
     assert largest.num_elements <= tile < objects.shape[1] * candidates.shape[1] / 700
-    some = torch.arange(0, 20_000, 400)
-    wanted = box_iou(objects[0], candidates[0, some]).max(0)
-    torch.testing.assert_close(best_iou[0, some], wanted.values)
-    assert torch.equal(matched[0, some], torch.where(wanted.values > 0, wanted.indices, 0))
+    subset = torch.arange(0, 20_000, 400)
+    expected = box_iou(objects[0], candidates[0, subset]).max(0)
+    torch.testing.assert_close(best_iou[0, subset], expected.values)
+    assert torch.equal(matched[0, subset], torch.where(expected.values > 0, expected.indices, 0))
 
 
-def test_operator_is_well_behaved() -> None:
+def test_the_operator_passes_opcheck() -> None:
     objects = random_objects(5, 0)[None]
     arguments = (anchors_of()[None], area(anchors_of())[None], objects, area(objects), torch.zeros(1, 5), 0.0, 0.7, 0.3)
     torch.library.opcheck(module.compare_all, arguments)
 
 
-def test_empty_slots_may_stand_between_full_ones() -> None:
+def test_empty_slots_between_objects_change_nothing() -> None:
     packed = targets_of(random_objects(5, 0), random_objects(3, 1))
-    places = torch.tensor([1, 2, 4, 6, 7, 0, 3, 5])  # where each slot goes; slots 0, 3 and 5 stay empty in both images
-    scattered = map_tensors(packed, lambda tensor: torch.empty_like(tensor).index_copy_(1, places, tensor))
-    everywhere = torch.ones(len(anchors_of()), dtype=torch.bool)
-    wanted, given = (rpn_match(anchors_of(), targets, everywhere) for targets in (packed, scattered))
-    positive = wanted.labels == POSITIVE
+    slots = torch.tensor([1, 2, 4, 6, 7, 0, 3, 5])  # new position of each slot; 0, 3 and 5 are empty in both images
+    scattered = map_tensors(packed, lambda tensor: torch.empty_like(tensor).index_copy_(1, slots, tensor))
+    all_valid = torch.ones(len(anchors_of()), dtype=torch.bool)
+    expected, actual = (rpn_match(anchors_of(), targets, all_valid) for targets in (packed, scattered))
+    positive = expected.labels == POSITIVE
     assert positive.any(1).all()
-    assert torch.equal(given.labels, wanted.labels)
-    assert torch.equal(given.matched[positive], places[wanted.matched[positive]])
+    assert torch.equal(actual.labels, expected.labels)
+    assert torch.equal(actual.matched[positive], slots[expected.matched[positive]])
 
 
 @pytest.mark.parametrize(
-    ("value", "place"), [(NAN, 0), (NAN, 1), (NAN, 2), (NAN, 3), (torch.inf, 2), (torch.inf, 3), (-torch.inf, 0)]
+    ("value", "coordinate"), [(NAN, 0), (NAN, 1), (NAN, 2), (NAN, 3), (torch.inf, 2), (torch.inf, 3), (-torch.inf, 0)]
 )
 @pytest.mark.parametrize("low_quality", [None, 0.0])
-@pytest.mark.parametrize("given", [False, True], ids=["all_valid", "some_valid"])
+@pytest.mark.parametrize("some_invalid", [False, True], ids=["all_valid", "some_valid"])
 def test_candidates_that_are_not_finite_are_ignored(
-    value: float, place: int, low_quality: float | None, given: bool
+    value: float, coordinate: int, low_quality: float | None, some_invalid: bool
 ) -> None:
-    """The other candidates get what they get without them."""
+    """The results of the other candidates do not change."""
     candidates, targets = anchors_of(), targets_of(random_objects(6, 0), random_objects(3, 1))
-    valid = torch.arange(len(candidates)) % 5 > 0 if given else torch.ones(len(candidates), dtype=torch.bool)
+    valid = torch.arange(len(candidates)) % 5 > 0 if some_invalid else torch.ones(len(candidates), dtype=torch.bool)
     faulty = torch.arange(len(candidates)) % 3 == 0
     expected = match(candidates, targets, **RPN, low_quality=low_quality, candidates_valid=valid & ~faulty)
     broken = candidates.clone()
-    broken[faulty, place] = value
-    result = match(broken, targets, **RPN, low_quality=low_quality, candidates_valid=valid if given else None)
+    broken[faulty, coordinate] = value
+    result = match(broken, targets, **RPN, low_quality=low_quality, candidates_valid=valid if some_invalid else None)
     assert torch.equal(result.labels, expected.labels)
     assert torch.equal(result.matched, expected.matched)
     assert (result.labels[:, faulty] == IGNORED).all()
 
 
-@pytest.mark.parametrize(("value", "place"), [(torch.inf, 0), (-torch.inf, 3)])
-def test_infinitely_inverted_candidates_overlap_nothing(value: float, place: int) -> None:
+@pytest.mark.parametrize(("value", "coordinate"), [(torch.inf, 0), (-torch.inf, 3)])
+def test_infinitely_inverted_candidates_are_negative(value: float, coordinate: int) -> None:
     candidates, targets = anchors_of(), targets_of(random_objects(6, 0))
-    candidates[::3, place] = value
+    candidates[::3, coordinate] = value
     result = match(candidates, targets, **RPN, low_quality=0.0)
     assert (result.labels[:, ::3] == NEGATIVE).all()
     assert (result.labels == POSITIVE).any()

@@ -34,9 +34,12 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
     (images / "a.png").unlink()
     result = run(app, ["data", "check", "--annotations", str(annotations), "--images", str(images)])
     assert result.exit_code == 1
-    assert f"error: {annotations}: annotation 11 (image 3): `bbox` holds NaN or infinity: correct it" in result.stdout
-    assert f"dropped: {annotations}: annotation 12 (image 7): its box [70, 2, 3, 4] lies outside" in result.stdout
-    assert f"error: {images / 'a.png'}: image 7: is missing: add the file" in result.stdout
+    assert (
+        f"error: {annotations}: annotation 11 (image 3): `bbox` contains NaN or infinity. Correct `bbox`"
+        in result.stdout
+    )
+    assert f"dropped: {annotations}: annotation 12 (image 7): the box [70, 2, 3, 4] is outside" in result.stdout
+    assert f"error: {images / 'a.png'}: image 7: the file is missing. Add the file" in result.stdout
     assert "2 errors, 1 dropped" in result.stdout
 
 

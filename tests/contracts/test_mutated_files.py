@@ -157,7 +157,7 @@ def raise_faults(reading: Any) -> None:
         raise ValueError(str(errors[0]))
 
 
-VOC_XML = voc_files.page("000001", [("cat", (5, 6, 30, 20.5), 0), ("dog", (1, 1, 60, 40), 1)])
+VOC_XML = voc_files.annotation_xml("000001", [("cat", (5, 6, 30, 20.5), 0), ("dog", (1, 1, 60, 40), 1)])
 
 CATEGORY = [Category(1, "a")]
 FORMATS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {

@@ -1,4 +1,4 @@
-"""Samples come to lie on zeros, and each field of the batch says what it should."""
+"""`collate` pads images and targets with zeros and fills every field of the batch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 from boxwright.data.collate import PlacedSample, collate, slots_for
 from boxwright.data.placement import place, place_image
-from pictures import Pictures
+from generated_images import GeneratedImages
 
 
 @pytest.mark.parametrize(("objects", "slots"), [(0, 8), (8, 8), (9, 16), (93, 128), (400, 512)])
-def test_slots_hold_the_fullest_image(objects: int, slots: int) -> None:
+def test_slots_fit_the_maximum_number_of_objects(objects: int, slots: int) -> None:
     assert slots_for(objects) == slots
 
 
-def test_a_batch_says_what_its_samples_say() -> None:
-    samples = [Pictures(8)[3], Pictures(8)[0]]
+def test_a_batch_has_the_data_of_its_samples() -> None:
+    samples = [GeneratedImages(8)[3], GeneratedImages(8)[0]]
     placed = [
         PlacedSample(samples[0], place((50, 50), (64, 64), flipped=True), seed=7),
         PlacedSample(samples[1], place((40, 60), (64, 96)), seed=(1 << 63) - 1),
@@ -45,12 +45,12 @@ def test_a_batch_says_what_its_samples_say() -> None:
     x1, y1, x2, y2 = samples[0].boxes[0] * (64 / 50)
     np.testing.assert_allclose(targets.boxes[0, 0], [64 - x2, y1, 64 - x1, y2], rtol=1e-5)
     assert (targets.boxes[~targets.valid] == 0).all()
-    assert targets.masks is None, "nobody pays for masks that are not wanted"
+    assert targets.masks is None, "targets have no masks by default"
 
 
 def test_masks_follow_flip_scale_and_crop() -> None:
-    """The grid is mirrored; its frame goes where the box goes, but a crop does not cut it."""
-    sample = Pictures(4)[3]
+    """A flip mirrors the grid. The frame moves like the box, but a crop does not clip it."""
+    sample = GeneratedImages(4)[3]
     triangle = np.array([[10, 5], [40, 30], [10, 45]], np.float32)
     boxes = np.tile(np.array([10, 5, 40, 45], np.float32), (3, 1))
     sample = replace(sample, boxes=boxes, masks=[[triangle], None, [triangle]])
@@ -63,7 +63,9 @@ def test_masks_follow_flip_scale_and_crop() -> None:
         )
     )
     for masks in (plain, flipped, cropped):
-        assert masks.valid[0].tolist() == [True] + [False] * 7, "neither the object without a mask nor the crowd"
+        assert masks.valid[0].tolist() == [True] + [False] * 7, (
+            "no grid for the object without a mask and the crowd region"
+        )
         assert (masks.bitmaps[~masks.valid] == 0).all()
         assert (masks.frames[~masks.valid] == 0).all()
     assert plain.frames[0, 0].tolist() == [10, 5, 40, 45]
@@ -74,11 +76,14 @@ def test_masks_follow_flip_scale_and_crop() -> None:
     assert torch.equal(cropped.bitmaps, plain.bitmaps)
 
 
-def test_masks_that_cannot_be_are_named() -> None:
-    sample = Pictures(4)[3]
+def test_errors_of_masks_name_the_file() -> None:
+    sample = GeneratedImages(4)[3]
     for masks, message in (
         (sample.masks[:2], r"^3.jpg: 2 masks for 3 boxes"),
-        ([np.ones((4, 4), bool)] * 3, r"^3.jpg: mask of object 0: its shape is \(4, 4\)"),
+        (
+            [np.ones((4, 4), bool)] * 3,
+            r"^3.jpg: mask of object 0: expected the shape \(50, 50\) of the image, got \(4, 4\)",
+        ),
     ):
         placed = PlacedSample(replace(sample, masks=masks), place((50, 50), (50, 50)), 0)
         with pytest.raises(ValueError, match=message):
@@ -86,26 +91,26 @@ def test_masks_that_cannot_be_are_named() -> None:
 
 
 def test_without_slots_there_are_no_targets() -> None:
-    batch = collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 64), None)
+    batch = collate([PlacedSample(GeneratedImages(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 64), None)
     assert batch.targets is None
 
 
-def test_in_a_worker_pictures_are_written_to_shared_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    placed = [PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)]
-    here = collate(placed, 1, (64, 64), 8)
+def test_in_a_worker_images_are_allocated_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = [PlacedSample(GeneratedImages(1)[0], place((40, 60), (40, 60)), 0)]
+    in_main = collate(placed, 1, (64, 64), 8)
     monkeypatch.setattr("boxwright.data.collate.get_worker_info", lambda: "a worker")
-    there = collate(placed, 1, (64, 64), 8)
-    assert not here.images.is_shared()
-    assert there.images.is_shared()
-    assert there.images.stride() == here.images.stride()
-    assert torch.equal(there.images, here.images)
+    in_worker = collate(placed, 1, (64, 64), 8)
+    assert not in_main.images.is_shared()
+    assert in_worker.images.is_shared()
+    assert in_worker.images.stride() == in_main.images.stride()
+    assert torch.equal(in_worker.images, in_main.images)
 
 
-def test_padding_is_zero_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_zero_in_memory_that_was_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((2, 64, 96, 3), 77, dtype=torch.uint8)
     monkeypatch.setattr("boxwright.data.collate._canvases", lambda *_: memory)
     placements = place((40, 60), (50, 75)), place((40, 60), (64, 96), window=(10, 20, 30, 40), flipped=True)
-    batch = collate([PlacedSample(Pictures(1)[0], placement, 0) for placement in placements], 2, (64, 96), 8)
+    batch = collate([PlacedSample(GeneratedImages(1)[0], placement, 0) for placement in placements], 2, (64, 96), 8)
     for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True):
         outside = torch.ones(64, 96, dtype=torch.bool)
         outside[:height, :width] = False
@@ -113,18 +118,18 @@ def test_padding_is_zero_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatc
         assert not (image == 77).all(dim=0).any(), "every visible pixel is written"
 
 
-def test_a_picture_that_is_not_as_stated_is_named() -> None:
+def test_an_image_that_does_not_fit_its_canvas_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"0.jpg: the file has 60 x 40 pixels"):
-        collate([PlacedSample(Pictures(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 32), 8)
+        collate([PlacedSample(GeneratedImages(1)[0], place((40, 60), (40, 60)), 0)], 1, (64, 32), 8)
 
 
 @pytest.mark.parametrize("image", [np.zeros((40, 60, 3), np.float32), np.zeros((40, 60), np.uint8)])
-def test_a_picture_that_is_no_uint8_rgb_is_refused(image: np.ndarray) -> None:
-    sample = replace(Pictures(1)[0], image=image)
+def test_an_image_that_is_not_uint8_rgb_is_an_error(image: np.ndarray) -> None:
+    sample = replace(GeneratedImages(1)[0], image=image)
     with pytest.raises(ValueError, match=rf"^0.jpg: expected uint8 .*got {image.dtype} "):
         collate([PlacedSample(sample, place((40, 60), (40, 60)), 0)], 1, (64, 64), 8)
 
 
-def test_more_objects_than_stated_are_never_cut_off_in_silence() -> None:
+def test_more_objects_than_slots_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"3.jpg: 3 objects"):
-        collate([PlacedSample(Pictures(4)[3], place((50, 50), (50, 50)), 0)], 1, (64, 64), 2)
+        collate([PlacedSample(GeneratedImages(4)[3], place((50, 50), (50, 50)), 0)], 1, (64, 64), 2)

@@ -1,4 +1,4 @@
-"""`DatasetInfo` is what a data set states, otherwise what its samples show."""
+"""`DatasetInfo` uses the attributes of a data set, or computes facts from its samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from boxwright.data.dataset import Category, Dataset, DatasetInfo, Sample
 
 
 class Bare:
-    """Three images with 2, 0 and 1 objects, and nothing but the required members."""
+    """Three images with 2, 0 and 1 objects, with only the required members of `Dataset`."""
 
     categories = (Category(1, "ant"),)
 
@@ -38,7 +38,7 @@ class Bare:
         )
 
 
-def test_facts_come_from_one_pass_over_the_samples() -> None:
+def test_facts_are_computed_in_one_pass_over_the_samples() -> None:
     dataset = Bare()
     assert isinstance(dataset, Dataset)
     info = DatasetInfo(dataset)
@@ -50,7 +50,7 @@ def test_facts_come_from_one_pass_over_the_samples() -> None:
     assert (info.image_sizes.dtype, info.image_ids.dtype) == (np.int64, np.int64)
 
 
-def test_stated_facts_read_no_sample() -> None:
+def test_attributes_of_the_data_set_are_used_without_reading_samples() -> None:
     dataset = Bare()
     dataset.image_sizes, dataset.image_ids, dataset.max_objects = [(1, 2)] * 3, [5, 6, 7], 9
     dataset.num_masks, dataset.num_without_mask, dataset.annotations = 4, 3, "a/b.json"
@@ -62,7 +62,7 @@ def test_stated_facts_read_no_sample() -> None:
     assert dataset.reads == []
 
 
-def test_the_search_for_a_mask_ends_at_the_first() -> None:
+def test_has_masks_reads_samples_up_to_the_first_mask() -> None:
     dataset = Bare(masks=True)
     assert DatasetInfo(dataset).has_masks
     assert dataset.reads == [0]
@@ -70,26 +70,26 @@ def test_the_search_for_a_mask_ends_at_the_first() -> None:
     assert DatasetInfo(dataset).num_masks is None
 
 
-def test_zero_masks_stated_is_no_mask() -> None:
+def test_num_masks_of_0_means_no_masks() -> None:
     dataset = Bare(masks=True)
     dataset.num_masks = 0
     assert not DatasetInfo(dataset).has_masks
 
 
 @pytest.mark.parametrize("annotations", [None, {"images": []}, ["a.json"]])
-def test_annotations_that_are_no_path_are_not_read_as_one(annotations: object) -> None:
+def test_an_annotations_attribute_that_is_not_a_path_is_ignored(annotations: object) -> None:
     dataset = Bare()
     dataset.annotations = annotations
     assert (DatasetInfo(dataset).annotations, DatasetInfo(dataset).source) == (None, "Bare")
 
 
-def test_joined_data_sets_are_named_by_their_parts() -> None:
+def test_the_source_of_a_concatenated_data_set_lists_its_parts() -> None:
     one, two = Bare(), Bare()
     two.annotations = Path("two.json")
     assert DatasetInfo(ConcatDataset([one, two])).source == "Bare, two.json"
 
 
-def test_no_images() -> None:
+def test_facts_of_an_empty_data_set() -> None:
     class Empty(Bare):
         def __len__(self) -> int:
             return 0

@@ -1,4 +1,4 @@
-"""Batches are the same from anywhere, workers come and go without a trace, and faults reach the user."""
+"""Batches are reproducible, workers end with their iterator, and errors of files reach the user."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.structures import Batch, MaskGrids, Targets
-from pictures import SIZES, Pictures, StatedPictures
+from generated_images import SIZES, GeneratedImages, GeneratedImagesWithInfo
 
-# What torch says on machines of one core, and Python 3.12 of any fork beside threads.
+# PyTorch warns on machines with one core, and Python 3.12 warns about fork in a process with threads.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
@@ -33,12 +33,12 @@ RESIZE = Resize(64, 107)
 AUGMENTATION = {field.name for field in fields(Augmentation)}
 
 
-def training_loader(dataset: Pictures | None = None, **changes: object) -> TrainingLoader:
-    """A loader with changes of its arguments or of its augmentation's fields."""
+def training_loader(dataset: GeneratedImages | None = None, **changes: object) -> TrainingLoader:
+    """Training loader; `changes` are arguments of the loader or fields of the augmentation."""
     augmentation = Augmentation(resize=RESIZE, scale_jitter=(0.7, 1.4), crop=0.7, photometric=Photometric())
     augmentation = replace(augmentation, **{name: changes.pop(name) for name in AUGMENTATION & set(changes)})
     arguments: dict = {"augmentation": augmentation, "batch_size": 4, "seed": 5, "num_workers": 0, **changes}
-    return TrainingLoader(Pictures(23) if dataset is None else dataset, **arguments)
+    return TrainingLoader(GeneratedImages(23) if dataset is None else dataset, **arguments)
 
 
 def assert_equal(one: Batch | Targets | MaskGrids | None, two: Batch | Targets | MaskGrids | None) -> None:
@@ -66,12 +66,12 @@ def command(process: psutil.Process) -> str:
         return ""
 
 
-def blur(sample: Sample) -> Sample:
+def add_noise(sample: Sample) -> Sample:
     noise = torch.randint(0, 50, sample.image.shape, dtype=torch.uint8).numpy()
     return replace(sample, image=sample.image + noise)
 
 
-def cut(sample: Sample) -> Sample:
+def remove_row(sample: Sample) -> Sample:
     return replace(sample, image=sample.image[:-1])
 
 
@@ -84,56 +84,56 @@ SCALES = {
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("scales", SCALES)
-def test_resuming_gives_the_very_same_batches(num_workers: int, scales: str) -> None:
+def test_resuming_gives_identical_batches(num_workers: int, scales: str) -> None:
     start = 5
     from_the_start = list(islice(training_loader(**SCALES[scales]).batches(0), start + 6))
     resumed = training_loader(num_workers=num_workers, **SCALES[scales]).batches(start)
-    for batch, again in zip(from_the_start[start:], resumed, strict=False):
-        assert_equal(batch, again)
+    for batch, resumed_batch in zip(from_the_start[start:], resumed, strict=False):
+        assert_equal(batch, resumed_batch)
 
 
-def test_spawned_workers_give_the_same_batches() -> None:
+def test_spawned_workers_give_identical_batches() -> None:
     spawned = training_loader(num_workers=1, start_method="spawn").batches(2)
     for one, two in zip(islice(spawned, 2), training_loader().batches(2), strict=False):
         assert_equal(one, two)
 
 
-def test_masks_come_from_workers_as_from_here() -> None:
-    here = list(islice(training_loader(masks=True).batches(), 3))
-    for one, two in zip(here, training_loader(masks=True, num_workers=1).batches(), strict=False):
+def test_masks_from_workers_equal_masks_from_the_main_process() -> None:
+    in_main = list(islice(training_loader(masks=True).batches(), 3))
+    for one, two in zip(in_main, training_loader(masks=True, num_workers=1).batches(), strict=False):
         assert_equal(one, two)
         assert torch.equal(one.targets.masks.valid, one.targets.valid & ~one.targets.crowd)
         frames, boxes = one.targets.masks.frames, one.targets.boxes
-        holds = (frames[..., :2] <= boxes[..., :2] + 1e-4) & (frames[..., 2:] >= boxes[..., 2:] - 1e-4)
-        assert holds[one.targets.masks.valid].all()
+        contains = (frames[..., :2] <= boxes[..., :2] + 1e-4) & (frames[..., 2:] >= boxes[..., 2:] - 1e-4)
+        assert contains[one.targets.masks.valid].all()
 
 
-class WithoutMasks(StatedPictures):
-    annotations = "boxes_alone.json"
+class WithoutMasks(GeneratedImagesWithInfo):
+    annotations = "boxes_only.json"
 
     def __getitem__(self, index: int) -> Sample:
         return replace(super().__getitem__(index), masks=None)
 
 
-def test_no_masks_at_all_are_told_before_training() -> None:
-    with pytest.raises(ValueError, match=r"^boxes_alone.json: no object has a mask.*`segmentation`"):
+def test_a_data_set_without_masks_is_an_error_before_training() -> None:
+    with pytest.raises(ValueError, match=r"^boxes_only.json: no object has a mask.*`segmentation`"):
         training_loader(WithoutMasks(5), masks=True)
     training_loader(WithoutMasks(5))
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_ranks_join_to_what_one_process_would_see(scales: str) -> None:
+def test_batches_of_two_ranks_equal_the_batch_of_one_process(scales: str) -> None:
     whole = islice(training_loader(batch_size=4, **SCALES[scales]).batches(), 8)
     parts = [training_loader(batch_size=2, rank=rank, world_size=2, **SCALES[scales]).batches() for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=False):
         assert first.images.shape == second.images.shape
         for field in fields(batch):
             if field.name not in ("targets", "proposals"):
-                joined = torch.cat([getattr(first, field.name), getattr(second, field.name)])
-                assert torch.equal(getattr(batch, field.name), joined)
+                concatenated = torch.cat([getattr(first, field.name), getattr(second, field.name)])
+                assert torch.equal(getattr(batch, field.name), concatenated)
 
 
-def test_an_epoch_sees_every_picture_and_its_seed_belongs_to_it() -> None:
+def test_an_epoch_contains_every_image_with_one_seed_per_epoch() -> None:
     loader = training_loader()
     seeds: dict[int, int] = {}
     for epoch in range(2):
@@ -149,11 +149,11 @@ def test_an_epoch_sees_every_picture_and_its_seed_belongs_to_it() -> None:
 
 
 def plain_batches(scales: str, count: int) -> list[Batch]:
-    """Batches whose pictures have the size that was drawn for them."""
+    """Batches without scale jitter and crop, so that each image has the size drawn for it."""
     return list(islice(training_loader(scale_jitter=None, crop=None, **SCALES[scales]).batches(), count))
 
 
-def test_all_pictures_of_a_batch_have_one_scale_of_the_list() -> None:
+def test_with_a_list_all_images_of_a_batch_have_one_scale() -> None:
     drawn = set()
     for batch in plain_batches("list", 60):
         originals = batch.original_sizes.numpy()
@@ -167,11 +167,11 @@ def test_all_pictures_of_a_batch_have_one_scale_of_the_list() -> None:
     assert drawn == set(SCALES["list"]["scales"])
 
 
-def test_in_a_range_each_picture_draws_its_own_size() -> None:
+def test_with_a_range_each_image_draws_its_size() -> None:
     shorts, canvases = [], set()
     for batch in plain_batches("range", 150):
         canvases.add(tuple(batch.images.shape[2:]))
-        # The long limit of this range never binds for pictures of these shapes but the longest.
+        # Among these image shapes, only the most elongated one reaches the limit of the long side.
         shorts += batch.image_sizes.min(dim=1).values[batch.original_sizes.min(dim=1).values >= 40].tolist()
     assert min(shorts) < 45
     assert max(shorts) > 145
@@ -180,7 +180,7 @@ def test_in_a_range_each_picture_draws_its_own_size() -> None:
     assert len(canvases) <= 3 * 7
 
 
-def test_targets_sit_on_their_objects_through_all_augmentations() -> None:
+def test_boxes_match_the_pixels_of_objects_after_all_augmentations() -> None:
     checked = 0
     for batch in islice(training_loader(photometric=None).batches(), 12):
         assert batch.targets is not None
@@ -197,8 +197,8 @@ def test_targets_sit_on_their_objects_through_all_augmentations() -> None:
     assert checked > 20
 
 
-def test_transforms_bring_boxes_to_the_canvas() -> None:
-    dataset = Pictures(23)
+def test_the_transforms_of_a_batch_map_boxes_to_the_canvas() -> None:
+    dataset = GeneratedImages(23)
     batch = next(training_loader(scale_jitter=None, crop=None, flip=0.5).batches(3))
     assert batch.targets is not None
     for b in range(4):
@@ -210,23 +210,23 @@ def test_transforms_bring_boxes_to_the_canvas() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_transforms_chance_is_repeatable_and_private(num_workers: int) -> None:
+def test_random_transforms_are_repeatable_and_leave_the_global_generator_unchanged(num_workers: int) -> None:
     torch.manual_seed(0)
-    one = next(training_loader(transform=blur).batches(4))
+    one = next(training_loader(transform=add_noise).batches(4))
     drawn = torch.rand(())
     torch.manual_seed(0)
-    assert_equal(one, next(training_loader(transform=blur, num_workers=num_workers).batches(4)))
+    assert_equal(one, next(training_loader(transform=add_noise, num_workers=num_workers).batches(4)))
     assert torch.rand(()) == drawn
 
 
-def test_a_transform_that_changes_the_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"jpg: the transform made an image of shape"):
-        next(training_loader(transform=cut).batches())
+def test_a_transform_that_changes_the_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"jpg: the transform changed the image shape from"):
+        next(training_loader(transform=remove_row).batches())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_fault_in_a_file_keeps_its_type_and_message(num_workers: int) -> None:
-    loader = training_loader(StatedPictures(23, broken=7), num_workers=num_workers)
+def test_an_error_of_a_file_keeps_its_type_and_message(num_workers: int) -> None:
+    loader = training_loader(GeneratedImagesWithInfo(23, broken=7), num_workers=num_workers)
     message = r"^broken/7.jpg: cannot be decoded \(position 7 of the data set\)$"
     with pytest.raises(ValueError, match=message) as caught:
         list(islice(loader.batches(), loader.steps_per_epoch))
@@ -236,7 +236,7 @@ def test_a_fault_in_a_file_keeps_its_type_and_message(num_workers: int) -> None:
     assert_no_children()
 
 
-def test_stopping_leaves_no_process() -> None:
+def test_closing_the_generator_ends_all_workers() -> None:
     iterator = training_loader(num_workers=2).batches()
     next(iterator)
     assert len(children()) == 2
@@ -254,11 +254,11 @@ def assert_no_children() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("native", [False, True])
-def test_evaluation_sees_each_picture_once(world_size: int, native: bool) -> None:
+def test_evaluation_contains_each_image_once(world_size: int, native: bool) -> None:
     seen = []
     for rank in range(world_size):
         loader = EvaluationLoader(
-            Pictures(23),
+            GeneratedImages(23),
             batch_size=4,
             resize=None if native else RESIZE,
             native=native,
@@ -274,36 +274,36 @@ def test_evaluation_sees_each_picture_once(world_size: int, native: bool) -> Non
 
 
 def test_native_evaluation_only_pads() -> None:
-    dataset = Pictures(12)
+    dataset = GeneratedImages(12)
     for batch in EvaluationLoader(dataset, batch_size=4, native=True, num_workers=0):
         for b, image_id in enumerate(batch.image_ids.tolist()):
             height, width = SIZES[(image_id - 100) % len(SIZES)]
             assert batch.image_sizes[b].tolist() == [height, width]
             assert batch.images.shape[2:] == (-(-height // 32) * 32, -(-width // 32) * 32)
-            picture = batch.images[b, :, :height, :width].permute(1, 2, 0)
-            np.testing.assert_array_equal(picture, dataset[image_id - 100].image)
+            image = batch.images[b, :, :height, :width].permute(1, 2, 0)
+            np.testing.assert_array_equal(image, dataset[image_id - 100].image)
             assert batch.transforms[b].tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
-def test_evaluation_can_be_gone_through_again_with_workers() -> None:
-    loader = EvaluationLoader(Pictures(9), batch_size=4, resize=RESIZE, num_workers=1)
-    here = EvaluationLoader(Pictures(9), batch_size=4, resize=RESIZE, num_workers=0)
+def test_an_evaluation_loader_can_be_iterated_twice_with_workers() -> None:
+    loader = EvaluationLoader(GeneratedImages(9), batch_size=4, resize=RESIZE, num_workers=1)
+    in_main = EvaluationLoader(GeneratedImages(9), batch_size=4, resize=RESIZE, num_workers=0)
     for _ in range(2):
-        for one, two in zip(loader, here, strict=True):
+        for one, two in zip(loader, in_main, strict=True):
             assert_equal(one, two)
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="either resize or native"):
-        EvaluationLoader(Pictures(3), batch_size=1, num_workers=0)
-    with pytest.raises(ValueError, match="no pictures"):
-        training_loader(Pictures(0))
-    with pytest.raises(ValueError, match="batch_size=0"):
+def test_invalid_arguments_are_an_error() -> None:
+    with pytest.raises(ValueError, match="either resize or native=True, got neither"):
+        EvaluationLoader(GeneratedImages(3), batch_size=1, num_workers=0)
+    with pytest.raises(ValueError, match="no images"):
+        training_loader(GeneratedImages(0))
+    with pytest.raises(ValueError, match=r"batch_size\S*: expected a whole number, at least 1"):
         training_loader(batch_size=0)
 
 
 @pytest.mark.parametrize(("folder", "num_images"), [("coco_mini", 206), ("bccd", 87)])
-def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) -> None:
+def test_loaders_on_public_data_sets(data_dir: Path, folder: str, num_images: int) -> None:
     split = find_layout(data_dir / folder)["val"]
     dataset = IndexedDataset(split.annotations, split.images)
     assert len(dataset) == num_images
@@ -311,7 +311,7 @@ def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) 
     seen = []
     for batch in EvaluationLoader(dataset, batch_size=8, resize=resize, num_workers=2):
         seen += batch.image_ids.tolist()
-        # Original sizes come from the files: the annotations agree, or the pictures would lie wrong on the canvas.
+        # Original sizes are read from the files; the canvases were planned from the annotated sizes.
         np.testing.assert_array_equal(resize.sizes(batch.original_sizes.numpy()), batch.image_sizes)
     assert sorted(seen) == sorted(dataset.image_ids.tolist())
 
@@ -329,14 +329,14 @@ def test_real_pictures_come_whole(data_dir: Path, folder: str, num_images: int) 
     assert num_objects > 40
 
 
-def test_the_former_arguments_of_the_training_loader_still_work() -> None:
+def test_deprecated_arguments_of_the_training_loader_work() -> None:
     with pytest.warns(DeprecationWarning, match=r"TrainingLoader\(flip=..., resize=...\) is deprecated"):
-        former = TrainingLoader(Pictures(6), flip=1.0, resize=RESIZE, batch_size=2, seed=5, num_workers=0)
+        deprecated = TrainingLoader(GeneratedImages(6), flip=1.0, resize=RESIZE, batch_size=2, seed=5, num_workers=0)
     augmentation = Augmentation(flip=1.0, resize=RESIZE)
-    loader = TrainingLoader(Pictures(6), augmentation=augmentation, batch_size=2, seed=5, num_workers=0)
-    assert_equal(next(former.batches()), next(loader.batches()))
+    loader = TrainingLoader(GeneratedImages(6), augmentation=augmentation, batch_size=2, seed=5, num_workers=0)
+    assert_equal(next(deprecated.batches()), next(loader.batches()))
 
 
-def test_an_unknown_argument_of_the_training_loader_is_no_former_one() -> None:
+def test_an_unknown_argument_of_the_training_loader_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"TrainingLoader.*unexpected keyword argument 'flipped'"):
-        TrainingLoader(Pictures(6), flipped=True, batch_size=2, seed=5, num_workers=0)
+        TrainingLoader(GeneratedImages(6), flipped=True, batch_size=2, seed=5, num_workers=0)

@@ -23,8 +23,8 @@ from boxwright.data.placement import Placement, place, place_affine, place_boxes
 from boxwright.geometry import affine
 
 
-def picture(height: int, width: int) -> np.ndarray:
-    """A smooth picture whose red and green tell x and y."""
+def gradient(height: int, width: int) -> np.ndarray:
+    """A smooth image: red increases with x, green with y."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.linspace(0, 255, width).round()
     image[..., 1] = np.linspace(0, 255, height).round()[:, None]
@@ -36,7 +36,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def placed_image(image: np.ndarray, placement: Placement) -> np.ndarray:
-    """The visible pixels, from a canvas beyond which nothing may be written."""
+    """Visible pixels of a placed image; checks that no pixel outside the visible part is written."""
     height, width = placement.size
     canvas = np.full((height + 3, width + 5, 3), 77, np.uint8)
     place_image(image, placement, canvas)
@@ -45,7 +45,7 @@ def placed_image(image: np.ndarray, placement: Placement) -> np.ndarray:
     return canvas[:height, :width]
 
 
-def test_a_plain_resize_is_opencvs() -> None:
+def test_a_resize_equals_opencv() -> None:
     image = rng().integers(0, 256, (48, 64, 3), dtype=np.uint8)
     placement = Augment().draw((48, 64), Resize(80, 133), rng())
     assert placement.size == (80, 107)
@@ -53,17 +53,17 @@ def test_a_plain_resize_is_opencvs() -> None:
     np.testing.assert_array_equal(placed_image(image, placement), expected)
 
 
-def test_boxes_scale_by_new_over_old_on_each_axis() -> None:
+def test_boxes_scale_by_the_ratio_of_sizes_on_each_axis() -> None:
     placement = Augment().draw((48, 64), Resize(80, 133), rng())
-    boxes, kept = place_boxes(np.array([[8, 6, 32, 24]], np.float32), placement)
+    boxes, keep = place_boxes(np.array([[8, 6, 32, 24]], np.float32), placement)
     np.testing.assert_allclose(boxes, [[8 * 107 / 64, 10, 32 * 107 / 64, 40]], rtol=1e-6)
-    assert kept.all()
+    assert keep.all()
 
 
 def test_flip_mirrors_pixels_and_boxes() -> None:
-    image = picture(40, 60)
-    plain, flipped = place((40, 60), (80, 120)), place((40, 60), (80, 120), flipped=True)
-    np.testing.assert_array_equal(placed_image(image, flipped), placed_image(image, plain)[:, ::-1])
+    image = gradient(40, 60)
+    unflipped, flipped = place((40, 60), (80, 120)), place((40, 60), (80, 120), flipped=True)
+    np.testing.assert_array_equal(placed_image(image, flipped), placed_image(image, unflipped)[:, ::-1])
     boxes, _ = place_boxes(np.array([[0, 0, 10, 20]], np.float32), flipped)
     np.testing.assert_allclose(boxes, [[100, 0, 120, 40]])
 
@@ -71,48 +71,48 @@ def test_flip_mirrors_pixels_and_boxes() -> None:
 @pytest.mark.parametrize("window", [None, (5, 11, 30, 40)])
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.6])
-def test_pixels_go_where_the_matrix_says(flipped: bool, scale: float, window: tuple[int, int, int, int] | None) -> None:
+def test_pixels_follow_the_matrix(flipped: bool, scale: float, window: tuple[int, int, int, int] | None) -> None:
     image = cv2.GaussianBlur(rng().integers(0, 256, (60, 90, 3), dtype=np.uint8), (0, 0), 3)
     resized = (round(60 * scale), round(90 * scale))
     placement = place((60, 90), resized, flipped=flipped, window=window)
-    # OpenCV's warp counts from the middle of the first pixel, half a pixel away from the origin of the matrix.
+    # In OpenCV's coordinates the centre of the first pixel is 0; in the matrix it is 0.5.
     matrix = placement.matrix.astype(np.float64)
     matrix[:, 2] += matrix[:, :2].sum(1) * 0.5 - 0.5
     size = placement.size[::-1]
     warped = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    # It rounds to 1/32 pixels; half a pixel of misplacement would show as an error of several times this.
+    # OpenCV rounds positions to 1/32 pixels. An offset of half a pixel would give an error several times as large.
     assert np.abs(placed_image(image, placement).astype(int) - warped).max() <= 2
 
 
-def test_objects_that_a_crop_leaves_little_of_are_dropped() -> None:
+def test_a_crop_drops_objects_with_a_small_visible_fraction() -> None:
     placement = place((100, 100), (100, 100), window=(0, 50, 100, 50))
-    boxes, kept = place_boxes(
+    boxes, keep = place_boxes(
         np.array([[0, 0, 50, 50], [0, 0, 53, 50], [40, 0, 60, 50], [60, 10, 70, 20]], np.float32), placement
     )
-    np.testing.assert_array_equal(kept, [False, False, True, True])
+    np.testing.assert_array_equal(keep, [False, False, True, True])
     np.testing.assert_array_equal(boxes[2:], [[0, 0, 10, 50], [10, 10, 20, 20]])
 
 
-def test_without_a_crop_tiny_and_sticking_out_objects_stay() -> None:
-    boxes, kept = place_boxes(np.array([[0, 0, 0.1, 0.1], [-900, 0, 5, 10]], np.float32), place((10, 10), (20, 20)))
-    assert kept.all()
+def test_without_a_crop_small_and_clipped_objects_are_kept() -> None:
+    boxes, keep = place_boxes(np.array([[0, 0, 0.1, 0.1], [-900, 0, 5, 10]], np.float32), place((10, 10), (20, 20)))
+    assert keep.all()
     np.testing.assert_array_equal(boxes[1], [0, 0, 10, 20])
 
 
 def test_no_boxes() -> None:
-    boxes, kept = place_boxes(np.zeros((0, 4), np.float32), place((10, 10), (20, 20)))
+    boxes, keep = place_boxes(np.zeros((0, 4), np.float32), place((10, 10), (20, 20)))
     assert boxes.shape == (0, 4)
-    assert kept.shape == (0,)
+    assert keep.shape == (0,)
 
 
-def test_placement_is_small_enough_to_reason_about() -> None:
+def test_the_matrix_of_a_flipped_and_cropped_placement() -> None:
     placement = place((10, 20), (30, 40), flipped=True, window=(1, 2, 20, 30))
     assert isinstance(placement, Placement)
     np.testing.assert_array_equal(placement.matrix, np.array([[-2, 0, 38], [0, 3, -1]], np.float32))
 
 
 def rotation(degrees: float, original: tuple[int, int], size: tuple[int, int], *, scale: float = 1.0, shear: float = 0):
-    """Turn, shear and scale about the centre of the image, which goes to the centre of the canvas."""
+    """Matrix that rotates, shears and scales about the centre of the image, which moves to the centre of the canvas."""
     cos, sin = scale * math.cos(math.radians(degrees)), scale * math.sin(math.radians(degrees))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
     offset = np.array(size[::-1]) / 2 - linear @ (np.array(original[::-1]) / 2)
@@ -124,20 +124,20 @@ def mapped(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 MAPS = {
-    "turned 30": rotation(30, (60, 90), (100, 110)),
-    "turned -75, half size": rotation(-75, (60, 90), (70, 60), scale=0.5),
-    "turned 10, 1.7 times": rotation(10, (60, 90), (80, 100), scale=1.7),
+    "rotated 30": rotation(30, (60, 90), (100, 110)),
+    "rotated -75, half size": rotation(-75, (60, 90), (70, 60), scale=0.5),
+    "rotated 10, 1.7 times": rotation(10, (60, 90), (80, 100), scale=1.7),
     "sheared": rotation(0, (60, 90), (60, 120), shear=0.4),
     "quarter turn": rotation(90, (60, 90), (90, 60)),
     "upside down": np.array([[1.0, 0, 0], [0, -1, 60]]),
-    "mirrored, turned 200": rotation(200, (60, 90), (100, 110)) @ np.array([[-1, 0, 90], [0, 1, 0], [0, 0, 1]]),
-    "scaled to a fraction": np.array([[1.313, 0, 3.4], [0, 0.77, -2.1]]),
+    "mirrored, rotated 200": rotation(200, (60, 90), (100, 110)) @ np.array([[-1, 0, 90], [0, 1, 0], [0, 0, 1]]),
+    "fractional scale": np.array([[1.313, 0, 3.4], [0, 0.77, -2.1]]),
 }
-SIZES = {"turned -75, half size": (70, 60), "quarter turn": (90, 60), "upside down": (60, 90)}
+SIZES = {"rotated -75, half size": (70, 60), "quarter turn": (90, 60), "upside down": (60, 90)}
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_pixels_under_any_affine_are_those_of_pil(name: str) -> None:
+def test_pixels_under_any_affine_map_equal_pillow(name: str) -> None:
     image = cv2.GaussianBlur(rng().integers(0, 256, (60, 90, 3), dtype=np.uint8), (0, 0), 3)
     size = SIZES.get(name, (100, 110))
     placement = place_affine((60, 90), MAPS[name], size)
@@ -152,15 +152,15 @@ def test_pixels_under_any_affine_are_those_of_pil(name: str) -> None:
     source = mapped(centres.reshape(-1, 2), inverse).reshape(height, width, 2)
     inside = ((source > 1) & (source < np.array([89, 59]))).all(2)
     assert inside.mean() > 0.2
-    # OpenCV rounds positions to 1/32 pixels; half a pixel of misplacement gives differences of about 10.
+    # OpenCV rounds positions to 1/32 pixels. An offset of half a pixel would give differences of about 10.
     assert np.abs(pixels.astype(int) - np.asarray(expected))[inside].max() <= 2
     outside = ((source < -1) | (source > np.array([91, 61]))).any(2)
     assert (pixels[outside] == 0).all()
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_a_drawn_ellipse_is_where_the_matrix_says(name: str) -> None:
-    """Its centre of mass and its covariance follow the map exactly, whatever the interpolation."""
+def test_a_drawn_ellipse_follows_the_matrix(name: str) -> None:
+    """Centre of mass and covariance follow the map exactly, independent of the interpolation."""
     centre, radii = np.array([47.3, 28.6]), np.array([14.0, 8.0])
     ys, xs = np.mgrid[0:480, 0:720] / 8 + 1 / 16
     fine = (((xs - centre[0]) / radii[0]) ** 2 + ((ys - centre[1]) / radii[1]) ** 2 <= 1).astype(np.float64)
@@ -176,8 +176,8 @@ def test_a_drawn_ellipse_is_where_the_matrix_says(name: str) -> None:
     assert pixels.sum() / 255 == pytest.approx(area, rel=0.01)
 
 
-def test_every_resize_flip_and_window_is_recovered_from_its_matrix() -> None:
-    """So these placements keep the resize of OpenCV, bit for bit, however large the image."""
+def test_resize_flip_and_crop_are_recovered_from_the_matrix() -> None:
+    """So `place_affine` uses the resize of OpenCV for these matrices, and gives the same bits as `place`."""
     draws = rng(1)
     for _ in range(500):
         original = tuple(int(side) for side in np.exp(draws.uniform(0, math.log(65_535), 2)))
@@ -186,22 +186,22 @@ def test_every_resize_flip_and_window_is_recovered_from_its_matrix() -> None:
         window = (top, left, int(draws.integers(resized[0] - top)) + 1, int(draws.integers(resized[1] - left)) + 1)
         flipped = bool(draws.integers(2))
         placement = place(original, resized, flipped=flipped, window=window)
-        same = place_affine(original, placement.matrix.astype(np.float64), placement.size)
-        assert same.resize_steps == placement.resize_steps == (resized, flipped, top, left)
-        assert (same.flipped, placement.flipped) == (flipped, flipped)
-        for each in (placement, same, replace(same, resize_steps=None)):
+        recovered = place_affine(original, placement.matrix.astype(np.float64), placement.size)
+        assert recovered.resize_steps == placement.resize_steps == (resized, flipped, top, left)
+        assert (recovered.flipped, placement.flipped) == (flipped, flipped)
+        for each in (placement, recovered, replace(recovered, resize_steps=None)):
             assert each.cropped == (window[2:] != resized)
             assert each.keeps_boxes
 
 
-def test_a_side_that_opencv_4_cannot_warp_is_shrunk_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_too_long_for_the_warp_is_downscaled_first(monkeypatch: pytest.MonkeyPatch) -> None:
     warp, sides = cv2.warpAffine, []
 
-    def recorded(image: np.ndarray, *arguments: object, **options: object) -> np.ndarray:
+    def record_side(image: np.ndarray, *arguments: object, **options: object) -> np.ndarray:
         sides.append(max(image.shape[:2]))
         return warp(image, *arguments, **options)
 
-    monkeypatch.setattr(cv2, "warpAffine", recorded)
+    monkeypatch.setattr(cv2, "warpAffine", record_side)
     image = np.zeros((20, 40_000, 3), np.uint8)
     image[..., 0] = (127.5 + 127 * np.sin(np.arange(40_000) / 600)).round()
     matrix = np.array([[0.01, 0, 0], [0.0001, 1, 0]])
@@ -215,21 +215,21 @@ AFFINE_BOXES = json.loads((Path(__file__).parent / "expected" / "affine_boxes.js
 
 
 @pytest.mark.parametrize("case", AFFINE_BOXES["cases"], ids=lambda case: case["name"])
-def test_boxes_under_any_affine_are_the_enclosing_boxes_clipped(case: dict) -> None:
+def test_boxes_under_any_affine_map_are_clipped_bounding_boxes(case: dict) -> None:
     width, height = case["inputs"]["size_wh"]
     placement = place_affine((height, width), np.array(case["inputs"]["matrix"]), (height, width))
     boxes = np.array(case["inputs"]["boxes"], np.float32)
     tolerance = {"rtol": AFFINE_BOXES["tolerance"], "atol": AFFINE_BOXES["tolerance"]}
-    visible, kept = place_boxes(boxes, placement, case["inputs"]["min_visible"])
+    visible, keep = place_boxes(boxes, placement, case["inputs"]["min_visible"])
     np.testing.assert_allclose(visible, case["clipped"], **tolerance)
-    assert kept.tolist() == case["kept"]
+    assert keep.tolist() == case["kept"]
 
 
 TRIANGLE = np.array([[20, 10], [70, 14], [30, 50]], np.float64)
 
 
 def filled(polygon: np.ndarray, *, scale: int, size: tuple[int, int]) -> np.ndarray:
-    """The pixels, `scale` per pixel of an image of `size`, whose centres lie inside a polygon (even-odd rule)."""
+    """Pixels whose centre is inside a polygon (even-odd rule), at `scale` times the resolution of the image."""
     ys, xs = np.mgrid[0 : size[0] * scale, 0 : size[1] * scale] / scale + 0.5 / scale
     inside = np.zeros(ys.shape, bool)
     for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -249,8 +249,8 @@ def runs_of(bitmap: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["polygon", "bitmap", "runs"])
-@pytest.mark.parametrize("name", ["turned 30", "sheared", "turned -75, half size"])
-def test_a_mask_gives_the_tight_box_under_rotation(name: str, form: str) -> None:
+@pytest.mark.parametrize("name", ["rotated 30", "sheared", "rotated -75, half size"])
+def test_an_object_with_a_mask_gets_the_tight_box_under_rotation(name: str, form: str) -> None:
     masks: dict[str, Mask] = {
         "polygon": [TRIANGLE],
         "bitmap": bitmap_of(TRIANGLE),
@@ -268,16 +268,16 @@ def test_a_mask_gives_the_tight_box_under_rotation(name: str, form: str) -> None
     assert (tight[2:] <= loose[2:]).all()
 
 
-def test_a_mask_off_its_box_or_none_leaves_the_enclosing_box() -> None:
-    placement = place_affine((60, 90), MAPS["turned 30"], (200, 200))
+def test_without_a_mask_inside_the_box_the_loose_box_is_used() -> None:
+    placement = place_affine((60, 90), MAPS["rotated 30"], (200, 200))
     box = np.array([[2, 2, 9, 9]] * 3, np.float32)
     expected, _ = place_boxes(box, placement)
     boxes, _ = place_boxes(box, placement, masks=[[TRIANGLE], None, np.zeros((60, 90), bool)])
     np.testing.assert_array_equal(boxes, expected)
 
 
-@pytest.mark.parametrize("matrix", [MAPS["quarter turn"], MAPS["upside down"], MAPS["scaled to a fraction"]])
-def test_masks_change_no_box_that_stays_upright(matrix: np.ndarray) -> None:
+@pytest.mark.parametrize("matrix", [MAPS["quarter turn"], MAPS["upside down"], MAPS["fractional scale"]])
+def test_masks_are_ignored_if_boxes_stay_axis_aligned(matrix: np.ndarray) -> None:
     placement = place_affine((60, 90), matrix, (100, 110))
     box = np.array([[15, 5, 75, 55]], np.float32)
     np.testing.assert_array_equal(place_boxes(box, placement, masks=[[TRIANGLE]])[0], place_boxes(box, placement)[0])
@@ -289,7 +289,7 @@ BAR = np.array([[5, 28], [85, 28], [85, 33], [5, 33]], np.float64)
 
 
 def drawn(grid: Grid, *, scale: int, size: tuple[int, int]) -> np.ndarray:
-    """A grid as pixels, `scale` per pixel of the canvas."""
+    """Draw a grid as pixels, at `scale` times the resolution of a canvas of `size`."""
     bitmap, frame = grid
     low, high = frame[:2] * scale, frame[2:] * scale
     xs, ys = np.arange(size[1] * scale) + 0.5, np.arange(size[0] * scale) + 0.5
@@ -305,8 +305,8 @@ def iou(one: np.ndarray, two: np.ndarray) -> float:
 
 @pytest.mark.parametrize("cells", [28, 128])
 @pytest.mark.parametrize("shape", ["triangle", "star", "bar"])
-@pytest.mark.parametrize("name", [name for name in MAPS if name != "turned -75, half size"])
-def test_mask_grids_follow_any_affine(name: str, shape: str, cells: int) -> None:
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "rotated -75, half size"])
+def test_mask_grids_follow_any_affine_map(name: str, shape: str, cells: int) -> None:
     polygon = {"triangle": TRIANGLE, "star": STAR, "bar": BAR}[shape]
     matrix = MAPS[name] + np.array([[0, 0, 60], [0, 0, 60]])
     placement = place_affine((60, 90), matrix, (260, 260))
@@ -321,8 +321,7 @@ def test_mask_grids_follow_any_affine(name: str, shape: str, cells: int) -> None
     assert iou(drawn(placed, scale=4, size=placement.size), expected) >= {28: 0.95, 128: 0.99}[cells]
 
 
-def test_a_turned_sample_comes_out_of_collate_as_one_piece() -> None:
-    """Pixels, tight box, mask grid and transform of a batch agree."""
+def test_pixels_box_mask_and_transform_of_a_rotated_sample_agree() -> None:
     matrix, size = rotation(33, (60, 90), (128, 128), scale=1.2), (128, 128)
     image = np.repeat(255 * bitmap_of(TRIANGLE).astype(np.uint8)[..., None], 3, axis=2)
     sample = Sample(
@@ -338,15 +337,16 @@ def test_a_turned_sample_comes_out_of_collate_as_one_piece() -> None:
     batch = collate([PlacedSample(sample, place_affine((60, 90), matrix, size), 0)], 1, size, 8, masks=True)
     pixels = batch.images[0, 0].numpy() > 127
     ys, xs = np.nonzero(pixels)
-    seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-    np.testing.assert_allclose(batch.targets.boxes[0, 0], seen, atol=2)  # pixels cut the sharp tip off
+    from_pixels = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    # The tolerance is 2, because no pixel is more than half covered at the sharp tip of the triangle.
+    np.testing.assert_allclose(batch.targets.boxes[0, 0], from_pixels, atol=2)
     masks = batch.targets.masks
     grid = masks.bitmaps[0, 0].numpy(), masks.frames[0, 0].numpy()
     assert iou(drawn(grid, scale=1, size=size), pixels) > 0.95
     np.testing.assert_allclose(batch.transforms[0], matrix, rtol=1e-6)
 
 
-def test_from_the_file_to_the_canvas_and_back() -> None:
+def test_the_inverse_maps_points_back_to_the_file() -> None:
     draws = rng(2)
     for _ in range(200):
         original = tuple(int(side) for side in draws.integers(50, 4000, 2))
@@ -356,8 +356,8 @@ def test_from_the_file_to_the_canvas_and_back() -> None:
         points = draws.uniform(0, 1, (50, 2)) * original[::-1]
         file_boxes = torch.tensor(np.tile(points, 2), dtype=torch.float32)[None]
         canvas = affine.transform_boxes(file_boxes, transforms)
-        back = affine.transform_boxes(canvas.double(), affine.invert(transforms.double()))
-        np.testing.assert_allclose(back[0, :, :2], points, atol=1e-3)
+        in_file = affine.transform_boxes(canvas.double(), affine.invert(transforms.double()))
+        np.testing.assert_allclose(in_file[0, :, :2], points, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -368,12 +368,20 @@ def test_from_the_file_to_the_canvas_and_back() -> None:
         ([[1, 2, 0], [2, 4, 0]], r"expected an invertible map, got \[\[1.0, 2.0, 0.0\], .*maps the image to a line"),
     ],
 )
-def test_maps_that_place_nothing_are_refused(matrix: object, message: str) -> None:
+def test_invalid_matrices_are_an_error(matrix: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         place_affine((60, 90), matrix, (60, 90))
 
 
-def test_a_mask_of_another_size_is_named_with_its_file() -> None:
+@pytest.mark.parametrize("size", [(0, 90), (60, 0), (-1, 5)])
+def test_a_size_below_1_is_an_error(size: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"size: expected height and width of at least 1, got \({size[0]}, {size[1]}\)"
+    ):
+        place_affine((60, 90), MAPS["sheared"], size)
+
+
+def test_the_error_of_a_mask_of_another_size_names_the_file() -> None:
     sample = Sample(
         image=np.zeros((60, 90, 3), np.uint8),
         image_id=1,
@@ -384,6 +392,8 @@ def test_a_mask_of_another_size_is_named_with_its_file() -> None:
         object_ids=np.zeros(1, np.int64),
         masks=[np.ones((5, 5), bool)],
     )
-    placed = PlacedSample(sample, place_affine((60, 90), MAPS["turned 30"], (64, 64)), 0)
-    with pytest.raises(ValueError, match=r"a\.png: invalid mask: its shape is \(5, 5\)"):
+    placed = PlacedSample(sample, place_affine((60, 90), MAPS["rotated 30"], (64, 64)), 0)
+    with pytest.raises(
+        ValueError, match=r"a\.png: invalid mask: expected the shape \(60, 90\) of the image, got \(5, 5\)"
+    ):
         collate([placed], 1, (64, 64), 8)

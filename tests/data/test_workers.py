@@ -1,4 +1,4 @@
-"""Every error in a worker reaches the main process with its image, and no program waits for its workers."""
+"""Every error in a worker reaches the main process with its image, and no program hangs because of its workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from boxwright.data.dataset import Sample
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.workers import _kill
 from faulty import FAULTS, POSITION, FaultyPictures, FaultyTransform, UnpicklablePictures
-from pictures import StatedPictures
+from generated_images import GeneratedImagesWithInfo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
@@ -37,9 +37,9 @@ pytestmark = [
 AUGMENTATION = Augmentation(resize=Resize(64, 107))
 TESTS = Path(__file__).resolve().parents[1]
 WAIT = 120
-"""Seconds after which a program counts as hanging; each takes a few."""
+"""Seconds after which a program counts as hanging. Each program takes a few seconds."""
 UNFINISHED = pytest.mark.filterwarnings("ignore:.*_MultiProcessingDataLoaderIter.__del__")
-"""PyTorch's iterator lacks attributes where its constructor failed, which its destructor reports."""
+"""If the constructor of PyTorch's iterator fails, its destructor warns about missing attributes."""
 RAISED = [fault for fault in FAULTS if fault != "killed"]
 
 
@@ -63,7 +63,7 @@ def assert_no_children() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("fault", RAISED)
-def test_an_error_of_any_type_names_its_image_and_keeps_its_traceback(fault: str, num_workers: int) -> None:
+def test_errors_of_all_types_name_the_image_and_keep_the_traceback(fault: str, num_workers: int) -> None:
     with pytest.raises(SampleError, match=f"{fault}.*position {POSITION} of the data set") as caught:
         read_epoch(loader(FaultyPictures(9, fault=fault), num_workers=num_workers))
     if num_workers:
@@ -74,14 +74,14 @@ def test_an_error_of_any_type_names_its_image_and_keeps_its_traceback(fault: str
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_in_a_transform_names_the_file_too(num_workers: int) -> None:
+def test_an_error_in_a_transform_names_the_file(num_workers: int) -> None:
     augmentation = replace(AUGMENTATION, transform=FaultyTransform("KeyError"))
     image = f"image {POSITION}.jpg, image id {100 + POSITION}, position {POSITION} of the data set"
     with pytest.raises(SampleError, match=image):
-        read_epoch(loader(StatedPictures(9), augmentation=augmentation, num_workers=num_workers))
+        read_epoch(loader(GeneratedImagesWithInfo(9), augmentation=augmentation, num_workers=num_workers))
 
 
-def one_box_too_many(sample: Sample) -> Sample:
+def add_too_many_boxes(sample: Sample) -> Sample:
     count = 60 if sample.image_id == 100 + POSITION else 0
     boxes = np.tile(np.array([[1, 1, 9, 9]], np.float32), (count, 1))
     return replace(
@@ -89,53 +89,53 @@ def one_box_too_many(sample: Sample) -> Sample:
     )
 
 
-def test_an_error_while_collating_names_its_image() -> None:
-    training = loader(StatedPictures(9), augmentation=replace(AUGMENTATION, transform=one_box_too_many), num_workers=1)
+def test_an_error_in_collate_names_the_image() -> None:
+    training = loader(
+        GeneratedImagesWithInfo(9), augmentation=replace(AUGMENTATION, transform=add_too_many_boxes), num_workers=1
+    )
     with pytest.raises(ValueError, match=rf"60 objects.*position {POSITION} of the data set"):
         read_epoch(training)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_error_stays_one(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_os_error_keeps_its_type(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAULTS, "KeyError", lambda: Path("no/such/file").read_bytes())
     with pytest.raises(OSError, match=r"no/such/file.*position 3 of the data set"):
         read_epoch(loader(FaultyPictures(9), num_workers=num_workers))
 
 
-def full(*_: Any) -> None:
+def raise_shared_memory_full(*_: Any) -> None:
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
 
 
 @pytest.mark.parametrize("where", ["canvas", "pickling"])
-def test_a_full_shared_memory_says_what_to_do(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_full_shared_memory_says_how_to_fix_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "canvas":
-        monkeypatch.setattr(collate, "_canvases", full)
+        monkeypatch.setattr(collate, "_canvases", raise_shared_memory_full)
     else:
-        monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
-    with pytest.raises(OSError, match=r"--shm-size=8g or --ipc=host.*--workers 0 .*No space left"):
-        read_epoch(loader(StatedPictures(9), num_workers=1))
+        monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", raise_shared_memory_full)
+    with pytest.raises(OSError, match=r"No space left.*--shm-size=8g or --ipc=host.*--workers 0 "):
+        read_epoch(loader(GeneratedImagesWithInfo(9), num_workers=1))
     assert_no_children()
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason() -> None:
-    # PyTorch or our loop notices first: each has its own words for what happened.
-    with pytest.raises(
-        ChildProcessError, match=r"a data worker died: .*(Killed|gone|exited unexpectedly).*fewer workers or a smaller"
-    ):
+def test_the_error_of_a_killed_worker_has_the_likely_reason() -> None:
+    # The message differs, depending on whether PyTorch or `workers.py` detects it first.
+    with pytest.raises(ChildProcessError, match=r"a data worker died: .*(Killed|exited).*fewer workers or a smaller"):
         read_epoch(loader(FaultyPictures(9, fault="killed"), num_workers=2))
     assert_no_children()
 
 
 @UNFINISHED
 @pytest.mark.filterwarnings("ignore:Got pickle error")
-def test_workers_that_cannot_start_leave_none_behind() -> None:
-    with pytest.raises(OSError, match=r"cannot be started: TypeError: a data set with an open file.*--workers 0"):
+def test_no_worker_remains_if_workers_do_not_start() -> None:
+    with pytest.raises(OSError, match=r"did not start: TypeError: a data set with an open file.*--workers 0"):
         read_epoch(loader(UnpicklablePictures(9), num_workers=2, start_method="spawn"))
     assert_no_children()
 
 
 @UNFINISHED
-def test_the_second_worker_failing_to_start_ends_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_worker_ends_if_the_second_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = multiprocessing.process.BaseProcess.start, []
 
     def start_once(process: multiprocessing.process.BaseProcess) -> None:
@@ -145,13 +145,13 @@ def test_the_second_worker_failing_to_start_ends_the_first(monkeypatch: pytest.M
         started.append(process)
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_once)
-    with pytest.raises(OSError, match=r"cannot be started: BlockingIOError: .*Resource temporarily unavailable"):
-        read_epoch(loader(StatedPictures(9), num_workers=2))
+    with pytest.raises(OSError, match=r"did not start: BlockingIOError: .*Resource temporarily unavailable"):
+        read_epoch(loader(GeneratedImagesWithInfo(9), num_workers=2))
     assert started
     assert not started[0].is_alive()
 
 
-def test_workers_that_ignore_all_but_sigkill_are_killed() -> None:
+def test_workers_that_ignore_sigterm_are_killed() -> None:
     process = multiprocessing.get_context("fork").Process(target=ignore_and_sleep, daemon=True)
     process.start()
     _kill([process])
@@ -173,18 +173,18 @@ from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.evaluation.evaluate import detect_dataset
 from boxwright.evaluation.propose import propose
 from faulty import FaultyPictures
-from pictures import StatedPictures
+from generated_images import GeneratedImagesWithInfo
 from training.fakes import tiny_detector
 
 def main(case, start_method):
-    dataset = StatedPictures(9) if case in ("user", "detector", "stopped") else FaultyPictures(9)
+    dataset = GeneratedImagesWithInfo(9) if case in ("user", "detector", "stopped") else FaultyPictures(9)
     common = dict(batch_size=1, num_workers=2, start_method=start_method)
     if case in ("user", "training", "stopped"):
         loader = TrainingLoader(dataset, augmentation=Augmentation(resize=Resize(64, 107)), seed=0, **common)
         batches = loader.batches()
         for batch in batches:
             if case == "user":
-                raise KeyError("the user's own loop")
+                raise KeyError("the training loop")
             print("running", flush=True)
     else:
         loader = EvaluationLoader(dataset, resize=Resize(64, 107), **common)
@@ -192,7 +192,7 @@ def main(case, start_method):
         if case == "detector":
             detector.detect = lambda batch: {}["the detector"]
         function = propose if case == "propose" else detect_dataset
-        function(detector, *[StatedPictures(9)] * (case == "propose"), loader, device="cpu")
+        function(detector, *[GeneratedImagesWithInfo(9)] * (case == "propose"), loader, device="cpu")
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
@@ -218,7 +218,7 @@ def start(*command: str | Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """The error output of a program; where it hangs, it is killed with its workers, and the test fails."""
+    """The error output of a program. If the program hangs, kill it with its workers and fail the test."""
     try:
         return process.communicate(timeout=WAIT)[1]
     except subprocess.TimeoutExpired:
@@ -236,8 +236,8 @@ def finish(process: subprocess.Popen[str]) -> str:
         ("evaluation", "fork", "SampleError: KeyError: 'no such column' (position 3 of the data set)"),
         ("propose", "fork", "SampleError: KeyError: 'no such column' (position 3 of the data set)"),
         ("detector", "fork", "KeyError: 'the detector'"),
-        ("user", "fork", 'KeyError: "the user\'s own loop"'),
-        ("user", "spawn", 'KeyError: "the user\'s own loop"'),
+        ("user", "fork", "KeyError: 'the training loop'"),
+        ("user", "spawn", "KeyError: 'the training loop'"),
     ],
 )
 def test_a_program_ends_after_an_error(program: Path, case: str, start_method: str, message: str) -> None:
@@ -248,7 +248,7 @@ def test_a_program_ends_after_an_error(program: Path, case: str, start_method: s
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_program_that_is_stopped_leaves_no_worker(program: Path, number: signal.Signals) -> None:
+def test_no_worker_remains_after_a_signal_ends_the_program(program: Path, number: signal.Signals) -> None:
     process = start(program, "stopped", "fork")
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"

@@ -8,7 +8,7 @@ from factory import DETECTORS, small_detector
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
-def test_heads_declare_exactly_the_parameters_that_grow_with_the_classes(kind: str) -> None:
+def test_class_rows_lists_all_parameters_that_depend_on_the_number_of_classes(kind: str) -> None:
     detector = small_detector(kind, 3)
     few, many = detector.state_dict(), small_detector(kind, 5).state_dict()
     growing = {name for name in few if few[name].shape != many[name].shape}
@@ -20,8 +20,8 @@ def test_heads_declare_exactly_the_parameters_that_grow_with_the_classes(kind: s
         assert layout.num_anchors(len(few[name]), 3) == layout.num_anchors(len(many[name]), 5)
 
 
-def test_rows_of_each_layout() -> None:
-    """Three classes of the model are class 2, none and class 0 of two anchors', boxes' and backgrounds' weights."""
+def test_with_shared_rows_copies_the_rows_of_shared_classes() -> None:
+    """The three classes of the model are class 2, no class and class 0 of the given weights, in three layouts."""
     shared = [2, None, 0]
     logits = with_shared_rows(-torch.ones(4), torch.arange(5.0), ClassRows(background=1), shared=shared, num_given=4)
     assert logits is not None
@@ -36,8 +36,8 @@ def test_rows_of_each_layout() -> None:
     assert anchors.tolist() == [2, -1, 0, 6, -1, 4]
 
 
-def test_what_differs_in_more_than_classes_is_left() -> None:
-    own = torch.zeros(6, 5)
-    for given in (torch.ones(8, 4), torch.ones(4, 5), torch.ones(9, 5)):
-        assert with_shared_rows(own, given, ClassRows(), shared=[0, 1, None], num_given=4) is None
-    assert not own.any()
+def test_other_shape_differences_copy_nothing() -> None:
+    weight = torch.zeros(6, 5)
+    for other in (torch.ones(8, 4), torch.ones(4, 5), torch.ones(9, 5)):
+        assert with_shared_rows(weight, other, ClassRows(), shared=[0, 1, None], num_given=4) is None
+    assert not weight.any()

@@ -1,4 +1,4 @@
-"""What a detector must have, and the defaults of what it may have."""
+"""Required attributes of detectors, and defaults of optional attributes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONAL = {"needs_masks": False, "needs_proposals": False, "class_agnostic": Fa
 
 
 def without(name: str) -> nn.Module:
-    """A plain detector that lacks an attribute."""
+    """A plain detector without an attribute."""
     members = {key: value for key, value in vars(PlainDetector).items() if key != name}
     detector = type("Lacking", (nn.Module,), {**members, "__init__": nn.Module.__init__})()
     for key, value in vars(PlainDetector(2)).items():
@@ -36,15 +36,15 @@ def without(name: str) -> nn.Module:
     return detector
 
 
-def enter_training(_: nn.Module, out: Path) -> object:
+def run_training(_: nn.Module, out: Path) -> object:
     return train(tiny_experiment(), Pictures(2), out, num_workers=0)
 
 
-def enter_predictor(detector: nn.Module, _: Path) -> object:
+def run_predictor(detector: nn.Module, _: Path) -> object:
     return Predictor(detector, experiment=tiny_experiment(), categories=CATEGORIES)
 
 
-def enter_evaluation(detector: nn.Module, _: Path) -> object:
+def run_evaluation(detector: nn.Module, _: Path) -> object:
     return evaluate(detector, Pictures(2), [], device="cpu")
 
 
@@ -56,7 +56,7 @@ def test_defaults_of_the_optional_attributes(kind: type[nn.Module]) -> None:
     assert detector.state_dict().keys() == PlainDetector(2).state_dict().keys()
 
 
-def test_what_a_plain_module_says_of_itself_stays() -> None:
+def test_attributes_of_a_plain_module_override_the_defaults() -> None:
     module = PlainDetector(2)
     module.needs_masks, module.class_agnostic = True, True
     detector = as_detector(module)
@@ -64,7 +64,7 @@ def test_what_a_plain_module_says_of_itself_stays() -> None:
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
-def test_boxwright_s_detectors_state_what_they_need(kind: str) -> None:
+def test_optional_attributes_of_the_built_in_detectors(kind: str) -> None:
     detector = as_detector(small_detector(kind))
     assert isinstance(detector, Detector)
     assert detector.needs_masks == ("mask" in kind)
@@ -74,25 +74,25 @@ def test_boxwright_s_detectors_state_what_they_need(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["losses", "detect", "num_classes", "max_detections"])
-@pytest.mark.parametrize("enter", [enter_training, enter_predictor, enter_evaluation])
-def test_a_module_that_lacks_what_a_detector_needs_is_refused(
-    name: str, enter: Callable[[nn.Module, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("use", [run_training, run_predictor, run_evaluation])
+def test_a_module_without_a_required_attribute_is_an_error(
+    name: str, use: Callable[[nn.Module, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lacking = without(name)
     monkeypatch.setattr("boxwright.training.loop.build", lambda *_, **__: lacking)
     with pytest.raises(ValueError, match=rf"Lacking is no detector: it has no (method )?{name}"):
-        enter(lacking, tmp_path)
+        use(lacking, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_classes", 0), ("max_detections", 2.5), ("num_classes", None)])
-def test_counts_that_are_none_are_refused(name: str, value: Any) -> None:
+def test_invalid_counts_are_an_error(name: str, value: Any) -> None:
     detector = PlainDetector(2)
     setattr(detector, name, value)
     with pytest.raises(ValueError, match=rf"{name} is {value}\. Set self\.{name}"):
         as_detector(detector)
 
 
-def test_a_subclass_that_leaves_out_a_method_is_refused() -> None:
+def test_a_subclass_without_a_required_method_is_an_error() -> None:
     class Half(Detector):
         num_classes, max_detections = 2, 3
 
@@ -106,7 +106,7 @@ def test_a_subclass_that_leaves_out_a_method_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [PlainDetector, DerivedDetector])
-def test_plain_and_derived_detectors_train_load_and_are_evaluated(kind: type[nn.Module], tmp_path: Path) -> None:
+def test_plain_and_derived_detectors_can_be_trained_evaluated_and_loaded(kind: type[nn.Module], tmp_path: Path) -> None:
     dataset = Pictures(8)
     metrics = []
 
@@ -122,21 +122,21 @@ def test_plain_and_derived_detectors_train_load_and_are_evaluated(kind: type[nn.
     assert len(metrics) == 1
     model = boxwright.load(tmp_path, trusted_modules=["training"])
     assert type(model.detector) is kind
-    found = model.predict(np.zeros((32, 32, 3), np.uint8))
-    assert found.boxes.tolist() == [[2, 3, 20, 30]]
+    prediction = model.predict(np.zeros((32, 32, 3), np.uint8))
+    assert prediction.boxes.tolist() == [[2, 3, 20, 30]]
     with pytest.raises(ValueError, match="has no `suppression`"):
         view_suppression(model.detector)
     with pytest.raises(ValueError, match="this model has its own RPN"):
         model.predict(np.zeros((32, 32, 3), np.uint8), proposals=np.zeros((1, 4)))
 
 
-def test_a_class_agnostic_detector_of_any_kind_calls_its_objects_objects(tmp_path: Path) -> None:
+def test_the_category_of_a_class_agnostic_detector_is_object(tmp_path: Path) -> None:
     train(tiny_experiment(model=AgnosticDetector, epochs=1), Pictures(8), tmp_path, num_workers=0)
-    found = boxwright.load(tmp_path, trusted_modules=[AgnosticDetector.__module__])
-    assert [category.name for category in found.categories] == ["object"]
+    model = boxwright.load(tmp_path, trusted_modules=[AgnosticDetector.__module__])
+    assert [category.name for category in model.categories] == ["object"]
 
 
-def test_detecting_leaves_the_mode_of_a_plain_detector(tmp_path: Path) -> None:
+def test_detect_dataset_restores_the_training_mode(tmp_path: Path) -> None:
     detector = PlainDetector(2).train()
     detect_dataset(detector, [], device="cpu")
     assert detector.training

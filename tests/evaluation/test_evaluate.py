@@ -24,7 +24,7 @@ from boxwright.evaluation.propose import propose
 from boxwright.evaluation.results import Results, match_categories, read_results, write_results
 from boxwright.evaluation.voc import voc_metrics
 from boxwright.structures import Batch, Detections
-from pictures import Pictures
+from generated_images import GeneratedImages as Pictures
 
 PICTURES = Pictures(11)
 

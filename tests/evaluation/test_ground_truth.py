@@ -22,7 +22,7 @@ from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, write_results
 from boxwright.report.worst import worst_images
 from coco_oracle import AnnotationFile, oracle
-from pictures import Pictures
+from generated_images import GeneratedImages as Pictures
 
 AREA_NAMES = ("APs", "APm", "APl", "ARs", "ARm", "ARl")
 

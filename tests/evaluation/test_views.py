@@ -22,7 +22,7 @@ from boxwright.geometry.boxes import iou
 from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections
 from factory import small_detector
-from pictures import Pictures
+from generated_images import GeneratedImages as Pictures
 
 PICTURES = Pictures(11)
 SUPPRESSION = Suppression(score_threshold=0.05, iou_threshold=0.5, max_detections=20)

@@ -10,8 +10,8 @@ from boxwright.heads.anchor_grid import AnchorGrid, by_anchor
 STRIDES, SIZES, RATIOS = (32, 64), ((32.0, 40.0), (64.0, 80.0)), (0.5, 1.0, 2.0)
 
 
-def test_torchvision_s_anchors_lie_by_the_canvas_and_ours_by_the_strides() -> None:
-    # 800 pixels give 13 positions of P6, 61 pixels apart to torchvision, 64 in truth.
+def test_torchvision_anchors_are_spaced_by_canvas_size_and_modern_anchors_by_stride() -> None:
+    # P6 has 13 rows for 800 pixels. torchvision spaces anchors by 800 // 13 = 61 pixels; the stride is 64.
     canvas, maps = (800, 832), [torch.zeros(1, 2, 25, 26), torch.zeros(1, 2, 13, 13)]
     theirs = AnchorGenerator(SIZES, (RATIOS,) * 2)(ImageList(torch.zeros(1, 3, *canvas), [canvas]), maps)[0]
     assert torch.equal(torch.cat(AnchorGrid(STRIDES, SIZES, RATIOS, TORCHVISION)(maps, canvas)), theirs)
@@ -19,12 +19,12 @@ def test_torchvision_s_anchors_lie_by_the_canvas_and_ours_by_the_strides() -> No
     torch.testing.assert_close(coarse[1:, :, :, 1] - coarse[:-1, :, :, 1], torch.full((12, 13, 6), 64.0))
 
 
-def test_values_stand_in_the_anchors_order() -> None:
+def test_by_anchor_has_the_order_of_the_anchors() -> None:
     anchors, values, height, width = 2, 3, 4, 5
     maps = torch.arange(2.0 * anchors * values * height * width).view(2, anchors * values, height, width)
     rows = by_anchor(maps, values).view(2, height, width, anchors, values)
     assert rows[1, 2, 3, 1].tolist() == maps[1, 3:6, 2, 3].tolist()
 
 
-def test_anchors_are_no_part_of_the_weights() -> None:
+def test_anchors_are_not_in_the_state_dict() -> None:
     assert not AnchorGrid(STRIDES, SIZES, RATIOS, MODERN).state_dict()

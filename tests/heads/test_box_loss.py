@@ -35,12 +35,12 @@ PEERS = {
 
 
 def corner_distance(predictions: Tensor, targets: Tensor) -> Tensor:
-    """A box loss written by a user."""
+    """A custom box loss."""
     return (predictions - targets).abs().sum(-1) / 100
 
 
 def inputs(plus_one: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deltas, reference boxes, matched boxes of [2, 40], a third of them positive; NaN elsewhere."""
+    """Deltas, reference boxes and matched boxes of [2, 40], and a mask of positives (a third); others are NaN."""
     generator = torch.Generator().manual_seed(3)
     corner, size = 50 * torch.rand(2, 2, 40, 2, generator=generator, dtype=torch.float64)
     references = torch.cat([corner, corner + size + 5], dim=-1)
@@ -62,7 +62,7 @@ def test_iou_losses_compare_decoded_boxes_of_positives(name: str, plus_one: floa
     deltas, references, matched, positive = inputs(plus_one)
     deltas.requires_grad_()
     losses = loss_of(name, deltas, references, matched, positive, plus_one=plus_one)
-    # In the geometry of 2018, x2 and y2 are the last pixels: a box ends one pixel later.
+    # With plus_one, x2 and y2 are the last pixels inside a box, so the box ends one pixel later.
     end = torch.tensor([0.0, 0.0, plus_one, plus_one])
     predictions = decode(deltas[positive], references[positive], STDS, plus_one=plus_one)
     expected = PEERS[name](predictions + end, matched[positive] + end)
@@ -74,7 +74,7 @@ def test_iou_losses_compare_decoded_boxes_of_positives(name: str, plus_one: floa
     assert not gradient[~positive].any()
 
 
-def test_a_function_is_called_with_decoded_boxes() -> None:
+def test_a_custom_loss_receives_decoded_boxes() -> None:
     deltas, references, matched, positive = inputs()
     deltas.requires_grad_()
     losses = loss_of(corner_distance, deltas, references, matched, positive)
@@ -86,17 +86,17 @@ def test_a_function_is_called_with_decoded_boxes() -> None:
     torch.testing.assert_close(loss_of(giou_loss, *inputs()), loss_of("giou", *inputs()), rtol=0, atol=0)
 
 
-def test_a_function_that_reduces_its_losses_is_refused() -> None:
+def test_a_custom_loss_that_reduces_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"box_loss: expected one loss per box, shape \[2, 40\], got \[\]"):
         loss_of(lambda predictions, targets: corner_distance(predictions, targets).mean(), *inputs())
 
 
 @pytest.mark.parametrize("config", [RPNConfig, BoxConfig, RetinaConfig])
-def test_wrong_settings_are_refused(config: Any) -> None:
+def test_invalid_settings_are_an_error(config: Any) -> None:
     with pytest.raises(ValueError, match=r"box_loss: expected one of smooth_l1, giou, diou, ciou or a function.*'iou'"):
         config(box_loss="iou")
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"box_loss_weight=\S+: expected a number, at least 0"):
+        with pytest.raises(ValueError, match=r"box_loss_weight\S*: expected a number, at least 0"):
             config(box_loss_weight=weight)
     with pytest.raises(ValueError, match="mask_loss_weight"):
         MaskConfig(mask_loss_weight=-1.0)
@@ -106,7 +106,7 @@ Changes = dict[str, dict[str, Any]]
 
 
 def detector_of(kind: str, changes: Changes) -> Detector:
-    """A small detector, the same weights at every call, with changed configurations of its heads."""
+    """A small detector with changed head configurations; the weights are the same at every call."""
     torch.manual_seed(0)
     rpn, box = replace(SMALL_RPN, **changes.get("rpn", {})), changes.get("box", {})
     build = {
@@ -142,7 +142,7 @@ def default_losses(kind: str) -> dict[str, Tensor]:
         ("retinanet", "retina", "box_loss_weight", {"retina_box"}),
     ],
 )
-def test_a_weight_multiplies_its_loss_alone(kind: str, part: str, field: str, names: set[str]) -> None:
+def test_a_loss_weight_multiplies_only_its_loss(kind: str, part: str, field: str, names: set[str]) -> None:
     weighted, plain = losses_of(kind, {part: {field: 4.0}}), default_losses(kind)
     assert names <= plain.keys()
     for name, loss in plain.items():
@@ -160,7 +160,9 @@ def test_a_weight_multiplies_its_loss_alone(kind: str, part: str, field: str, na
         ("retinanet", "retina", {"retina_box"}),
     ],
 )
-def test_a_box_loss_replaces_that_of_its_head_alone(kind: str, part: str, names: set[str], box_loss: BoxLoss) -> None:
+def test_a_box_loss_changes_only_the_box_loss_of_its_head(
+    kind: str, part: str, names: set[str], box_loss: BoxLoss
+) -> None:
     changed, plain = losses_of(kind, {part: {"box_loss": box_loss}}), default_losses(kind)
     for name, loss in plain.items():
         assert torch.equal(changed[name], loss) == (name not in names), name
@@ -168,7 +170,7 @@ def test_a_box_loss_replaces_that_of_its_head_alone(kind: str, part: str, names:
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
-def test_iou_losses_are_part_of_the_one_graph(kind: str) -> None:
+def test_iou_losses_compile_to_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     detector = detector_of(kind, {part: {"box_loss": "ciou"} for part in ("rpn", "box", "retina")})
     batch = random_batch()
@@ -176,33 +178,33 @@ def test_iou_losses_are_part_of_the_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(batch), detector.losses(batch), rtol=1e-5, atol=1e-6)
 
 
-def test_settings_and_json_hold_the_loss() -> None:
+def test_settings_and_json_contain_the_box_loss() -> None:
     experiment = with_settings(
         faster_rcnn_r50_fpn_1x(), ["model.box.box_loss=giou", "model.box.box_loss_weight=10", "model.rpn.box_loss=diou"]
     )
-    again = from_json(json.loads(json.dumps(to_json(experiment))))
-    assert again.model.keywords["box"].box_loss == "giou"
-    assert again.model.keywords["box"].box_loss_weight == 10.0
-    assert again.model.keywords["rpn"].box_loss == "diou"
-    with pytest.raises(ValueError, match=r"model\.box\.box_loss=iou.*'giou'"):
+    restored = from_json(json.loads(json.dumps(to_json(experiment))))
+    assert restored.model.keywords["box"].box_loss == "giou"
+    assert restored.model.keywords["box"].box_loss_weight == 10.0
+    assert restored.model.keywords["rpn"].box_loss == "diou"
+    with pytest.raises(ValueError, match=r"model\.box\.box_loss.*'giou'"):
         with_settings(faster_rcnn_r50_fpn_1x(), ["model.box.box_loss=iou"])
 
 
-def test_json_holds_a_function_of_a_trusted_module() -> None:
+def test_json_contains_a_custom_loss_of_a_trusted_module() -> None:
     experiment = faster_rcnn_r50_fpn_1x()
     box = BoxConfig(box_loss=corner_distance)
-    page = json.loads(json.dumps(to_json(replace(experiment, model=partial(experiment.model, box=box)))))
-    again = from_json(page, trusted_modules=[corner_distance.__module__])
-    box_loss = again.model.keywords["box"].box_loss
+    stored = json.loads(json.dumps(to_json(replace(experiment, model=partial(experiment.model, box=box)))))
+    restored = from_json(stored, trusted_modules=[corner_distance.__module__])
+    box_loss = restored.model.keywords["box"].box_loss
     assert torch.equal(loss_of(box_loss, *inputs()), loss_of(corner_distance, *inputs()))
     with pytest.raises(ValueError, match="corner_distance"):
-        from_json(page)
+        from_json(stored)
 
 
-def test_json_written_before_box_losses_could_be_chosen_loads() -> None:
-    page = to_json(faster_rcnn_r50_fpn_1x())
+def test_json_without_the_fields_of_box_losses_loads() -> None:
+    stored = to_json(faster_rcnn_r50_fpn_1x())
     for part in ("rpn", "box"):
-        arguments = page["arguments"]["model"]["arguments"][part]["arguments"]
+        arguments = stored["arguments"]["model"]["arguments"][part]["arguments"]
         for field in ("box_loss", "box_loss_weight", "class_loss_weight", "objectness_loss_weight"):
             arguments.pop(field, None)
-    assert to_json(from_json(page)) == to_json(faster_rcnn_r50_fpn_1x())
+    assert to_json(from_json(stored)) == to_json(faster_rcnn_r50_fpn_1x())

@@ -27,7 +27,7 @@ def features() -> list[Tensor]:
 
 
 def sampled_objects(targets: Targets, num_positive: int, num_slots: int = 6) -> SampledBoxes:
-    """The first objects' own boxes as positives, then NaN."""
+    """The ground-truth boxes of the first objects as positives, followed by NaN."""
     matched = torch.arange(num_slots).expand(2, -1) % targets.labels.shape[1]
     positive = (torch.arange(num_slots) < num_positive).expand(2, -1)
     boxes = torch.where(positive[..., None], targets.boxes[:, :num_slots], torch.nan)
@@ -35,26 +35,26 @@ def sampled_objects(targets: Targets, num_positive: int, num_slots: int = 6) -> 
     return SampledBoxes(boxes, matched, positive, torch.ones_like(positive), sources=matched)
 
 
-def test_the_loss_is_the_mean_over_all_cells_of_the_positives(head: MaskHead) -> None:
-    """Written out plainly: every class's logits by the last layer itself, the own one picked, in float64."""
+def test_the_loss_is_the_mean_over_all_cells_of_positives(head: MaskHead) -> None:
+    """Expected: the logits of all classes from the last layer, the class of the target selected, in float64."""
     targets, maps = random_targets(2, 8, 8, CANVAS, NUM_CLASSES), features()
     sampled = sampled_objects(targets, 4)
     logits: list[Tensor] = []
     handle = head.upsample.register_forward_hook(lambda _, __, output: logits.append(head.mask_logits(output.relu())))
-    given = head.losses(maps, sampled, targets, max_positives=6)["mask"]
+    loss = head.losses(maps, sampled, targets, max_positives=6)["mask"]
     handle.remove()
-    every_class = logits[0].view(2, 6, NUM_CLASSES, 10, 10).double()
-    wanted = mask_target(targets.masks, sampled.boxes, sampled.matched, sampled.positive, output_size=10)
-    assert 0.2 < wanted[sampled.positive].float().mean() < 0.8
+    all_logits = logits[0].view(2, 6, NUM_CLASSES, 10, 10).double()
+    mask_targets = mask_target(targets.masks, sampled.boxes, sampled.matched, sampled.positive, output_size=10)
+    assert 0.2 < mask_targets[sampled.positive].float().mean() < 0.8
     terms = []
     for b in range(2):
         for s in range(4):
-            p = every_class[b, s, targets.labels[b, s]].sigmoid()
-            terms.append(-torch.where(wanted[b, s], p.log(), (1 - p).log()).mean())
-    torch.testing.assert_close(given.double(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
+            p = all_logits[b, s, targets.labels[b, s]].sigmoid()
+            terms.append(-torch.where(mask_targets[b, s], p.log(), (1 - p).log()).mean())
+    torch.testing.assert_close(loss.double(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
 
 
-def test_slots_behind_the_last_positive_cost_nothing_and_change_nothing(head: MaskHead) -> None:
+def test_slots_after_the_last_positive_do_not_change_the_loss(head: MaskHead) -> None:
     targets, maps = random_targets(2, 8, 8, CANVAS, NUM_CLASSES), features()
     few, many = (
         head.losses(maps, sampled_objects(targets, 3), targets, max_positives=count)["mask"] for count in (3, 6)
@@ -62,17 +62,17 @@ def test_slots_behind_the_last_positive_cost_nothing_and_change_nothing(head: Ma
     torch.testing.assert_close(few, many)
 
 
-def test_objects_without_a_mask_are_not_learnt(head: MaskHead) -> None:
+def test_objects_without_a_mask_do_not_change_the_loss(head: MaskHead) -> None:
     targets, maps = random_targets(2, 8, 8, CANVAS, NUM_CLASSES), features()
     some = targets.masks.valid & (torch.arange(8) < 2)
     garbage = torch.where(some[..., None], targets.masks.frames, torch.nan)
     without = replace(targets, masks=replace(targets.masks, valid=some, frames=garbage))
-    given = head.losses(maps, sampled_objects(targets, 5), without, max_positives=6)["mask"]
-    wanted = head.losses(maps, sampled_objects(targets, 2), targets, max_positives=6)["mask"]
-    torch.testing.assert_close(given, wanted)
+    actual = head.losses(maps, sampled_objects(targets, 5), without, max_positives=6)["mask"]
+    expected = head.losses(maps, sampled_objects(targets, 2), targets, max_positives=6)["mask"]
+    torch.testing.assert_close(actual, expected)
 
 
-def test_without_positives_the_loss_is_zero_and_so_are_gradients(head: MaskHead) -> None:
+def test_without_positives_loss_and_gradients_are_zero(head: MaskHead) -> None:
     targets = random_targets(2, 8, 0, CANVAS, NUM_CLASSES)
     targets = replace(targets, labels=torch.full_like(targets.labels, 2**40))
     loss = head.losses(features(), sampled_objects(targets, 0), targets, max_positives=6)["mask"]
@@ -86,13 +86,13 @@ def test_detections_get_the_mask_of_their_class(head: MaskHead) -> None:
     labels = torch.where(targets.valid, targets.labels, 0)
     scores = torch.rand(2, 8)
     detections = Detections(boxes=targets.boxes, scores=scores, labels=labels, valid=targets.valid)
-    found = head.detect(maps, detections)
-    assert found.masks.shape == (2, 8, 10, 10)
-    assert ((found.masks > 0) & (found.masks < 1))[targets.valid].all()
-    assert (found.masks[~targets.valid] == 0).all()
-    assert torch.equal(found.boxes[targets.valid], targets.boxes[targets.valid])
+    with_masks = head.detect(maps, detections)
+    assert with_masks.masks.shape == (2, 8, 10, 10)
+    assert ((with_masks.masks > 0) & (with_masks.masks < 1))[targets.valid].all()
+    assert (with_masks.masks[~targets.valid] == 0).all()
+    assert torch.equal(with_masks.boxes[targets.valid], targets.boxes[targets.valid])
     others = head.detect(maps, replace(detections, labels=(labels + 1) % NUM_CLASSES)).masks
-    assert (others != found.masks)[targets.valid].any((1, 2)).all()
+    assert (others != with_masks.masks)[targets.valid].any((1, 2)).all()
     assert set(dict(head.named_parameters())) == {
         f"{layer}.{part}" for layer in ("convs.0", "convs.1", "upsample", "mask_logits") for part in ("weight", "bias")
     }

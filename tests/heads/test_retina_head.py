@@ -24,7 +24,7 @@ def features(num_images: int = 2) -> list[Tensor]:
 
 
 def spread_head(config: RetinaConfig = SMALL) -> RetinaHead:
-    """A head whose scores and boxes differ from anchor to anchor."""
+    """A head whose scores and boxes differ between anchors."""
     torch.manual_seed(0)
     head = RetinaHead(6, STRIDES, NUM_CLASSES, config)
     with torch.no_grad():
@@ -35,23 +35,23 @@ def spread_head(config: RetinaConfig = SMALL) -> RetinaHead:
     return head
 
 
-def test_every_answer_stands_at_its_anchor() -> None:
+def test_logits_and_deltas_have_the_order_of_the_anchors() -> None:
     head, maps = spread_head(), features()
     output = head(maps, CANVAS)
     assert output.level_lengths == (8 * 12 * 9, 4 * 6 * 9)
-    level, y, x, ratio, size = 1, 3, 5, 2, 1  # sizes are the fastest
+    level, y, x, ratio, size = 1, 3, 5, 2, 1  # the size varies fastest
     anchor = ratio * 3 + size
-    own = (y * 6 + x) * 9 + anchor
+    index = (y * 6 + x) * 9 + anchor
     logits = head.class_logits(head.class_convs(maps[level]))[:, NUM_CLASSES * anchor :][:, :NUM_CLASSES, y, x]
-    assert torch.equal(output.logits[level][:, own], logits)
+    assert torch.equal(output.logits[level][:, index], logits)
     deltas = head.box_deltas(head.box_convs(maps[level]))[:, 4 * anchor :][:, :4, y, x]
-    assert torch.equal(output.deltas[:, output.level_lengths[0] + own], deltas)
-    x1, y1, x2, y2 = output.anchors[output.level_lengths[0] + own].tolist()
+    assert torch.equal(output.deltas[:, output.level_lengths[0] + index], deltas)
+    x1, y1, x2, y2 = output.anchors[output.level_lengths[0] + index].tolist()
     assert ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx((5 * 16, 3 * 16))
     assert ((x2 - x1) * (y2 - y1), (y2 - y1) / (x2 - x1)) == pytest.approx(((64 * 2 ** (1 / 3)) ** 2, 2.0))
 
 
-def test_anchors_are_torchvision_s_in_its_convention_and_octaves_in_ours() -> None:
+def test_anchors_of_the_torchvision_and_modern_conventions() -> None:
     strides = (8, 16, 32, 64, 128)
     maps = [torch.zeros(1, 6, 256 // s, 384 // s) for s in strides]
     theirs = _default_anchorgen()(ImageList(torch.zeros(1, 3, 256, 384), [(256, 384)]), maps)[0]
@@ -62,13 +62,13 @@ def test_anchors_are_torchvision_s_in_its_convention_and_octaves_in_ours() -> No
     torch.testing.assert_close(sides[:3], 32 * 2 ** (torch.arange(3) / 3))
 
 
-def test_an_untrained_head_scores_the_prior() -> None:
+def test_scores_of_an_untrained_head_equal_the_prior() -> None:
     head = RetinaHead(6, STRIDES, NUM_CLASSES, RetinaConfig(prior=0.02))
     scores = torch.cat(head([x * 0 for x in features()], CANVAS).logits, 1).sigmoid()
     torch.testing.assert_close(scores, torch.full_like(scores, 0.02))
 
 
-def test_group_norm_takes_the_bias_place() -> None:
+def test_group_norm_replaces_the_bias() -> None:
     names = {name for name, _ in RetinaHead(6, STRIDES, 1, RetinaConfig(norm="gn")).named_parameters()}
     assert "class_convs.1.weight" in names
     assert "class_convs.0.bias" not in names
@@ -76,7 +76,7 @@ def test_group_norm_takes_the_bias_place() -> None:
 
 @torch.no_grad()
 def plain_losses(output: RetinaOutput, targets: Targets) -> tuple[float, float]:
-    """The paper's section 4 and equation 5 in float64, an anchor at a time."""
+    """Losses of the RetinaNet paper (section 4 and equation 5) in float64, one anchor at a time."""
     anchors = output.anchors.double()
     scores = torch.cat(output.logits, 1).double().sigmoid()
     classes = boxes = 0.0
@@ -92,22 +92,22 @@ def plain_losses(output: RetinaOutput, targets: Targets) -> tuple[float, float]:
             if not positive and best[n] >= 0.4:
                 continue
             for c in range(NUM_CLASSES):
-                yes = positive and labels[matched[n]] == c
-                p = scores[image, n, c] if yes else 1 - scores[image, n, c]
-                classes += float(-(0.25 if yes else 0.75) * (1 - p) ** 2 * p.log())
+                is_class = positive and labels[matched[n]] == c
+                p = scores[image, n, c] if is_class else 1 - scores[image, n, c]
+                classes += float(-(0.25 if is_class else 0.75) * (1 - p) ** 2 * p.log())
             if positive:
                 num_positives += 1
                 (ax1, ay1, ax2, ay2), (x1, y1, x2, y2) = anchors[n], objects[matched[n]]
                 width, height = ax2 - ax1, ay2 - ay1
-                wanted = torch.stack([(x1 + x2 - ax1 - ax2) / 2 / width, (y1 + y2 - ay1 - ay2) / 2 / height])
-                wanted = torch.cat([wanted, torch.stack([((x2 - x1) / width).log(), ((y2 - y1) / height).log()])])
-                for error in (output.deltas[image, n].double() - wanted).abs().tolist():
+                expected = torch.stack([(x1 + x2 - ax1 - ax2) / 2 / width, (y1 + y2 - ay1 - ay2) / 2 / height])
+                expected = torch.cat([expected, torch.stack([((x2 - x1) / width).log(), ((y2 - y1) / height).log()])])
+                for error in (output.deltas[image, n].double() - expected).abs().tolist():
                     boxes += error**2 / 0.22 if error < 0.11 else error - 0.055
     return classes / max(1, num_positives), boxes / max(1, num_positives)
 
 
 def mixed_targets() -> Targets:
-    """A picture of three objects, the last far from all anchors, and a picture of none; no object's best are level."""
+    """An image with three objects (the last far from all anchors) and one without objects; best IoUs are unique."""
     objects = [[3.3, 5.1, 40.7, 36.2], [50.2, 20.4, 95.9, 58.8], [93.0, 61.0, 120.0, 90.0], [torch.nan] * 4]
     return replace(
         random_targets(2, 4, 3, CANVAS, NUM_CLASSES),
@@ -116,39 +116,39 @@ def mixed_targets() -> Targets:
     )
 
 
-def test_losses_are_the_paper_s_over_the_positives_of_the_batch() -> None:
+def test_losses_equal_the_paper_normalised_by_the_positives_of_the_batch() -> None:
     output, targets = spread_head()(features(), CANVAS), mixed_targets()
     assert torchvision.ops.box_iou(targets.boxes[0], output.anchors)[2].max() < 0.4
-    given = spread_head().losses(output, targets)
-    assert (given["retina_class"].item(), given["retina_box"].item()) == pytest.approx(
+    losses = spread_head().losses(output, targets)
+    assert (losses["retina_class"].item(), losses["retina_box"].item()) == pytest.approx(
         plain_losses(output, targets), rel=1e-5
     )
 
 
-def test_without_objects_all_is_background() -> None:
+def test_without_objects_all_anchors_are_background() -> None:
     output = spread_head()(features(), CANVAS)
     nothing = replace(mixed_targets(), valid=torch.zeros(2, 4, dtype=torch.bool))
-    given = spread_head().losses(output, nothing)
-    assert given["retina_box"] == 0
-    assert given["retina_class"].item() == pytest.approx(plain_losses(output, nothing)[0], rel=1e-5)
+    losses = spread_head().losses(output, nothing)
+    assert losses["retina_box"] == 0
+    assert losses["retina_class"].item() == pytest.approx(plain_losses(output, nothing)[0], rel=1e-5)
 
 
-def test_anchors_inside_a_crowd_are_neither_object_nor_background() -> None:
+def test_anchors_inside_a_crowd_region_are_ignored() -> None:
     output, targets = spread_head()(features(1), CANVAS), random_targets(1, 1, 1, CANVAS, NUM_CLASSES)
-    everywhere = torch.tensor([[[-200.0, -200.0, 400.0, 400.0]]])
-    crowd = replace(targets, boxes=everywhere, crowd=torch.ones(1, 1, dtype=torch.bool))
+    around_canvas = torch.tensor([[[-200.0, -200.0, 400.0, 400.0]]])
+    crowd = replace(targets, boxes=around_canvas, crowd=torch.ones(1, 1, dtype=torch.bool))
     assert all(loss == 0 for loss in spread_head().losses(output, crowd).values())
 
 
 @torch.no_grad()
-def test_detections_are_the_plain_procedure_s() -> None:
-    """Threshold, the best of each level, boxes, NMS of each class, the best of all: image by image."""
+def test_detections_equal_a_plain_implementation() -> None:
+    """Threshold, top candidates of each level, decoding, NMS within each class, top detections: image by image."""
     config = replace(SMALL, pre_nms_per_level=60, score_threshold=0.05, max_detections=25)
     head = spread_head(config)
     sizes = torch.tensor([[64, 96], [50, 70]])
     output = head(features(), CANVAS)
-    given = head.detect(output, sizes)
-    assert given.valid.shape == (2, 25)
+    detections = head.detect(output, sizes)
+    assert detections.valid.shape == (2, 25)
     for image in range(2):
         boxes, scores, labels = [], [], []
         levels = zip(
@@ -158,34 +158,34 @@ def test_detections_are_the_plain_procedure_s() -> None:
             strict=True,
         )
         for logits, deltas, anchors in levels:
-            found = (logits[image].sigmoid() > 0.05).nonzero()
-            values = logits[image].sigmoid()[found[:, 0], found[:, 1]]
-            assert len(values) > 60, "a level with few candidates proves little"
+            candidates = (logits[image].sigmoid() > 0.05).nonzero()
+            values = logits[image].sigmoid()[candidates[:, 0], candidates[:, 1]]
+            assert len(values) > 60, "each level must have more candidates than pre_nms_per_level"
             best = values.argsort(descending=True)[:60]
-            anchor, d = anchors[found[best, 0]], deltas[image, found[best, 0]]
+            anchor, d = anchors[candidates[best, 0]], deltas[image, candidates[best, 0]]
             side = anchor[:, 2:] - anchor[:, :2]
             centre = (anchor[:, :2] + anchor[:, 2:]) / 2 + d[:, :2] * side
             reach = side * d[:, 2:].exp() / 2
             box = torch.cat([centre - reach, centre + reach], 1)
             boxes.append(torchvision.ops.clip_boxes_to_image(box, tuple(sizes[image].tolist())))
             scores.append(values[best])
-            labels.append(found[best, 1])
-        kept = torchvision.ops.batched_nms(torch.cat(boxes), torch.cat(scores), torch.cat(labels), 0.5)[:25]
-        valid = given.valid[image]
-        torch.testing.assert_close(given.scores[image][valid], torch.cat(scores)[kept])
-        torch.testing.assert_close(given.boxes[image][valid], torch.cat(boxes)[kept], atol=1e-4, rtol=1e-5)
-        assert torch.equal(given.labels[image][valid], torch.cat(labels)[kept])
+            labels.append(candidates[best, 1])
+        keep = torchvision.ops.batched_nms(torch.cat(boxes), torch.cat(scores), torch.cat(labels), 0.5)[:25]
+        valid = detections.valid[image]
+        torch.testing.assert_close(detections.scores[image][valid], torch.cat(scores)[keep])
+        torch.testing.assert_close(detections.boxes[image][valid], torch.cat(boxes)[keep], atol=1e-4, rtol=1e-5)
+        assert torch.equal(detections.labels[image][valid], torch.cat(labels)[keep])
 
 
-def test_nothing_above_the_threshold_leaves_slots_unused() -> None:
+def test_without_candidates_above_the_threshold_all_slots_are_invalid() -> None:
     head = RetinaHead(6, STRIDES, NUM_CLASSES, replace(SMALL, max_detections=7))
     detections = head.detect(head(features(), CANVAS), torch.tensor([CANVAS, CANVAS]))
     assert detections.valid.shape == (2, 7)
     assert not detections.valid.any()
 
 
-def test_boxes_that_are_clipped_after_they_competed_did_so_at_full_size() -> None:
-    """Two boxes alike but for what lies outside, and one that lies outside altogether."""
+def test_with_clip_first_false_nms_uses_unclipped_boxes() -> None:
+    """Two boxes that are equal after clipping, and a third box completely outside the image."""
     boxes = torch.tensor([[40.0, 8.0, 104.0, 40.0], [40.0, 8.0, 200.0, 40.0], [100.0, 8.0, 140.0, 40.0]])
     scores = torch.tensor([0.9, 0.8, 0.7])
     output = RetinaOutput(

@@ -16,7 +16,7 @@ def features(num_images: int = 2) -> list[torch.Tensor]:
     return [torch.rand(num_images, 6, 64 // s, 96 // s, generator=generator) for s in STRIDES]
 
 
-def test_every_answer_stands_at_its_anchor() -> None:
+def test_objectness_and_deltas_have_the_order_of_the_anchors() -> None:
     head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0)))
     maps = features()
     output = head(maps, (64, 96))
@@ -29,7 +29,7 @@ def test_every_answer_stands_at_its_anchor() -> None:
     assert output.anchors[index].tolist() == [5 * 8 - 32, 3 * 8 - 32, 5 * 8 + 32, 3 * 8 + 32]
 
 
-def test_anchors_over_the_border_are_left_out_of_training_only_where_asked() -> None:
+def test_the_border_setting_excludes_anchors_that_cross_the_image_border() -> None:
     sizes = torch.tensor([[64, 96], [32, 32]])
     anchors = torch.tensor([[0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 32.0, 32.0], [-1.0, 0.0, 20.0, 20.0]])
     strict = RPNHead(6, STRIDES, RPNConfig(border=0.0))
@@ -38,7 +38,7 @@ def test_anchors_over_the_border_are_left_out_of_training_only_where_asked() -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(training: bool) -> None:
+def test_proposals_are_sorted_clipped_and_limited_in_number(training: bool) -> None:
     torch.manual_seed(0)
     config = RPNConfig(pre_nms_per_level=50, num_proposals=30, test_pre_nms_per_level=20, test_num_proposals=10)
     head = RPNHead(6, STRIDES, config)
@@ -56,14 +56,14 @@ def test_proposals_are_sorted_inside_the_picture_and_as_many_as_configured(train
 
 
 @pytest.mark.parametrize("num_convs", [1, 3])
-def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: int) -> None:
+def test_at_anchors_equals_the_dense_output_and_its_gradient(num_convs: int) -> None:
     torch.manual_seed(0)
     head = RPNHead(6, STRIDES, RPNConfig(ratios=(0.5, 1.0), num_convs=num_convs)).double()
     maps = [feature.double().requires_grad_() for feature in features()]
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     output = head(maps, (64, 96))
-    # Corners and edges of both levels, where padding is read, and others.
+    # Corners and edges of both levels, where the convolution reads padding, and random anchors.
     total = sum(output.level_lengths)
     corners = torch.tensor([0, 1, 47, 767, output.level_lengths[0], total - 1])
     indices = torch.stack([torch.cat([corners, torch.randint(total, (40,))]) for _ in range(2)])
@@ -79,7 +79,7 @@ def test_at_anchors_is_the_whole_answer_there_and_so_is_its_gradient(num_convs: 
     torch.testing.assert_close(gradients(objectness, deltas), gradients(*dense), rtol=0, atol=1e-10)
 
 
-def test_testing_may_take_padding_for_picture_and_training_never() -> None:
+def test_proposal_clip_multiple_applies_only_to_testing() -> None:
     torch.manual_seed(0)
     conventions = replace(CAFFE2, proposal_clip_multiple=32)
     head = RPNHead(6, STRIDES, RPNConfig(num_proposals=2000), conventions)
@@ -91,7 +91,7 @@ def test_testing_may_take_padding_for_picture_and_training_never() -> None:
         assert boxes[:, 2:].amax(0).tolist() == corner
 
 
-def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
+def test_each_of_several_convolutions_is_followed_by_a_relu() -> None:
     head = RPNHead(6, STRIDES, RPNConfig(num_convs=3))
     maps = features()
     torch.manual_seed(0)
@@ -100,11 +100,11 @@ def test_more_convolutions_follow_the_first_each_with_a_relu() -> None:
     hidden = maps[0]
     for conv in (head.conv, *head.more_convs):
         hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, padding=1).clamp(min=0)
-    wanted = head.objectness(hidden)
-    assert wanted.std() > 0
-    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], wanted[:, 0].flatten(1))
+    expected = head.objectness(hidden)
+    assert expected.std() > 0
+    assert torch.equal(head(maps, (64, 96)).objectness[:, : 16 * 24 * 3 : 3], expected[:, 0].flatten(1))
 
 
-def test_at_least_one_convolution_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="num_convs=0"):
+def test_num_convs_of_0_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"num_convs\S*: expected a whole number, at least 1"):
         RPNConfig(num_convs=0)

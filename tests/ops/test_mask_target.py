@@ -1,4 +1,4 @@
-"""Targets are what COCO's rasteriser and RoIAlign say of the whole mask, and follow what is done to the picture."""
+"""Mask targets agree with COCO's rasteriser and RoIAlign, and follow the placement of the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from boxwright.geometry.affine import transform_boxes
 from boxwright.ops.mask_target import mask_target
 from boxwright.structures import MaskGrids
 
-# What numpy 2 says of pycocotools' arrays.
+# NumPy 2 warns about arrays of pycocotools.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 BOXES = torch.tensor([[[8.0, 4.0, 44.0, 40.0], [12.0, 10.0, 30.0, 48.0], [5.0, 20.0, 41.5, 33.25]]])
@@ -26,7 +26,7 @@ VALID = torch.ones(1, 3, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(("folder", "mean"), [("coco_mini", 0.99), ("nuclei", 0.998)])
-def test_targets_of_real_objects_equal_those_of_the_whole_mask(data_dir: Path, folder: str, mean: float) -> None:
+def test_targets_of_public_data_sets_equal_targets_of_the_full_mask(data_dir: Path, folder: str, mean: float) -> None:
     ious, _ = measure(
         Candidate(GRID_SIZE, FINER, binary=False), cases(data_dir / folder, 2000, np.random.default_rng(0))
     )
@@ -35,7 +35,7 @@ def test_targets_of_real_objects_equal_those_of_the_whole_mask(data_dir: Path, f
 
 
 def sample() -> Sample:
-    """A picture of 60 x 50 pixels with a star in two parts and a bitmap."""
+    """An image of height 60 and width 50 with two objects: a star of two polygons, and a bitmap."""
     star = np.array([[10, 5], [28, 18], [42, 9], [33, 25], [40, 41], [22, 30]], np.float32)
     bitmap = np.random.default_rng(3).random((60, 50)) < 0.5
     bitmap[:, :6] = bitmap[:12] = False
@@ -52,11 +52,11 @@ def sample() -> Sample:
 
 
 def placed_target(placement: Placement, boxes: torch.Tensor) -> torch.Tensor:
-    """The targets in boxes of the file, once it was placed."""
+    """Mask targets of boxes in pixels of the file, after placing image and boxes."""
     targets = collate([PlacedSample(sample(), placement, 0)], 1, (160, 160), 8, masks=True).targets
     assert targets.valid.sum() == 2
-    moved = transform_boxes(boxes, torch.from_numpy(placement.matrix)[None])
-    return mask_target(targets.masks, moved, MATCHED, VALID, output_size=TARGET_SIZE)
+    placed_boxes = transform_boxes(boxes, torch.from_numpy(placement.matrix)[None])
+    return mask_target(targets.masks, placed_boxes, MATCHED, VALID, output_size=TARGET_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,18 @@ def placed_target(placement: Placement, boxes: torch.Tensor) -> torch.Tensor:
         (place((60, 50), (72, 60), flipped=True, window=(0, 3, 50, 57)), True),
         (place((60, 50), (120, 100), window=(6, 12, 80, 80)), False),
     ],
-    ids=["scaled", "stretched", "flipped", "flipped and cut", "cut"],
+    ids=["scaled", "stretched", "flipped", "flipped and cropped", "cropped"],
 )
-def test_targets_do_not_notice_where_the_picture_lies(placement: Placement, flipped: bool) -> None:
-    wanted = placed_target(place((60, 50), (60, 50)), BOXES)
-    given = placed_target(placement, BOXES)
-    assert wanted.any((2, 3)).all()
-    assert not wanted.all((2, 3)).any()
-    # Rounding decides about centres that lie on an edge.
-    assert (given == (wanted.flip(3) if flipped else wanted)).float().mean() > 0.999
+def test_targets_do_not_depend_on_the_placement(placement: Placement, flipped: bool) -> None:
+    expected = placed_target(place((60, 50), (60, 50)), BOXES)
+    actual = placed_target(placement, BOXES)
+    assert expected.any((2, 3)).all()
+    assert not expected.all((2, 3)).any()
+    # Cells whose centre is on an edge may differ by rounding.
+    assert (actual == (expected.flip(3) if flipped else expected)).float().mean() > 0.999
 
 
-def test_pixels_of_a_bitmap_come_back() -> None:
-    """A box of as many pixels as the target has cells reads every pixel once."""
+def test_a_box_with_the_size_of_the_target_gives_the_pixels_of_the_bitmap() -> None:
     bitmap = sample().masks[1]
     masks = collate([PlacedSample(sample(), place((60, 50), (60, 50)), 0)], 1, (64, 64), 8, masks=True).targets.masks
     boxes = torch.tensor([[[14.0, 20.0, 42.0, 48.0]]])
@@ -88,7 +87,7 @@ def test_pixels_of_a_bitmap_come_back() -> None:
     np.testing.assert_array_equal(target[0, 0], bitmap[20:48, 14:42])
 
 
-def test_boxes_beside_the_mask_read_nothing() -> None:
+def test_cells_outside_the_mask_frame_are_false() -> None:
     masks = MaskGrids(
         bitmaps=torch.full((1, 2, 8, 8), 255, dtype=torch.uint8),
         frames=torch.tensor([[[10.0, 10.0, 20.0, 30.0], [0.0, 0.0, 4.0, 4.0]]]),
@@ -101,7 +100,7 @@ def test_boxes_beside_the_mask_read_nothing() -> None:
     assert target[0, 2].tolist() == [[False, False, True, True]] * 4
 
 
-def test_what_invalid_slots_hold_does_not_matter() -> None:
+def test_contents_of_invalid_slots_are_ignored() -> None:
     masks = MaskGrids(
         bitmaps=torch.full((1, 8, 8, 8), 200, dtype=torch.uint8),
         frames=torch.full((1, 8, 4), torch.nan),
@@ -111,10 +110,10 @@ def test_what_invalid_slots_hold_does_not_matter() -> None:
     assert not mask_target(masks, boxes, MATCHED, torch.zeros_like(VALID), output_size=28).any()
 
 
-def test_plus_one_counts_the_last_pixel() -> None:
+def test_plus_one_extends_boxes_by_a_pixel() -> None:
     masks = collate([PlacedSample(sample(), place((60, 50), (60, 50)), 0)], 1, (64, 64), 8, masks=True).targets.masks
     wider = BOXES + torch.tensor([0.0, 0.0, 1.0, 1.0])
-    given = mask_target(masks, BOXES, MATCHED, VALID, output_size=28, plus_one=1.0)
-    assert torch.equal(given, mask_target(masks, wider, MATCHED, VALID, output_size=28))
+    actual = mask_target(masks, BOXES, MATCHED, VALID, output_size=28, plus_one=1.0)
+    assert torch.equal(actual, mask_target(masks, wider, MATCHED, VALID, output_size=28))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(given, mask_target(masks, wider, MATCHED, VALID, output_size=28))
+        assert torch.equal(actual, mask_target(masks, wider, MATCHED, VALID, output_size=28))

@@ -20,32 +20,32 @@ def random_boxes(*shape: int, size: float = 400.0) -> Tensor:
 
 
 def greedy(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, plus_one: float = 0.0):
-    """The definition, one box at a time, in float64."""
-    kept: list[int] = []
+    """Greedy NMS by definition, one box at a time, in float64."""
+    selected: list[int] = []
     for index in sorted(valid.nonzero().flatten().tolist(), key=lambda index: -scores[index].item()):
-        rivals = [other for other in kept if groups[other] == groups[index]]
+        rivals = [other for other in selected if groups[other] == groups[index]]
         overlaps = iou(boxes[[index]].double(), boxes[rivals].double(), plus_one=plus_one)
         if not (overlaps > threshold).any():
-            kept.append(index)
-    return kept
+            selected.append(index)
+    return selected
 
 
 @pytest.mark.parametrize("plus_one", [0.0, 1.0])
-def test_is_the_definition(plus_one: float) -> None:
+def test_nms_equals_the_definition(plus_one: float) -> None:
     torch.manual_seed(0)
     boxes, scores = random_boxes(3, 120, size=80).round(), torch.rand(3, 120)
-    scores[:, 60:] = scores[:, :60].flip(1)  # Ties: the lower index goes first.
+    scores[:, 60:] = scores[:, :60].flip(1)  # Ties: the lower index is ranked first.
     groups, valid = torch.randint(-2, 2, (3, 120)), torch.rand(3, 120) < 0.8
     valid[2] = False
     boxes = torch.where(valid[..., None], boxes, torch.nan)
     scores = torch.where(valid, scores, torch.nan)
-    indices, kept = nms(boxes, scores, groups, valid, iou_threshold=0.35, max_keep=130, plus_one=plus_one)
-    assert indices.shape == kept.shape == (3, 130)
+    indices, keep = nms(boxes, scores, groups, valid, iou_threshold=0.35, max_keep=130, plus_one=plus_one)
+    assert indices.shape == keep.shape == (3, 130)
     for image in range(3):
         expected = greedy(boxes[image], scores[image], groups[image], valid[image], 0.35, plus_one)
-        assert indices[image][kept[image]].tolist() == expected
-        assert kept[image].tolist() == [True] * len(expected) + [False] * (130 - len(expected))
-        assert not indices[image][~kept[image]].any()
+        assert indices[image][keep[image]].tolist() == expected
+        assert keep[image].tolist() == [True] * len(expected) + [False] * (130 - len(expected))
+        assert not indices[image][~keep[image]].any()
 
 
 @pytest.fixture(params=[1, 2])
@@ -59,11 +59,11 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize(("num_groups", "num_candidates"), [(5, 10000), (80, 20000)])
 @pytest.mark.parametrize("max_keep", [100, 1000, 20000])
 @torch.inference_mode()
-def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_keep: int, num_threads: int) -> None:
+def test_nms_equals_torchvision(num_groups: int, num_candidates: int, max_keep: int, num_threads: int) -> None:
     torch.manual_seed(1)
     boxes, groups = random_boxes(num_candidates), torch.randint(num_groups, (num_candidates,))
     scores = torch.randperm(num_candidates) / num_candidates  # No ties: torchvision's order among them is undefined.
-    indices, kept = nms(
+    indices, keep = nms(
         boxes[None],
         scores[None],
         groups[None],
@@ -73,36 +73,36 @@ def test_keeps_what_torchvision_keeps(num_groups: int, num_candidates: int, max_
     )
     expected = batched_nms(boxes, scores, groups, 0.5)[:max_keep]
     assert torch.equal(indices[0, : len(expected)], expected)
-    assert kept.sum() == len(expected)
+    assert keep.sum() == len(expected)
 
 
 @pytest.mark.parametrize(("size", "is_large"), [(2000, True), (100, False)])
-def test_large_groups_are_done_in_threads_and_small_ones_in_turn(
+def test_large_groups_run_in_threads_and_small_groups_sequentially(
     size: int, is_large: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = set()
-    plain = torchvision.ops.nms
+    original = torchvision.ops.nms
 
-    def watched(*given: Tensor | float) -> Tensor:
+    def record_thread(*arguments: Tensor | float) -> Tensor:
         threads.add(threading.get_ident())
-        return plain(*given)
+        return original(*arguments)
 
-    monkeypatch.setattr(torchvision.ops, "nms", watched)
+    monkeypatch.setattr(torchvision.ops, "nms", record_thread)
     groups = torch.arange(5).repeat_interleave(size)[None]
     boxes, scores = random_boxes(1, 5 * size), torch.rand(1, 5 * size)
     nms(boxes, scores, groups, torch.ones_like(groups, dtype=torch.bool), iou_threshold=0.5, max_keep=5 * size)
     assert (threading.get_ident() not in threads) == (is_large and num_threads > 1)
 
 
-def test_iou_of_exactly_the_threshold_survives() -> None:
+def test_a_box_with_an_iou_equal_to_the_threshold_is_kept() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 5.01]]])
     ones = torch.ones(1, 3)
-    indices, kept = nms(boxes, -ones, ones.long(), ones.bool(), iou_threshold=0.5, max_keep=3)
-    assert indices[0][kept[0]].tolist() == [0, 1]
+    indices, keep = nms(boxes, -ones, ones.long(), ones.bool(), iou_threshold=0.5, max_keep=3)
+    assert indices[0][keep[0]].tolist() == [0, 1]
 
 
-def test_no_candidates() -> None:
-    indices, kept = nms(
+def test_nms_without_candidates() -> None:
+    indices, keep = nms(
         torch.zeros(2, 0, 4),
         torch.zeros(2, 0),
         torch.zeros(2, 0, dtype=torch.int64),
@@ -111,18 +111,18 @@ def test_no_candidates() -> None:
         max_keep=4,
     )
     assert not indices.any()
-    assert not kept.any()
+    assert not keep.any()
 
 
 @pytest.mark.parametrize("num_valid", [0, 20])
-def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
+def test_nms_is_a_valid_operator_and_compiles_to_one_graph(num_valid: int) -> None:
     boxes, scores, groups = random_boxes(2, 20), torch.rand(2, 20), torch.randint(3, (2, 20))
     valid = (torch.arange(20) < num_valid).expand(2, 20)
     torch.library.opcheck(grouped_nms, (boxes, scores, groups, valid, 0.5, 10, 0.0))
 
     def kept_scores(boxes: Tensor, scores: Tensor) -> Tensor:
-        indices, kept = nms(boxes * 2, scores, groups, valid, iou_threshold=0.5, max_keep=10)
-        return torch.where(kept, scores.gather(1, indices), 0.0)
+        indices, keep = nms(boxes * 2, scores, groups, valid, iou_threshold=0.5, max_keep=10)
+        return torch.where(keep, scores.gather(1, indices), 0.0)
 
     compiled = torch.compile(kept_scores, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(boxes, scores), kept_scores(boxes, scores))
@@ -131,14 +131,14 @@ def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
 
 
 @pytest.mark.parametrize("max_keep", [40, 300, 900])
-def test_goes_on_where_the_best_boxes_are_all_alike(max_keep: int) -> None:
-    """The first thousands come to a few boxes, so that those to keep stand pieces further down the list."""
+def test_nms_continues_if_the_best_candidates_overlap(max_keep: int) -> None:
+    """The first 3000 candidates reduce to a few boxes, so boxes to keep are further down the sorted list."""
     torch.manual_seed(2)
-    crowds = random_boxes(6).repeat(500, 1) + torch.rand(3000, 4)
-    boxes, groups = torch.cat([crowds, random_boxes(3000)]), torch.randint(3, (6000,))
+    clusters = random_boxes(6).repeat(500, 1) + torch.rand(3000, 4)
+    boxes, groups = torch.cat([clusters, random_boxes(3000)]), torch.randint(3, (6000,))
     scores = torch.arange(6000, 0, -1) / 6000
-    everything = torch.ones(1, 6000, dtype=torch.bool)
-    indices, kept = nms(boxes[None], scores[None], groups[None], everything, iou_threshold=0.5, max_keep=max_keep)
+    all_valid = torch.ones(1, 6000, dtype=torch.bool)
+    indices, keep = nms(boxes[None], scores[None], groups[None], all_valid, iou_threshold=0.5, max_keep=max_keep)
     expected = batched_nms(boxes, scores, groups, 0.5)
-    assert (expected[:30] >= 3000).any(), "the list must be needed beyond its first piece"
-    assert indices[kept].tolist() == expected[:max_keep].tolist()
+    assert (expected[:30] >= 3000).any(), "the test must need candidates after the first 3000"
+    assert indices[keep].tolist() == expected[:max_keep].tolist()

@@ -1,6 +1,6 @@
-"""The Triton form of `nms`, without a GPU: interpreted, beside the CPU form; and compiled for GPUs that are not here.
+"""Test the Triton form of `nms` without a GPU: interpreted and compared to the CPU form, and compiled for GPUs.
 
-Triton reads TRITON_INTERPRET when it is imported, so the comparison needs a process of its own.
+Triton reads TRITON_INTERPRET when it is imported, so the comparison runs in a separate process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 
 
 def compare() -> None:
-    """Run both forms on the same candidates; called in the interpreting process."""
+    """Run both forms on the same candidates; called in the process with TRITON_INTERPRET."""
     from boxwright.ops.nms_triton import greedy_nms
 
     torch.manual_seed(0)
@@ -43,24 +43,24 @@ def compare() -> None:
         assert torch.equal(result[1], expected[1])
 
 
-def test_interpreted_equals_cpu_form() -> None:
+def test_the_interpreted_kernel_equals_the_cpu_form() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90])
-def test_compiles_for_gpus(capability: int) -> None:
+def test_the_kernel_compiles_for_gpus(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from boxwright.ops import nms_triton
 
     pointers = dict.fromkeys(("groups", "order", "num_valid", "indices", "num_kept"), "*i64")
-    numbers = {"num_candidates": "i32", "max_keep": "i32", "iou_threshold": "fp32"}
+    scalars = {"num_candidates": "i32", "max_keep": "i32", "iou_threshold": "fp32"}
     source = ASTSource(
         nms_triton._greedy_kernel,
-        {"boxes": "*fp32", **pointers, **numbers, "BLOCK": "constexpr"},
+        {"boxes": "*fp32", **pointers, **scalars, "BLOCK": "constexpr"},
         {"BLOCK": nms_triton.BLOCK},
     )
     options = {"num_warps": nms_triton.NUM_WARPS, "enable_fp_fusion": False}

@@ -9,7 +9,7 @@ from boxwright.ops.patches import convolve_patches
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_is_the_convolution_without_padding(size: int, channels_last: bool) -> None:
+def test_convolve_patches_equals_the_interior_of_a_padded_convolution(size: int, channels_last: bool) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(4, 6, 3, padding=1).double()
     patches = torch.randn(7, 4, size, size, dtype=torch.float64)
@@ -21,7 +21,7 @@ def test_is_the_convolution_without_padding(size: int, channels_last: bool) -> N
     def with_gradients(y: Tensor) -> list[Tensor]:
         return [y, *torch.autograd.grad(y.square().sum(), inputs)]
 
-    given = with_gradients(convolve_patches(patches, convolution.weight, convolution.bias))
-    wanted = with_gradients(convolution(patches)[..., 1:-1, 1:-1])
-    for ours, other in zip(given, wanted, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
+    actual = with_gradients(convolve_patches(patches, convolution.weight, convolution.bias))
+    expected = with_gradients(convolution(patches)[..., 1:-1, 1:-1])
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -27,10 +27,10 @@ def boxes_of_all_sizes(num_images: int = 2, num_boxes: int = 40) -> Tensor:
     return torch.cat([corner, corner + 2 ** (1 + 7.5 * torch.rand(num_images, num_boxes, 2))], -1)
 
 
-def oracle(
+def reference(
     features: list[Tensor], box: list[float], level: int, size: int, samples: int, aligned: bool, plus_one: float
 ) -> Tensor:
-    """[C, S, S] of one box in image 0: the paper's average of bilinear samples, in float64 and plain loops."""
+    """RoIAlign of one box in image 0, [C, S, S]: the average of bilinear samples, in float64 with plain loops."""
     feature, scale = features[level][0].detach().double(), 1 / STRIDES[level]
     _, height, width = feature.shape
     shift = 0.5 if aligned else 0.0
@@ -56,12 +56,14 @@ def oracle(
 
 
 @pytest.mark.parametrize("every_level", [False, True], ids=["cpu_form", "gpu_form"])
-def test_equals_torchvision(every_level: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roi_align_equals_torchvision(every_level: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if every_level:
         monkeypatch.setattr(roi_align, "pool_own_level", pool_every_level)
     torch.manual_seed(0)
     features, boxes = pyramid(), boxes_of_all_sizes()
-    boxes[0, :3] = torch.tensor([[8.0, 8, 120, 120], [0, 0, 224, 224], [5, 5, 5, 5]])  # On and off a level's edge.
+    boxes[0, :3] = torch.tensor(
+        [[8.0, 8, 120, 120], [0, 0, 224, 224], [5, 5, 5, 5]]
+    )  # On and off the boundary between levels.
     ours = multilevel_roi_align(
         features,
         boxes,
@@ -73,7 +75,7 @@ def test_equals_torchvision(every_level: bool, monkeypatch: pytest.MonkeyPatch) 
     )
     named = OrderedDict((str(index), feature) for index, feature in enumerate(features))
     theirs = MultiScaleRoIAlign(list(named), 7, 2)(named, list(boxes), [CANVAS, CANVAS])
-    # float32 places a sample to 1e-5 of a cell, and the weights of the cells around it with it.
+    # float32 rounds the position of a sample, and so the weights of the cells around it, to 1e-5 of a cell.
     largest = max(feature.abs().max().item() for feature in features)
     torch.testing.assert_close(ours.flatten(0, 1), theirs, rtol=0, atol=1e-5 * largest)
     weight = torch.randn_like(theirs)
@@ -87,11 +89,11 @@ def test_equals_torchvision(every_level: bool, monkeypatch: pytest.MonkeyPatch) 
     ("aligned", "plus_one", "pool_plus_one"),
     [(True, 0.0, True), (False, 0.0, True), (False, 1.0, True), (False, 1.0, False)],
 )
-def test_equals_the_plain_definition(aligned: bool, plus_one: float, pool_plus_one: bool) -> None:
+def test_roi_align_equals_the_definition(aligned: bool, plus_one: float, pool_plus_one: bool) -> None:
     torch.manual_seed(1)
     features = pyramid(1)
     boxes = [[10.3, 20.1, 11.9, 21.4], [-12.0, 3.0, 90.7, 260.2], [0.0, 0.0, 111.0, 111.0], [33.3, 8.2, 311.0, 250.9]]
-    # Of the sides that decide on a level, here 111.5, one pixel decides.
+    # A box near the boundary between levels: plus_one changes its level.
     boxes += [[3.0, 5.0, 114.5, 116.5]]
     pooled = multilevel_roi_align(
         features,
@@ -107,7 +109,7 @@ def test_equals_the_plain_definition(aligned: bool, plus_one: float, pool_plus_o
     for index, (x1, y1, x2, y2) in enumerate(boxes):
         area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
         level = min(max(math.floor(math.log2(math.sqrt(area) / 56) + 1e-6), 0), 3)
-        expected = oracle(features, boxes[index], level, 5, 2, aligned, plus_one * pool_plus_one)
+        expected = reference(features, boxes[index], level, 5, 2, aligned, plus_one * pool_plus_one)
         largest = max(feature.abs().max().item() for feature in features)
         torch.testing.assert_close(pooled[0, index].double(), expected, rtol=0, atol=1e-5 * largest)
 
@@ -120,17 +122,17 @@ def test_gpu_form_equals_cpu_form(aligned: bool, plus_one: float, sampling_ratio
     features, boxes = pyramid(), boxes_of_all_sizes()
     level = torch.randint(len(STRIDES) + 1, boxes.shape[:2])
     arguments = (STRIDES, 4, sampling_ratio, aligned, not aligned and bool(plus_one))
-    own = pool_own_level(features, boxes, level, *arguments)
-    every = pool_every_level(features, boxes, level, *arguments)
+    cpu = pool_own_level(features, boxes, level, *arguments)
+    gpu = pool_every_level(features, boxes, level, *arguments)
     largest = max(feature.abs().max().item() for feature in features)
-    torch.testing.assert_close(own, every, rtol=0, atol=1e-5 * largest)  # The order of sums differs.
-    weight = torch.randn_like(own)
+    torch.testing.assert_close(cpu, gpu, rtol=0, atol=1e-5 * largest)  # The order of summation differs.
+    weight = torch.randn_like(cpu)
     torch.testing.assert_close(
-        torch.autograd.grad((own * weight).sum(), features), torch.autograd.grad((every * weight).sum(), features)
+        torch.autograd.grad((cpu * weight).sum(), features), torch.autograd.grad((gpu * weight).sum(), features)
     )
 
 
-def test_padding_reaches_nothing() -> None:
+def test_padding_does_not_change_outputs_and_gradients() -> None:
     torch.manual_seed(3)
     features, boxes = pyramid(), boxes_of_all_sizes()
     valid = torch.rand(2, 40) < 0.5
@@ -164,15 +166,15 @@ def test_in_half_precision_sums_are_not_rounded_on_the_way(
     for features in (half, exact):
         pooled = multilevel_roi_align(features, boxes, valid, strides=STRIDES, output_size=7, aligned=True)
         results.append((pooled, *torch.autograd.grad(pooled, features, gradient.to(pooled.dtype))))
-    for ours, wanted in zip(*results, strict=True):
+    for ours, expected in zip(*results, strict=True):
         assert ours.dtype == torch.bfloat16
-        rounding = (wanted.bfloat16() - wanted).norm()
-        assert (ours - wanted).norm() <= 2 * rounding, "only what is read and what is answered is rounded"
+        rounding = (expected.bfloat16() - expected).norm()
+        assert (ours - expected).norm() <= 2 * rounding, "only inputs and outputs are rounded"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck
 @pytest.mark.parametrize("num_valid", [0, 6])
-def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
+def test_roi_align_is_a_valid_operator_and_compiles_to_one_graph(num_valid: int) -> None:
     torch.manual_seed(5)
     features, boxes = pyramid(), boxes_of_all_sizes(num_boxes=6)
     valid = (torch.arange(6) < num_valid).expand(2, 6)
@@ -197,26 +199,26 @@ def test_is_one_operator_for_the_compiler(num_valid: int) -> None:
                 assert [gradient.shape for gradient in gradients] == [feature.shape for feature in features]
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_gpus_pool_every_level_unless_tritons_form_is_chosen(chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("triton", [False, True])
+def test_on_gpus_the_triton_form_is_used_only_if_enabled(triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("pool_every_level", "pool_own_level"):
         form = getattr(roi_align, name)
-        monkeypatch.setattr(roi_align, name, lambda *given, name=name, form=form: calls.append(name) or form(*given))
-    if chosen:
+        monkeypatch.setattr(roi_align, name, lambda *args, name=name, form=form: calls.append(name) or form(*args))
+    if triton:
         monkeypatch.setattr(roi_align, "TRITON", True)
-    with FakeTensorMode():  # Shapes alone, so that no GPU is needed.
+    with FakeTensorMode():  # Fake tensors have only shapes, so no GPU is needed.
         features = [feature.to("cuda") for feature in pyramid()]
         boxes, valid = torch.empty(2, 6, 4, device="cuda"), torch.empty(2, 6, dtype=torch.bool, device="cuda")
         pooled = multilevel_roi_align(features, boxes, valid, strides=STRIDES, output_size=3)
         assert (pooled.shape, pooled.device.type) == ((2, 6, 3, 3, 3), "cuda")
-    assert calls == ["pool_own_level" if chosen else "pool_every_level"]
+    assert calls == ["pool_own_level" if triton else "pool_every_level"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_box_gives_zeros(dtype: torch.dtype) -> None:
+def test_boxes_without_a_level_give_zeros(dtype: torch.dtype) -> None:
     features, boxes = pyramid(dtype=dtype), boxes_of_all_sizes()
-    nowhere = torch.full(boxes.shape[:2], len(STRIDES))
-    pooled = pool_own_level(features, boxes, nowhere, STRIDES, 3, 2, True, False)
+    no_level = torch.full(boxes.shape[:2], len(STRIDES))
+    pooled = pool_own_level(features, boxes, no_level, STRIDES, 3, 2, True, False)
     assert (pooled.shape, pooled.dtype) == ((2, 40, 3, 3, 3), dtype)
     assert not pooled.any()

@@ -17,7 +17,7 @@ from boxwright.data.decode import decode_image
 from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
-from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
+from boxwright.data.proposals import ImageProposals, ProposalFile, write_proposals
 from boxwright.data.shapes import draw_picture
 from boxwright.structures import Batch
 from boxwright.training.experiment import Experiment
@@ -112,7 +112,7 @@ def random_proposals(dataset: Dataset, experiment: Experiment) -> Iterator[Propo
             image_ids=info.image_ids,
             counts=[count] * len(dataset),
             images=(_random_boxes(size, count) for size in info.image_sizes),
-            page=metadata,
+            metadata=metadata,
         )
         yield ProposalFile(path, limit=count)
 
@@ -170,11 +170,11 @@ def make_batches(
     return list(islice(batches, NUM_BATCHES))
 
 
-def _random_boxes(size: np.ndarray, count: int) -> GivenProposals:
+def _random_boxes(size: np.ndarray, count: int) -> ImageProposals:
     """Boxes with random positions and log-uniform sides from 16 pixels, in an image of `size`, (height, width)."""
     rng = np.random.Generator(np.random.PCG64(0))
     image_size = np.array([size[1], size[0]], np.float64)
     box_sizes = 16 * (image_size / 16) ** rng.random((count, 2))
     corners = rng.random((count, 2)) * (image_size - box_sizes)
     boxes = np.concatenate([corners, corners + box_sizes], 1).astype(np.float32)
-    return GivenProposals(boxes, np.linspace(1, 0, count, dtype=np.float32))
+    return ImageProposals(boxes, np.linspace(1, 0, count, dtype=np.float32))

@@ -72,8 +72,8 @@ class Augment:
 
         Args:
             original: (height, width) of the image in its file.
-            resize: limits of the sides; None keeps the size of the image.
-            rng: random generator. The number of draws does not depend on the settings, so enabling one augmentation
+            resize: Limits of the sides; None keeps the size of the image.
+            rng: Random generator. The number of draws does not depend on the settings, so enabling one augmentation
                 does not change the others.
         """
         at_flip, at_scale, at_height, at_width, at_top, at_left = rng.random(6)
@@ -81,9 +81,9 @@ class Augment:
         low, high = self.scale_jitter or (1.0, 1.0)
         factor = low + (high - low) * at_scale
         resized = (max(int(base[0] * factor + 0.5), 1), max(int(base[1] * factor + 0.5), 1))
-        share = 1.0 if self.crop is None else self.crop
-        height = max(int(min(base[0], resized[0]) * (share + (1 - share) * at_height) + 0.5), 1)
-        width = max(int(min(base[1], resized[1]) * (share + (1 - share) * at_width) + 0.5), 1)
+        min_fraction = 1.0 if self.crop is None else self.crop
+        height = max(int(min(base[0], resized[0]) * (min_fraction + (1 - min_fraction) * at_height) + 0.5), 1)
+        width = max(int(min(base[1], resized[1]) * (min_fraction + (1 - min_fraction) * at_width) + 0.5), 1)
         top, left = int((resized[0] - height + 1) * at_top), int((resized[1] - width + 1) * at_left)
         return place(original, resized, flipped=bool(at_flip < self.flip), window=(top, left, height, width))
 

@@ -1,7 +1,8 @@
-"""Builds the batch of one step from a data set, and says which image an error belongs to.
+"""Build the batch of a training or evaluation step, and add the image to the message of any error.
 
-A worker process gets one `BatchBuilder` when it starts, and afterwards only steps: an epoch, a canvas and the positions
-of the images. So a worker holds the data set, whose memory the processes share, and one batch.
+A worker process receives one `BatchBuilder` when it starts. After that it receives only a `Step` per batch: epoch,
+canvas and image positions. So a worker needs memory for one batch; all processes share the
+memory of the data set.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from boxwright.structures import Batch
 
 
 class SampleError(RuntimeError):
-    """An error in the code of a data set or transform, with the image that it belongs to.
+    """An error raised by the code of a data set or transform; the message names the image.
 
-    `ValueError` and `OSError` keep their type, since they tell of a fault in the user's files.
+    `ValueError` and `OSError` keep their type, because they usually report invalid files.
     """
 
 
 @dataclass(frozen=True)
 class BatchBuilder(TorchDataset[Batch]):
-    """Builds the batch of a step."""
+    """Builds the batch of a step, in the main process or in a worker."""
 
     dataset: Dataset
     scales: Sequence[Scale]
-    """The scales that `Step.scale` numbers; empty: images keep their own sizes."""
+    """Scales that `Step.scale` indexes; empty for images at their original size."""
     augment: Augment
     seed: int
     photometric: Photometric | None = None
@@ -46,12 +47,12 @@ class BatchBuilder(TorchDataset[Batch]):
     masks: bool = False
 
     def __getitem__(self, step: Step) -> Batch:
-        """Build a batch.
+        """Build the batch of a step.
 
         Raises:
-            ValueError: an image or its annotations are faulty.
-            OSError: a file cannot be read, or the shared memory is full.
-            SampleError: anything else that the data set or the transform raised.
+            ValueError: An image or its annotations are invalid.
+            OSError: A file cannot be read, or shared memory is full.
+            SampleError: The data set or the transform raised any other error.
         """
         current = _Current(self.dataset)
         try:
@@ -82,8 +83,8 @@ class BatchBuilder(TorchDataset[Batch]):
                 sample = self.transform(sample)
             if sample.image.shape != (height, width, 3):
                 raise ValueError(
-                    f"{sample.file_name}: the transform made an image of shape {sample.image.shape} from one of "
-                    f"{(height, width, 3)}. It must keep the shape: the loader resizes and crops"
+                    f"{sample.file_name}: the transform changed the image shape from {(height, width, 3)} to "
+                    f"{sample.image.shape}. Keep the shape; the loader resizes and crops after the transform"
                 )
         if self.photometric is not None:
             sample = replace(sample, image=self.photometric(sample.image, rng))
@@ -93,15 +94,15 @@ class BatchBuilder(TorchDataset[Batch]):
 
 @dataclass
 class _Current:
-    """The image that a batch builder works on."""
+    """The image that a batch builder is reading, for error messages."""
 
     dataset: Dataset
     position: int | None = None
     sample: Sample | None = None
-    """None while the data set reads it."""
+    """None until the data set has returned the sample."""
 
     def __str__(self) -> str:
-        """Such as "image 7.jpg, id 107, position 7 of the data set"; empty before the first image."""
+        """For example "image 7.jpg, image id 107, position 7 of the data set"; empty before the first image."""
         if self.position is None:
             return ""
         sample = self.sample if isinstance(self.sample, Sample) else None
@@ -116,17 +117,17 @@ class _Current:
 
 
 def user_error(error: BaseException, image: str = "") -> ValueError | OSError | SampleError:
-    """The error to raise instead of one that was raised while a batch was built.
+    """Convert an error that was raised while a batch was built to the error for the user.
 
     Args:
-        error: The original; raise the new one `from` it.
-        image: The image that it belongs to, if known.
+        error: Original error. Raise the returned error `from` it.
+        image: Description of the image, appended to the message; empty if unknown.
     """
     if is_shared_memory_full(error):
         return OSError(
-            "the shared memory (/dev/shm), through which data workers send batches, is full. In Docker start the "
-            "container with --shm-size=8g or --ipc=host; otherwise use --workers 0 (num_workers=0), fewer workers or "
-            f"a smaller batch ({error})"
+            f"shared memory (/dev/shm), which data workers use to send batches, is full ({error}). In Docker, start "
+            "the container with --shm-size=8g or --ipc=host. Otherwise use fewer workers, a smaller batch or "
+            "--workers 0 (num_workers=0)"
         )
     where = f" ({image})" if image else ""
     text = _text(error)
@@ -136,7 +137,7 @@ def user_error(error: BaseException, image: str = "") -> ValueError | OSError | 
 
 
 def _text(error: BaseException) -> str:
-    """The error's message; empty if it has none or raises when asked for it."""
+    """Message of an error; empty if it has none, or if its `__str__` raises."""
     try:
         return str(error)
     except Exception:
@@ -144,7 +145,7 @@ def _text(error: BaseException) -> str:
 
 
 def is_shared_memory_full(error: BaseException) -> bool:
-    """Whether PyTorch could not allocate shared memory, or Python no semaphore in it."""
+    """Whether PyTorch failed to allocate shared memory, or Python failed to create a semaphore in it."""
     full_device = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
     return full_device or (
         isinstance(error, RuntimeError) and "shared memory" in str(error) and "/torch_" in str(error)

@@ -42,7 +42,7 @@ class Resize:
     def __post_init__(self) -> None:
         check_counts(self, "short", "long")
         if not 1 <= self.short <= self.long <= MAX_SIDE:
-            raise ValueError(f"{self}: expected 1 <= short <= long <= {MAX_SIDE}")
+            raise ValueError(f"resize: expected 1 <= short <= long <= {MAX_SIDE}, got {self}")
 
     def sizes(self, original_sizes: np.ndarray) -> np.ndarray:
         """Resized (height, width) of images, rounded as in mmdetection 0.5 (2018).
@@ -90,10 +90,10 @@ def plan_scales(sizes: Sequence[tuple[int, int]], mode: ScaleMode, *, cut: int =
         sizes: (short, long) of each size.
         mode: "list" uses each size as a scale. "range" uses all sizes between two, split where the short side passes a
             multiple of `cut`: few canvases with little padding (see `docs/benchmarks/padding.md`).
-        cut: step of the short side, in pixels, at which a range is split.
+        cut: Step of the short side, in pixels, at which a range is split.
 
     Raises:
-        ValueError: a size is not 1 <= short <= long, or a range does not consist of two ascending sizes.
+        ValueError: A size is not 1 <= short <= long, or a range does not consist of two ascending sizes.
     """
     check_choice("scale_mode", mode, get_args(ScaleMode))
     ends = [Resize(short, long) for short, long in sizes]
@@ -123,7 +123,7 @@ def buckets_for(resize: Resize, original_sizes: np.ndarray | None = None) -> lis
     and the maximum length.
 
     Args:
-        resize: limits of the sides.
+        resize: Limits of the sides.
         original_sizes: [N, 2] image sizes of a data set. A square canvas is added if at least a quarter of the images
             fit it (microscopy, aerial tiles); otherwise it is not worth an additional shape.
     """
@@ -134,7 +134,7 @@ def buckets_for(resize: Resize, original_sizes: np.ndarray | None = None) -> lis
     return [canvas for length in sorted(lengths) for canvas in dict.fromkeys(((short, length), (length, short)))]
 
 
-def holds(canvases: Canvases, others: Canvases) -> bool:
+def contains(canvases: Canvases, others: Canvases) -> bool:
     """Whether all images that fit `others` also fit `canvases`, at every scale."""
     return all(one[0] >= two[0] and one[1] >= two[1] for one, two in zip(canvases, others, strict=True))
 
@@ -144,7 +144,7 @@ def assign_buckets(sizes: np.ndarray, canvases: list[Canvas]) -> np.ndarray:
 
     Args:
         sizes: [N, 2] (height, width) after resizing.
-        canvases: smallest first, as from `buckets_for`.
+        canvases: Canvases, smallest first, as returned by `buckets_for`.
 
     Returns:
         int64 [N], indices into `canvases`.
@@ -158,7 +158,7 @@ def plan_buckets(scales: Sequence[Scale], original_sizes: np.ndarray) -> tuple[n
     """Buckets of images that share a canvas at every scale, so a batch has the same images at every scale.
 
     Args:
-        scales: scales that training steps draw from.
+        scales: Scales that training steps draw from.
         original_sizes: [N, 2] (height, width) of the images in their files.
 
     Returns:

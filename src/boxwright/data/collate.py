@@ -18,7 +18,7 @@ from boxwright.data.buckets import Canvas
 from boxwright.data.dataset import Mask, Sample
 from boxwright.data.masks.mask_grid import GRID_SIZE, Grid, mask_grid
 from boxwright.data.placement import Placement, place_boxes, place_image, place_mask
-from boxwright.data.proposals import GivenProposals
+from boxwright.data.proposals import ImageProposals
 from boxwright.structures import Batch, MaskGrids, Proposals, Targets
 
 MIN_SLOTS = 8
@@ -31,7 +31,7 @@ class PlacedSample:
     sample: Sample
     placement: Placement
     seed: int
-    proposals: GivenProposals | None = None
+    proposals: ImageProposals | None = None
 
 
 def slots_for(max_objects: int) -> int:
@@ -59,14 +59,14 @@ def collate(
         canvas: (height, width) of the canvas.
         slots: G, or None for a batch without targets.
         proposal_slots: P, or None for a batch without proposals.
-        masks: whether the targets include masks, M x M bytes per slot.
+        masks: Whether the targets include masks, M x M bytes per slot.
 
     Returns:
         Batch whose padding is 0, in images and targets. Images are in channels-last memory format, in which decoders
         write and convolutions are fastest.
 
     Raises:
-        ValueError: an image is not uint8 [H, W, 3], does not fit the canvas, or has more objects than slots, or a mask
+        ValueError: An image is not uint8 [H, W, 3], does not fit the canvas, or has more objects than slots, or a mask
             is invalid.
     """
     images = _canvases(batch_size, canvas)
@@ -100,16 +100,16 @@ def collate(
         sizes[b], originals[b] = placement.size, sample.image.shape[:2]
         transforms[b], image_ids[b], seeds[b] = placement.matrix, sample.image_id, item.seed
         if slots is not None:
-            placed_boxes, kept = _placed_boxes(sample, placement)
-            count = int(kept.sum())
+            placed_boxes, keep = _placed_boxes(sample, placement)
+            count = int(keep.sum())
             if count > slots:
                 raise ValueError(
                     f"{sample.file_name}: {count} objects exceed the {slots} slots for the data set's max_objects. "
                     "Correct max_objects"
                 )
-            boxes[b, :count], labels[b, :count] = placed_boxes[kept], sample.labels[kept]
-            valid[b, :count], crowd[b, :count] = True, sample.crowd[kept]
-            for slot, index in enumerate(np.flatnonzero(kept).tolist() if masks else ()):
+            boxes[b, :count], labels[b, :count] = placed_boxes[keep], sample.labels[keep]
+            valid[b, :count], crowd[b, :count] = True, sample.crowd[keep]
+            for slot, index in enumerate(np.flatnonzero(keep).tolist() if masks else ()):
                 grid = _grid_of(sample, index)
                 if grid is not None:
                     bitmaps[b, slot], frames[b, slot] = place_mask(grid, placement)
@@ -159,13 +159,13 @@ def _no_proposals(batch_size: int, slots: int) -> Proposals:
     )
 
 
-def _write_proposals(proposals: Proposals, image: int, file_proposals: GivenProposals, placement: Placement) -> None:
+def _write_proposals(proposals: Proposals, image: int, file_proposals: ImageProposals, placement: Placement) -> None:
     """Write the proposals of an image, each to the slot of its index. Proposals outside the canvas are invalid."""
     boxes, visible = place_boxes(file_proposals.boxes, placement, min_visible=0.0)
-    kept, count = torch.from_numpy(visible), len(boxes)
-    proposals.boxes[image, :count] = torch.where(kept[:, None], torch.from_numpy(boxes), 0.0)
-    proposals.scores[image, :count] = torch.where(kept, torch.tensor(file_proposals.scores), 0.0)
-    proposals.valid[image, :count] = kept
+    keep, count = torch.from_numpy(visible), len(boxes)
+    proposals.boxes[image, :count] = torch.where(keep[:, None], torch.from_numpy(boxes), 0.0)
+    proposals.scores[image, :count] = torch.where(keep, torch.tensor(file_proposals.scores), 0.0)
+    proposals.valid[image, :count] = keep
 
 
 def _placed_boxes(sample: Sample, placement: Placement) -> tuple[np.ndarray, np.ndarray]:

@@ -42,8 +42,8 @@ class ConcatDataset:
                     part.categories,
                     self.categories,
                     sides=(name, names[0]),
-                    what="the data sets do not have the same categories",
-                    mend="Rename, remove or add categories until both data sets have the same.",
+                    what="the data sets have different categories",
+                    fix="Rename, remove or add categories until both data sets have the same names.",
                 ),
                 np.int64,
             )

@@ -25,7 +25,7 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
 
     Args:
         path: JPEG, PNG, BMP, GIF (first frame), TIFF or WebP file.
-        max_pixels: maximum number of pixels; the size in the header is checked before any pixel is decoded. Pillow
+        max_pixels: Maximum number of pixels; the size in the header is checked before any pixel is decoded. Pillow
             always refuses more than 178,956,970 pixels.
 
     Returns:
@@ -33,7 +33,7 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         palettes are resolved, and alpha is dropped.
 
     Raises:
-        ValueError: the file is missing, not an image, truncated or too large; the message contains its path.
+        ValueError: The file is missing, not an image, truncated or too large; the message contains its path.
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
@@ -54,7 +54,8 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             return _decode_with_pillow(header)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path}: image is too large ({error}; the limit is {max_pixels} pixels). Shrink it or raise max_pixels"
+            f"{path}: image is too large ({error}; the limit is {max_pixels} pixels). Downscale it, or increase "
+            "max_pixels"
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: cannot be decoded: {_why_not_an_image(data)}") from error

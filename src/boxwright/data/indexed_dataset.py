@@ -1,4 +1,4 @@
-"""A data set of annotations in any known format, and a folder of images."""
+"""A data set on disk: annotations in any known format and a folder of images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from boxwright.data.formats.check import decode_fault, file_faults, size_fault
 from boxwright.data.formats.fault import Fault, FaultyDataError
 from boxwright.data.formats.index import AnnotationIndex
 
-_MIN_SIDE_2018 = 32
+# Images with a shorter side are dropped with keep_empty=False, as in mmdetection 0.5.
+_MIN_SIDE = 32
 
 
 class IndexedDataset:
-    """The images of one split with their objects, in any of the formats of `boxwright.data.formats`.
+    """Images and objects of one split, in any of the formats of `boxwright.data.formats`.
 
-    It holds memory maps and pickles as paths, so that workers share one copy of the annotations.
+    The annotations are memory-mapped, and the data set is pickled as paths, so that all workers share one copy.
     """
 
     def __init__(
@@ -35,64 +36,68 @@ class IndexedDataset:
         """Open a split; `IndexedDataset(*find_layout(folder)["train"])` opens the training split of a folder.
 
         Args:
-            annotations: The split's annotations: a COCO JSON file, a VOC list `ImageSets/Main/SPLIT.txt`, ...
-            images: The image folder; file names are relative to it.
-            keep_empty: Whether to keep images without objects, which are background in training. False leaves them out,
-                and also images with a side under 32 pixels, like mmdetection 0.5.
-            max_pixels: Refuse images with more pixels.
+            annotations: Annotations of the split: a COCO JSON file, a VOC list `ImageSets/Main/SPLIT.txt`, ...
+            images: Image folder; file names are relative to it.
+            keep_empty: Whether to keep images without objects, which are background in training. False drops them, and
+                also drops images with a side under 32 pixels, as mmdetection 0.5 does.
+            max_pixels: Maximum number of pixels per image; larger images raise an error.
             cache_dir: See `read_index`.
 
         Raises:
-            FaultyDataError: The annotations have errors that would corrupt training, or images are missing.
+            FaultyDataError: The annotations have errors that would corrupt training, or images are missing or too
+                large.
             OSError: An annotation file cannot be read.
-            ValueError: The annotations are in no known format, or a folder is missing.
+            ValueError: The annotations are not in a known format, a folder is missing, or no image remains.
         """
         self.annotations = Path(annotations)
         self.images = Path(images)
         self.max_pixels = max_pixels
         self.index: AnnotationIndex = read_index(self.annotations, self.images, cache_dir=cache_dir)
-        """The annotations as arrays; the `object_ids` of a sample are rows of them."""
+        """Annotations as arrays; the `object_ids` of a sample are their rows."""
         names = [self.index.file_name(row) for row in range(len(self.index))]
         faults = [*file_faults(self.images, names, self.index.image_ids.tolist()).values(), *self._too_large()]
         if faults:
             raise FaultyDataError(faults)
         num_objects = np.diff(self.index.object_offsets)
-        kept = np.ones(len(self.index), bool)
+        keep = np.ones(len(self.index), bool)
         self.dropped: dict[str, int] = dict(self.index.dropped)
-        """Number of entries that are left out or changed, by kind, to be printed for the user."""
+        """Number of dropped or clipped entries, by kind, to print for the user."""
         if not keep_empty:
-            empty, small = num_objects == 0, (self.index.image_sizes < _MIN_SIDE_2018).any(1)
-            kept = ~empty & ~small
+            empty, small = num_objects == 0, (self.index.image_sizes < _MIN_SIDE).any(1)
+            keep = ~empty & ~small
             counts = {
                 "images without objects": empty.sum(),
-                f"images under {_MIN_SIDE_2018} pixels": (small & ~empty).sum(),
+                f"images under {_MIN_SIDE} pixels": (small & ~empty).sum(),
             }
             self.dropped |= {what: int(count) for what, count in counts.items() if count}
-        self.rows: NDArray[np.int64] = np.flatnonzero(kept)
-        """[N] int64, each image's row in the index."""
+        self.rows: NDArray[np.int64] = np.flatnonzero(keep)
+        """[N] int64, row of each image in the index."""
         if not len(self.rows):
-            raise ValueError(f"{self.annotations}: no image is left once those without objects are left out")
+            raise ValueError(
+                f"{self.annotations}: no image has objects and sides of at least {_MIN_SIDE} pixels. Use "
+                "keep_empty=True, or add annotations"
+            )
         self.max_objects = int(num_objects[self.rows].max())
-        of_kept = np.repeat(kept, num_objects)
-        has_mask = self.index.has_mask[of_kept]
+        keep_object = np.repeat(keep, num_objects)
+        has_mask = self.index.has_mask[keep_object]
         self.num_masks = int(has_mask.sum())
-        """Objects with a mask."""
-        self.num_without_mask = int((~has_mask & ~self.index.crowd[of_kept]).sum())
-        """Objects that have a box only, crowd regions not counted."""
+        """Number of objects with a mask."""
+        self.num_without_mask = int((~has_mask & ~self.index.crowd[keep_object]).sum())
+        """Number of objects without a mask, not counting crowd regions."""
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes in order of their ids, which is the order of the labels."""
+        """Categories sorted by id, in the order of the labels."""
         return self.index.categories
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
-        """[N] int64, the image ids of the annotations."""
+        """[N] int64, image ids from the annotations."""
         return self.index.image_ids[self.rows]
 
     @property
     def image_sizes(self) -> NDArray[np.int32]:
-        """[N, 2] int32, (height, width)."""
+        """[N, 2] int32, (height, width) from the annotations."""
         return self.index.image_sizes[self.rows]
 
     def __len__(self) -> int:
@@ -102,7 +107,7 @@ class IndexedDataset:
         """Decode the image at a position.
 
         Raises:
-            FaultyDataError: The file cannot be decoded, or its size is not the one in the annotations.
+            FaultyDataError: The image cannot be decoded, or its size differs from the annotations.
         """
         row = int(self.rows[position])
         path = self.images / self.index.file_name(row)
@@ -123,7 +128,7 @@ class IndexedDataset:
             labels=self.index.labels[objects].astype(np.int64),
             crowd=np.array(self.index.crowd[objects]),
             object_ids=np.arange(objects.start, objects.stop),
-            masks=[self.index.mask(row) for row in range(objects.start, objects.stop)],
+            masks=[self.index.mask(object_row) for object_row in range(objects.start, objects.stop)],
         )
 
     def _too_large(self) -> list[Fault]:
@@ -132,8 +137,8 @@ class IndexedDataset:
             Fault(
                 str(self.images / self.index.file_name(row)),
                 f"image {self.index.image_ids[row]}",
-                f"{num_pixels[row]} pixels, over the limit of {self.max_pixels}",
-                "shrink it with its annotations, or raise max_pixels",
+                f"{num_pixels[row]} pixels exceed the limit of {self.max_pixels}",
+                "Downscale the image and its annotations, or increase max_pixels",
             )
             for row in np.flatnonzero(num_pixels > self.max_pixels).tolist()
         ]

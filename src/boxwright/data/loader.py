@@ -1,4 +1,4 @@
-"""Loaders that plan the batches of training and of evaluation; `workers.py` has them built in worker processes."""
+"""Loaders that plan the batches of training and evaluation; `workers.py` builds the batches in worker processes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from boxwright.structures import Batch
 
 
 class TrainingLoader:
-    """Endless augmented batches; each depends only on seed, step, rank and number of ranks.
+    """An endless stream of augmented batches. A batch depends only on seed, step, rank and number of ranks.
 
-    The batches of all ranks of a step, joined, are the same for any number of ranks, as long as all ranks together take
-    the same number of images. All ranks' batches of a step have the same canvas.
+    The batches of all ranks in a step have the same canvas. Concatenated, they do not depend on the number of ranks if
+    the total batch size is the same.
 
-    Transforms of torchvision v2 or albumentations plug in through `Augmentation.transform`, a function of one sample as
-    it is in the file, before resizing. It must keep the image's height and width; boxes may move or vanish. The global
-    generators of torch, numpy and random are seeded for each image, so that its random numbers are repeatable::
+    `Augmentation.transform` adds transforms of torchvision v2 or albumentations. It is a function of a sample before
+    resizing, in pixels of the file. It must keep the height and width of the image; it may move and remove boxes. The
+    global generators of torch, numpy and random are seeded for each image, so that results are repeatable::
 
         from dataclasses import replace
 
@@ -47,7 +47,7 @@ class TrainingLoader:
 
         TrainingLoader(dataset, augmentation=Augmentation(transform=transform), ...)
 
-    Define it in a module rather than inside a function where workers start by "spawn", which pickles it.
+    The start method "spawn" pickles the transform, so define it in a module, not inside another function.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class TrainingLoader:
             dataset: Training images with their annotations.
             augmentation: Size and augmentation of the images; None for `Augmentation()`.
             batch_size: Images per step on this rank.
-            proposals: Boxes that every batch carries. They follow the geometric augmentation, but not `transform`.
-            masks: Whether targets hold masks, which cost time and memory.
-            seed: Of the run.
-            num_workers: Processes that build batches; 0 builds them in this one.
-            rank: Of this process among those that train together.
-            world_size: Number of processes that train together.
-            start_method: "fork", "spawn" or "forkserver"; None for the platform's own.
-            **deprecated: The fields of `Augmentation`, which were arguments of their own before.
+            proposals: Proposals to add to every batch. Geometric augmentation transforms them, `transform` does not.
+            masks: Whether targets include masks, which cost time and memory.
+            seed: Seed of the run.
+            num_workers: Number of worker processes that build batches; 0 for the main process.
+            rank: Rank of this process.
+            world_size: Number of training processes.
+            start_method: "fork", "spawn" or "forkserver"; None for the default of the platform.
+            **deprecated: Fields of `Augmentation`, formerly arguments of this class.
 
         Raises:
-            ValueError: An image has no row among the proposals, or a setting is out of range.
+            ValueError: An image has no proposals in the file, masks are missing, or a setting is out of range.
         """
         unknown = set(deprecated) - {field.name for field in fields(Augmentation)}
         if unknown:
@@ -120,21 +120,21 @@ class TrainingLoader:
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._start_method = num_workers, start_method
         self.steps_per_epoch = self._sampler.steps_per_epoch
-        """Number of steps that show every image, the same in each epoch."""
+        """Number of steps in which every image occurs, the same in each epoch."""
         self.num_canvases = len({canvas for scales_of_bucket in canvases for canvas in scales_of_bucket})
-        """Number of canvas shapes that batches have."""
+        """Number of different canvas shapes."""
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches from a step on, without end. Closing the generator ends its workers."""
+        """Endless stream of batches from `start_step`. Closing the generator ends its workers."""
         steps = (self._sampler.step(step).share(self._rank, self._world_size) for step in itertools.count(start_step))
         return iterate_batches(self._builder, steps, self._num_workers, self._start_method)
 
 
 class EvaluationLoader:
-    """Every picture once, over all ranks together, without targets or chance.
+    """Batches that contain every image once, over all ranks, without targets and random augmentation.
 
-    Pictures of one bucket come together, whatever their order in the data set. The last batch of a bucket may be
-    short, and ranks may differ by one batch.
+    A batch contains images of one bucket, so images are not in the order of the data set. The last batch of a bucket
+    may be smaller, and the number of batches per rank may differ by one.
     """
 
     def __init__(
@@ -154,26 +154,27 @@ class EvaluationLoader:
         """Plan the batches of one rank.
 
         Args:
-            dataset: the pictures.
-            batch_size: most pictures in a batch.
-            resize: the size that pictures get; leave it out with `native`.
-            native: keep the pictures' own sizes, padded to the next multiple of 32.
-            flipped: swap left and right in all of them.
-            proposals: boxes that every batch brings with it.
-            num_workers: processes that build batches; 0 builds them in this one.
-            rank: of this process among those that test together.
-            world_size: how many processes test together.
-            start_method: "fork", "spawn" or "forkserver"; None takes the platform's own.
+            dataset: Images to evaluate.
+            batch_size: Maximum number of images per batch.
+            resize: Size of the images; None with `native`.
+            native: Whether to keep the original image sizes, padded to multiples of 32.
+            flipped: Whether to flip all images horizontally.
+            proposals: Proposals to add to every batch.
+            num_workers: Number of worker processes that build batches; 0 for the main process.
+            rank: Rank of this process.
+            world_size: Number of evaluation processes.
+            start_method: "fork", "spawn" or "forkserver"; None for the default of the platform.
 
         Raises:
-            ValueError: an image has no row among the proposals, or `resize` and `native` contradict each other.
+            ValueError: An image has no proposals in the file, or not exactly one of `resize` and `native` is set.
         """
         _check_processes(batch_size, num_workers, rank, world_size, start_method)
         info = _describe(dataset)
         if proposals is not None:
             proposals.require(info.image_ids)
         if (resize is None) != native:
-            raise ValueError("give either resize or native=True")
+            got = "neither" if resize is None else "both"
+            raise ValueError(f"evaluation image size: expected either resize or native=True, got {got}")
         original_sizes = info.image_sizes
         order = np.arange(len(original_sizes))
         if resize is not None:
@@ -182,10 +183,10 @@ class EvaluationLoader:
             batches = group(order, buckets, canvases, batch_size)
         else:
             scales = []
-            own = [(round_up(int(height)), round_up(int(width))) for height, width in original_sizes]
-            canvases = [(canvas,) for canvas in sorted(set(own))]
-            buckets = np.array([canvases.index((canvas,)) for canvas in own])
-            # Pictures of other shapes stay apart: native means no more padding than must be.
+            padded = [(round_up(int(height)), round_up(int(width))) for height, width in original_sizes]
+            canvases = [(canvas,) for canvas in sorted(set(padded))]
+            buckets = np.array([canvases.index((canvas,)) for canvas in padded])
+            # Group each bucket separately, so that no image moves to a larger canvas.
             batches = [
                 batch
                 for k in range(len(canvases))
@@ -197,11 +198,11 @@ class EvaluationLoader:
         self._num_workers, self._start_method = num_workers, start_method
 
     def __len__(self) -> int:
-        """The number of this rank's batches."""
+        """Number of batches of this rank."""
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches, the same in each pass."""
+        """Batches of this rank, the same in every iteration."""
         return iterate_batches(self._builder, self._steps, self._num_workers, self._start_method)
 
 
@@ -216,13 +217,13 @@ def _check_processes(batch_size: int, num_workers: int, rank: int, world_size: i
 
 def _describe(dataset: Dataset) -> DatasetInfo:
     if len(dataset) == 0:
-        raise ValueError("the data set holds no pictures")
+        raise ValueError("the data set has no images. Add images to the split, or use another folder")
     return DatasetInfo(dataset)
 
 
 def _require_masks(info: DatasetInfo) -> None:
     if not info.has_masks:
         raise ValueError(
-            f"{info.source}: no object has a mask, but this model is trained on masks: add them (`segmentation` in a "
+            f"{info.source}: no object has a mask, but the model is trained on masks. Add masks (`segmentation` in a "
             "COCO file), or train a model without a mask head"
         )

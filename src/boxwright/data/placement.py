@@ -1,4 +1,4 @@
-"""Where an image lies on its canvas: one affine map that pixels, boxes and masks follow.
+"""Placement of an image on its canvas by one affine map, which is applied to pixels, boxes and masks.
 
 Boxes and matrices are in continuous pixel coordinates: the pixel in row 0 and column 0 spans 0..1. Sizes are (height,
 width). n objects.
@@ -20,42 +20,41 @@ from boxwright.data.masks.mask_grid import Grid, warp_grid
 from boxwright.geometry.affine import transform_boxes
 
 MIN_VISIBLE = 0.1
-"""An object is dropped if a crop leaves less than this share of the area of its box."""
+"""An object is dropped if a crop leaves less than this fraction of the area of its box."""
 _TOLERANCE = 0.01
-"""Displacements under this many pixels are rounding: float32 matrices displace a side of 65,535 pixels by 0.004."""
+"""Displacements below this many pixels count as rounding errors; a float32 matrix displaces 65,535 pixels by 0.004."""
 _MAX_WARPED_SIDE = 2**15 - 2
-"""OpenCV 4 cannot warp longer sides."""
+"""Maximum side that OpenCV 4 can warp."""
 
 
 class ResizeSteps(NamedTuple):
-    """A placement as a resize of the whole image, an optional flip, and a window of the result."""
+    """A placement as a resize of the whole image, an optional flip, and a crop to a window."""
 
     size: tuple[int, int]
     """(height, width) of the whole image after the resize."""
     flipped: bool
-    """Whether left and right are swapped after the resize."""
+    """Whether the image is flipped horizontally after the resize."""
     top: int
     """First row of the window."""
     left: int
-    """First column of the window, in the flipped image."""
+    """First column of the window, counted after the flip."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies on its canvas. Pixels, boxes and masks follow `matrix`, detections its inverse.
+    """Placement of an image on its canvas; create one with `place` or `place_affine`.
 
-    Made by `place` and `place_affine`.
+    `matrix` maps pixels, boxes and masks to the canvas; its inverse maps detections back to the file.
     """
 
     original: tuple[int, int]
     """(height, width) of the image in its file."""
     size: tuple[int, int]
-    """(height, width) of the part of the canvas, from the upper left on, that shows the image."""
+    """(height, width) of the visible part of the canvas, which starts at the upper left corner."""
     matrix: np.ndarray
-    """float32 [2, 3], from continuous pixel coordinates of the file to those of the canvas."""
-
+    """float32 [2, 3], from continuous pixel coordinates of the file to continuous pixel coordinates of the canvas."""
     resize_steps: ResizeSteps | None
-    """The same map as a resize, flip and window, which is faster; None if the matrix does anything else."""
+    """The same map as a resize, flip and crop, which is faster than a warp; None if these steps cannot express it."""
 
     @property
     def flipped(self) -> bool:
@@ -65,7 +64,7 @@ class Placement:
 
     @property
     def keeps_boxes(self) -> bool:
-        """Whether upright boxes stay upright: no rotation but by quarter turns, and no shear."""
+        """Whether axis-aligned boxes stay axis-aligned: no shear, and only rotations by multiples of 90 degrees."""
         if self.resize_steps is not None:
             return True
         (a, b, _), (d, e, _) = self.matrix.tolist()
@@ -75,7 +74,7 @@ class Placement:
 
     @property
     def cropped(self) -> bool:
-        """Whether any part of the image is off the visible canvas."""
+        """Whether a part of the image is outside the visible part of the canvas."""
         if self.resize_steps is not None:
             return self.size != self.resize_steps.size
         height, width = self.original
@@ -93,7 +92,14 @@ def place(
     flipped: bool = False,
     window: tuple[int, int, int, int] | None = None,
 ) -> Placement:
-    """Resize an image, optionally swap left and right, and keep a window (top, left, height, width); None keeps all."""
+    """Resize an image, optionally flip it horizontally, and crop it.
+
+    Args:
+        original: (height, width) of the image in its file.
+        resized: (height, width) after the resize.
+        flipped: Whether to flip the resized image horizontally.
+        window: Crop as (top, left, height, width), in pixels after resize and flip; None for no crop.
+    """
     top, left, height, width = window or (0, 0, *resized)
     scale_y, scale_x = resized[0] / original[0], resized[1] / original[1]
     row_x = [-scale_x, 0.0, resized[1] - left] if flipped else [scale_x, 0.0, -left]
@@ -106,13 +112,15 @@ def place_affine(original: tuple[int, int], matrix: np.ndarray, size: tuple[int,
 
     Args:
         original: (height, width) of the image in its file.
-        matrix: [2, 3], from continuous pixel coordinates of the file to those of the canvas, such as
-            `[[0, -1, height], [1, 0, 0]]` for a quarter turn clockwise.
-        size: (height, width) of the result.
+        matrix: [2, 3], from continuous pixel coordinates of the file to continuous pixel coordinates of the canvas. For
+            example, `[[0, -1, height], [1, 0, 0]]` is a rotation by 90 degrees clockwise.
+        size: (height, width) of the visible part of the canvas, at least 1.
 
     Raises:
-        ValueError: The matrix is not 2 x 3, not finite, or maps the image to a line.
+        ValueError: `size` is below 1, or the matrix is not 2 x 3, not finite, or maps the image to a line.
     """
+    if min(size) < 1:
+        raise ValueError(f"size: expected height and width of at least 1, got {tuple(size)}")
     values = np.asarray(matrix, np.float32)
     if values.shape != (2, 3) or not np.isfinite(values).all():
         raise ValueError(f"matrix: expected 2 x 3 finite numbers, got {np.asarray(matrix).tolist()}")
@@ -122,13 +130,15 @@ def place_affine(original: tuple[int, int], matrix: np.ndarray, size: tuple[int,
 
 
 def place_image(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> None:
-    """Write the visible pixels into the upper left of a canvas: bilinear, not antialiased, as in mmdetection 0.5.
+    """Write the visible pixels of an image to the upper left corner of a canvas.
+
+    Interpolation is bilinear without antialiasing, as in mmdetection 0.5.
 
     Args:
-        image: uint8 [H, W, 3] of the placement's original size.
-        placement: The map.
-        canvas: uint8 [height, width, 3], at least of the placement's size. Pixels beyond that size are left unchanged;
-            pixels within it that the image does not cover become black.
+        image: uint8 [H, W, 3], of size `placement.original`.
+        placement: Placement of the image.
+        canvas: uint8 [height, width, 3], at least of size `placement.size`. Pixels outside that size are unchanged.
+            Pixels inside it that the image does not cover become black.
     """
     height, width = placement.size
     visible, steps = canvas[:height, :width], placement.resize_steps
@@ -137,13 +147,13 @@ def place_image(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> 
         return
     resized = steps.size[::-1]
     if placement.size == steps.size:
-        # OpenCV writes directly into the canvas. A resize takes a fifth of the time of a warp, and flipping the result
-        # in place keeps a flipped image the exact mirror image of the plain one.
+        # OpenCV writes directly to the canvas. A resize takes a fifth of the time of a warp. Flipping after the resize
+        # makes the flipped image the exact mirror image of the unflipped one.
         cv2.resize(image, resized, dst=visible, interpolation=cv2.INTER_LINEAR)
         if steps.flipped:
             cv2.flip(visible, 1, dst=visible)
         return
-    # Resizing the whole image for a window of it is faster than a warp into the window at all but extreme jitter.
+    # Resizing the whole image and cropping it is faster than a warp to the window, except for extreme scale jitter.
     whole = cv2.resize(image, resized, interpolation=cv2.INTER_LINEAR)
     top, left = steps.top, steps.left
     if steps.flipped:
@@ -159,23 +169,23 @@ def place_boxes(
     min_visible: float = MIN_VISIBLE,
     masks: Sequence[Mask] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes on the canvas, clipped to its visible part.
+    """Map boxes to the canvas, and clip them to its visible part.
 
-    A mapped box is the smallest upright box around the four mapped corners. Under rotation and shear that box is loose,
-    so an object with a mask gets the smallest box around its mapped mask instead (never larger than the loose one).
+    A mapped box is the bounding box of the four mapped corners. Under rotation and shear this box is larger than the
+    object. So an object with a mask gets the bounding box of its mapped mask, which is never larger.
 
     Args:
         boxes: float32 [n, 4] xyxy in pixels of the file.
-        placement: Where the image lies.
-        min_visible: Where the image is cropped, the least share of a box's area that must stay visible.
-        masks: The n objects' masks, or None; not used where upright boxes stay upright.
+        placement: Placement of the image.
+        min_visible: Minimum fraction of the area of a box that must be visible if the placement crops the image.
+        masks: Masks of the n objects, or None. Unused if the placement keeps boxes axis-aligned.
 
     Returns:
-        float32 [n, 4] xyxy in pixels of the canvas, and bool [n]: False if the clipped box has no area, or if a crop
-        leaves too little of the box.
+        float32 [n, 4] xyxy in pixels of the canvas, and bool [n], whether to keep the object: False if the clipped box
+        has no area, or if a crop leaves less than `min_visible` of the box.
 
     Raises:
-        ValueError: A mask is not of the image's size.
+        ValueError: A mask does not have the size of the image.
     """
     height, width = placement.size
     full = transform_boxes(torch.tensor(boxes)[None], torch.tensor(placement.matrix)[None])[0].numpy()
@@ -184,15 +194,15 @@ def place_boxes(
         full = full.reshape(-1, 4)
     visible = full.clip(0, np.array([width, height, width, height], np.float32))
     area = _areas(visible)
-    least = min_visible * _areas(full) if placement.cropped else 0.0
-    return visible, (area > 0) & (area >= least)
+    min_area = min_visible * _areas(full) if placement.cropped else 0.0
+    return visible, (area > 0) & (area >= min_area)
 
 
 def place_mask(grid: Grid, placement: Placement) -> Grid:
-    """A mask's grid on the canvas; its frame is not clipped.
+    """Map a mask grid to the canvas; its frame is not clipped.
 
-    Scaling and translation move the frame, a horizontal flip also mirrors the grid. Any other map resamples the grid on
-    a new frame.
+    Scaling and translation only move the frame. A horizontal flip also mirrors the grid. Any other map resamples the
+    grid on a new frame.
     """
     (a, b, _), (_, e, _) = placement.matrix.tolist()
     if not placement.keeps_boxes or abs(a) < abs(b) or e < 0:
@@ -216,20 +226,20 @@ def _resize_steps(original: tuple[int, int], matrix: np.ndarray, size: tuple[int
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image under an affine map, uint8 [*size, 3]."""
+    """Apply an affine map to an image. Returns uint8 [*size, 3]."""
     height, width = image.shape[:2]
     linear, offset = matrix[:, :2].astype(np.float64), matrix[:, 2].astype(np.float64)
     if max(height, width) > _MAX_WARPED_SIDE:
         shrunk = min(width, _MAX_WARPED_SIDE), min(height, _MAX_WARPED_SIDE)
         image = cv2.resize(image, shrunk, interpolation=cv2.INTER_AREA)
         linear = linear * (width / shrunk[0], height / shrunk[1])
-    # OpenCV's coordinates are those of pixel centres: the centre of the first pixel is 0, not 0.5.
+    # In OpenCV's coordinates the centre of the first pixel is 0, not 0.5.
     offset = offset + linear.sum(1) / 2 - 0.5
     return cv2.warpAffine(image, np.column_stack([linear, offset]), size[::-1], flags=cv2.INTER_LINEAR)
 
 
 def _tight_box(loose: np.ndarray, mask: Mask, placement: Placement) -> np.ndarray:
-    """The smallest box around a mapped mask, within the loose box; the loose box if they do not meet."""
+    """Bounding box of a mapped mask, clipped to the loose box; the loose box if the mask is empty or outside it."""
     points = extreme_points(mask, placement.original)
     if not len(points):
         return loose

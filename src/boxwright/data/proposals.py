@@ -32,13 +32,17 @@ _WRITE_AGAIN = "Write the file again with boxwright propose"
 _ROUNDING = 2.0
 
 
-class GivenProposals(NamedTuple):
+class ImageProposals(NamedTuple):
     """The proposals of one image, best first."""
 
     boxes: NDArray[np.float32]
     """[n, 4] float32 xyxy in pixels of the file."""
     scores: NDArray[np.float32]
     """[n] float32, descending."""
+
+
+GivenProposals = ImageProposals
+"""Deprecated name of `ImageProposals`."""
 
 
 class ProposalFile:
@@ -49,6 +53,7 @@ class ProposalFile:
     ) -> None:
         """Open a proposals file.
 
+        Args:
             path: Proposals file.
             split: Split of the images. It is used only if splits share image ids.
             limit: Maximum number of proposals per image; the best ones are used.
@@ -67,7 +72,8 @@ class ProposalFile:
             pass
         try:
             self._file = safe_open(self.path, framework="numpy")
-            self.page = _read_metadata(self.path, self._file.metadata())
+            self.metadata = _read_metadata(self.path, self._file.metadata())
+            """Metadata of the file: `splits` and the facts that its writer added."""
             image_ids, self._offsets = self._file.get_tensor("image_ids"), self._file.get_tensor("offsets")
             slices = [self._file.get_slice(name) for name in ("boxes", "scores")]
             shapes = [part.get_shape() for part in slices]
@@ -96,6 +102,11 @@ class ProposalFile:
         self.slots = min(limit, -(-max_count // _SLOT_STEP) * _SLOT_STEP)
         """P, number of slots that fit the proposals of every image."""
 
+    @property
+    def page(self) -> dict[str, Any]:
+        """Deprecated name of `metadata`."""
+        return self.metadata
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.split, self.limit, self.source)
 
@@ -113,7 +124,7 @@ class ProposalFile:
                 f"{missing[0]}): it was written for other data. Write proposals for these images with boxwright propose"
             )
 
-    def of(self, image_id: int, image_size: tuple[int, int] | None = None) -> GivenProposals:
+    def of(self, image_id: int, image_size: tuple[int, int] | None = None) -> ImageProposals:
         """The best proposals of an image.
 
         Args:
@@ -130,7 +141,7 @@ class ProposalFile:
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         end = min(end, start + self.limit)
         if start == end:
-            return GivenProposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+            return ImageProposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
         boxes, scores = self._file.get_slice("boxes")[start:end], self._file.get_slice("scores")[start:end]
         where = f"{self.source}: proposals of image {image_id}"
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
@@ -145,21 +156,21 @@ class ProposalFile:
                     f"{where} extend {beyond:g} pixels beyond its {width} x {height} pixels: they were made for other "
                     "data. Write proposals for these images with boxwright propose"
                 )
-        return GivenProposals(boxes, scores)
+        return ImageProposals(boxes, scores)
 
     def _rows_of_split(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of all splits, or of the selected split if an image id occurs more than once."""
         if len(np.unique(image_ids)) == len(image_ids):
             return np.arange(len(image_ids))
-        names = [split["name"] for split in self.page["splits"]]
+        names = [split["name"] for split in self.metadata["splits"]]
         if self.split not in names:
             raise ValueError(
                 f"{self.path}: expected one of the splits {', '.join(names)}, which share image ids, got "
                 f"{self.split!r}. Use --split, or write a file for these images only"
             )
-        ends = np.cumsum([split["images"] for split in self.page["splits"]])
+        ends = np.cumsum([split["images"] for split in self.metadata["splits"]])
         number = names.index(self.split)
-        rows = np.arange(ends[number] - self.page["splits"][number]["images"], ends[number])
+        rows = np.arange(ends[number] - self.metadata["splits"][number]["images"], ends[number])
         if len(np.unique(image_ids[rows])) != len(rows):
             raise ValueError(f"{self.path} is damaged: an image of {self.split} has two rows. {_WRITE_AGAIN}")
         return rows
@@ -170,8 +181,9 @@ def write_proposals(
     *,
     image_ids: Iterable[int],
     counts: Iterable[int],
-    images: Iterable[GivenProposals],
-    page: Mapping[str, Any],
+    images: Iterable[ImageProposals],
+    metadata: Mapping[str, Any] | None = None,
+    page: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a proposals file atomically: after a crash, `path` is either the old or the new file.
 
@@ -180,8 +192,11 @@ def write_proposals(
         image_ids: N image ids, split after split.
         counts: Number of proposals of each of the N images.
         images: Proposals of the N images, consumed one by one, so that a generator needs memory for only one image.
-        page: Metadata: "splits" and any other facts that `json` can write.
+        metadata: Metadata: `splits` and any other facts that `json` can write.
+        page: Deprecated name of `metadata`.
     """
+    metadata = page if metadata is None else metadata
+    assert metadata is not None
     ids = np.asarray(list(image_ids), "<i8")
     offsets = np.concatenate([[0], np.cumsum(np.asarray(list(counts), np.int64))]).astype("<i8")
     total = int(offsets[-1])
@@ -193,7 +208,7 @@ def write_proposals(
         "scores": ("F32", (total,), total * 4),
     }
     ends = np.cumsum([0, *(size for _, _, size in columns.values())]).tolist()
-    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps({"format": FORMAT, **page})}}
+    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps({"format": FORMAT, **metadata})}}
     for (name, (dtype, shape, _)), span in zip(columns.items(), pairwise(ends), strict=True):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
     text = json.dumps(header).encode()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boxwright.cache import cache_folders, hash_file
-from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
+from boxwright.data.proposals import ImageProposals, ProposalFile, write_proposals
 from boxwright.weights.restricted_pickle import RefusedPickleError, read_pickle
 
 _VERSION = 1
@@ -65,14 +65,14 @@ def _open_if_valid(path: Path, source: Path, limit: int) -> ProposalFile | None:
         return None
 
 
-def _cache(images: dict[int, GivenProposals], path: Path, source: Path, limit: int) -> ProposalFile:
+def _cache(images: dict[int, ImageProposals], path: Path, source: Path, limit: int) -> ProposalFile:
     """Write proposals to the cache and open the cached file."""
     write_proposals(
         path,
         image_ids=images.keys(),
         counts=[len(image.boxes) for image in images.values()],
         images=images.values(),
-        page={"splits": [{"name": "", "images": len(images)}], "source": source.name},
+        metadata={"splits": [{"name": "", "images": len(images)}], "source": source.name},
     )
     return ProposalFile(path, limit=limit, source=source)
 
@@ -83,7 +83,7 @@ def _is_pickle(path: Path) -> bool:
         return file.read(9)[8:] != b"{"
 
 
-def _from_pickle(path: Path, image_ids: NDArray[np.int64]) -> dict[int, GivenProposals]:
+def _from_pickle(path: Path, image_ids: NDArray[np.int64]) -> dict[int, ImageProposals]:
     """Read the proposals of a pickle, by image id."""
     try:
         content = read_pickle(path)
@@ -104,7 +104,7 @@ def _from_pickle(path: Path, image_ids: NDArray[np.int64]) -> dict[int, GivenPro
     )
 
 
-def _from_2018(path: Path, content: list[Any], image_ids: NDArray[np.int64]) -> dict[int, GivenProposals]:
+def _from_2018(path: Path, content: list[Any], image_ids: NDArray[np.int64]) -> dict[int, ImageProposals]:
     if len(content) != len(image_ids):
         raise ValueError(
             f"{path}: expected one array for each of the {len(image_ids)} images of the data set, in the order of the "
@@ -118,7 +118,7 @@ def _from_2018(path: Path, content: list[Any], image_ids: NDArray[np.int64]) -> 
     return images
 
 
-def _from_detectron(path: Path, content: dict[Any, Any]) -> dict[int, GivenProposals]:
+def _from_detectron(path: Path, content: dict[Any, Any]) -> dict[int, ImageProposals]:
     ids, scores = content.get("ids", content.get("indexes")), content.get("scores")
     if "objectness_logits" in content:
         scores = content["objectness_logits"]
@@ -131,7 +131,7 @@ def _from_detectron(path: Path, content: dict[Any, Any]) -> dict[int, GivenPropo
         )
     if mode not in (_XYXY, _XYWH):
         raise ValueError(f"{path}: bbox_mode: expected 0 (XYXY_ABS) or 1 (XYWH_ABS), got {mode!r}")
-    images: dict[int, GivenProposals] = {}
+    images: dict[int, ImageProposals] = {}
     for key, image_boxes, image_scores in zip(ids, boxes, scores, strict=True):
         image_id = int(key)
         if image_id in images:
@@ -160,6 +160,6 @@ def _to_array(path: Path, image_id: int, rows: Any, width: int) -> NDArray[np.fl
     return values
 
 
-def _sorted(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> GivenProposals:
+def _sorted(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> ImageProposals:
     order = np.argsort(-scores, kind="stable")
-    return GivenProposals(boxes[order], scores[order])
+    return ImageProposals(boxes[order], scores[order])

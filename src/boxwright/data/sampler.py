@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from boxwright.data.buckets import Canvas, Canvases, holds
+from boxwright.data.buckets import Canvas, Canvases, contains
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def group(
         order: int64 [n], images in the order in which they fill batches.
         buckets: int64 [N], bucket of each image.
         canvases: [K], one or more canvases of each bucket.
-        batch_size: number of images in a full batch.
+        batch_size: Number of images in a full batch.
 
     Returns:
         (bucket, images) of each batch.
@@ -63,7 +63,7 @@ def group(
         full = len(pool) // batch_size * batch_size
         batches += [(k, pool[start : start + batch_size]) for start in range(0, full, batch_size)]
         rest = pool[full:]
-        larger = next((j for j in in_use[position + 1 :] if holds(canvases[j], canvases[k])), None)
+        larger = next((j for j in in_use[position + 1 :] if contains(canvases[j], canvases[k])), None)
         if larger is not None:
             pools[larger] = np.concatenate([rest, pools[larger]])
         elif len(rest):
@@ -91,10 +91,10 @@ class TrainingSampler:
 
         Args:
             buckets: int64 [N], bucket of each image.
-            canvases: canvases of the K buckets, one per scale.
-            batch_size: number of images per step, over all ranks.
-            seed: seed of the run, not negative.
-            weights: relative frequency of each scale.
+            canvases: Canvases of the K buckets, one per scale.
+            batch_size: Number of images per step, over all ranks.
+            seed: Seed of the run, not negative.
+            weights: Relative frequency of each scale.
         """
         if len(buckets) == 0:
             raise ValueError("the training set contains no images")
@@ -131,7 +131,7 @@ class TrainingSampler:
     def _fill(self, bucket: int, indices: np.ndarray, order: np.ndarray) -> np.ndarray:
         if len(indices) == self._batch_size:
             return indices
-        fits = np.array([holds(self._canvases[bucket], canvases) for canvases in self._canvases])
+        fits = np.array([contains(self._canvases[bucket], canvases) for canvases in self._canvases])
         others = order[fits[self._buckets[order]] & ~np.isin(order, indices)]
         # np.resize repeats the images if the whole data set does not fill a batch.
         return np.resize(np.concatenate([indices, others]), self._batch_size)

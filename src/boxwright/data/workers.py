@@ -1,14 +1,14 @@
-"""Runs a batch builder in worker processes: every error reaches the main process, and no worker outlives its iterator.
+"""Build batches in worker processes: all errors reach the main process, and no worker outlives its iterator.
 
-PyTorch's `DataLoader` starts the workers and hands out the steps. Three things are done here, because with it alone a
-run could hang for ever:
+PyTorch's `DataLoader` starts the workers and distributes the steps. This module changes three things, because otherwise
+a run can hang forever:
 
-- A worker pickles its batch itself. PyTorch pickles in a thread, which prints an error (such as a full shared memory)
-  and drops the batch that the main process waits for.
-- Workers ignore SIGINT and SIGTERM, since Ctrl-C and a scheduler's SIGTERM reach the whole process group, and the main
-  process needs its workers until it has finished the step. `multiprocessing` ends its children by SIGTERM when the
-  program ends and waits for them without a limit, so they are ended before that, by SIGKILL where they are stuck.
-- A worker that dies is reported with the likely reason.
+- A worker pickles its batch before it hands the batch to PyTorch. PyTorch pickles in a thread, which prints an error
+  (such as full shared memory) and drops the batch, while the main process waits for it.
+- Workers ignore SIGINT and SIGTERM. Ctrl-C and the SIGTERM of a scheduler reach the whole process group, but the main
+  process needs its workers to finish the step. When the program exits, `multiprocessing` sends SIGTERM to its children
+  and waits for them without a time limit. So this module ends the workers before that, with SIGKILL if necessary.
+- If a worker dies, the error states the likely reason.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from boxwright.structures import Batch, pin_memory
 def iterate_batches(
     builder: BatchBuilder, steps: Iterable[Step], num_workers: int, start_method: str | None
 ) -> Generator[Batch, None, None]:
-    """Build the batch of each step, pinned where there is a GPU. Closing the generator ends its workers.
+    """Build the batch of each step, in pinned memory if there is a GPU. Closing the generator ends its workers.
 
     Args:
-        builder: What a worker process gets.
-        steps: Taken as workers become free, and so ahead of the batches.
-        num_workers: Processes that build batches; 0 builds them in this one.
-        start_method: How processes start; None for the platform's own way.
+        builder: Batch builder, sent to every worker.
+        steps: Steps, consumed ahead of the batches that are yielded.
+        num_workers: Number of worker processes that build batches; 0 for the main process.
+        start_method: "fork", "spawn" or "forkserver"; None for the default of the platform.
 
     Raises:
-        ValueError: An image or its annotations are faulty.
-        OSError: A file cannot be read, the shared memory is full, or a worker cannot be started or died.
-        SampleError: Anything else that the data set or the transform raised.
+        ValueError: An image or its annotations are invalid.
+        OSError: A file cannot be read, shared memory is full, or a worker did not start or died.
+        SampleError: The data set or the transform raised any other error.
     """
     pinned = torch.cuda.is_available()
     if num_workers == 0:
@@ -65,7 +65,7 @@ def iterate_batches(
         pin_memory=pinned,
         worker_init_fn=_start_worker,
         multiprocessing_context=start_method,
-        # A generator of its own: PyTorch draws the seeds of workers from it, which must not change the run's.
+        # PyTorch draws the seeds of workers from a generator; a separate one leaves the global generator unchanged.
         generator=torch.Generator(),
     )
     with _explain_death(), _running(loader) as iterator:
@@ -77,7 +77,7 @@ def iterate_batches(
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a worker sends instead of a batch."""
+    """An error in a worker, sent instead of a batch."""
 
     kind: type[ValueError] | type[OSError] | type[SampleError]
     message: str
@@ -85,32 +85,32 @@ class _Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
-        """The failure for an error. Only text is sent: many exceptions cannot be pickled, or not be unpickled."""
+        """Describe an error as text, because many exceptions cannot be pickled or unpickled."""
         original = error.__cause__ or error
         trace = "".join(traceback.format_exception(original))
-        told = error if type(error) in (ValueError, OSError, SampleError) else user_error(error)
-        return cls(cast(Any, type(told)), str(told), trace)
+        reported = error if type(error) in (ValueError, OSError, SampleError) else user_error(error)
+        return cls(cast(Any, type(reported)), str(reported), trace)
 
 
 @dataclass(frozen=True)
 class _Pickled:
-    """A batch or failure as bytes, its tensors in shared memory."""
+    """A pickled batch or failure; its tensors are in shared memory."""
 
     content: bytes
 
     def load(self) -> Batch | _Failure:
-        """Undo the pickling."""
+        """Unpickle the batch or failure."""
         return cast(Batch | _Failure, ForkingPickler.loads(self.content))
 
     def pin_memory(self) -> Batch | _Failure:
-        """Called by PyTorch's pinning thread."""
+        """Unpickle, and pin the batch. PyTorch's pinning thread calls this method."""
         result = self.load()
         return result if isinstance(result, _Failure) else pin_memory(result)
 
 
 @dataclass(frozen=True)
 class _PickledBatches(TorchDataset[_Pickled]):
-    """A batch builder in a worker: gives bytes for a batch, and never raises."""
+    """Wraps a batch builder in a worker: returns pickled batches or failures, and never raises."""
 
     builder: BatchBuilder
 
@@ -122,7 +122,7 @@ class _PickledBatches(TorchDataset[_Pickled]):
 
 
 class _WorkerTraceback(Exception):
-    """The traceback of a worker, as the cause of the error that the main process raises."""
+    """Traceback of a worker; the cause of the error that the main process raises."""
 
     def __str__(self) -> str:
         return f"in a data worker:\n{self.args[0]}"
@@ -130,7 +130,7 @@ class _WorkerTraceback(Exception):
 
 @contextmanager
 def _running(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """Start the workers, and end them with the block or, where the block is never left, before the program ends."""
+    """Start the workers. End them at the end of the block, or at program exit if the block never ends."""
     others = set(multiprocessing.active_children())
     try:
         iterator = cast(Any, iter(loader))
@@ -141,11 +141,11 @@ def _running(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
         if is_shared_memory_full(error):
             raise user_error(error) from error
         raise OSError(
-            f"data workers cannot be started: {type(error).__name__}: {error}. Use --workers 0 (num_workers=0); with "
-            'start_method="spawn" define the data set and the transform in a module, not in a function'
+            f"data workers did not start: {type(error).__name__}: {error}. Use --workers 0 (num_workers=0). With "
+            'start_method="spawn", define the data set and the transform in a module, not in a function'
         ) from error
     end = partial(_end, iterator)
-    # Registered after multiprocessing's own handler, and so called before it.
+    # Exit handlers run in reverse order, so this one runs before the handler of multiprocessing.
     atexit.register(end)
     try:
         yield iterator
@@ -155,8 +155,8 @@ def _running(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 def _end(iterator: Any) -> None:
-    # Private, but what PyTorch itself calls once nothing refers to the iterator. That may never happen: the traceback
-    # of an error refers to its frames, and they to the iterator.
+    # `_shutdown_workers` is private. PyTorch calls it when the iterator is garbage-collected, which may never happen:
+    # the traceback of an error refers to its frames, and the frames refer to the iterator.
     try:
         iterator._shutdown_workers()
     finally:
@@ -171,26 +171,26 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _next(iterator: Iterator[_Pickled | Batch | _Failure]) -> Batch | _Failure | None:
-    """The next batch or failure, None at the end."""
+    """Next batch or failure; None at the end."""
     try:
         item = next(iterator, None)
         return item.load() if isinstance(item, _Pickled) else item
-    except (ConnectionError, EOFError) as error:  # its tensors are fetched from the worker
-        raise RuntimeError("a DataLoader worker was gone before its batch was fetched") from error
+    except (ConnectionError, EOFError) as error:  # the worker that holds the tensors is gone
+        raise RuntimeError("a DataLoader worker exited before its batch was received") from error
 
 
 @contextmanager
 def _explain_death() -> Iterator[None]:
-    """Say why a worker may have died. PyTorch raises from its signal handler, and so anywhere in the block."""
+    """Add the likely reason if a worker died. PyTorch raises in a signal handler, so anywhere in the block."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, SampleError) or "DataLoader worker" not in str(error):
             raise
         raise ChildProcessError(
-            f"a data worker died: {error}. A worker that is killed usually means that the memory was full (use fewer "
-            "workers or a smaller batch), a bus error that the shared memory was (in Docker: --shm-size=8g or "
-            "--ipc=host; otherwise --workers 0), a segmentation fault an error in a library that reads images"
+            f"a data worker died: {error}. Likely reasons: if it was killed, memory was full (use fewer workers or a "
+            "smaller batch); after a bus error, shared memory was full (in Docker, use --shm-size=8g or --ipc=host; "
+            "otherwise --workers 0); after a segmentation fault, a library that reads images has a bug"
         ) from error
 
 

@@ -213,7 +213,7 @@ def _sample_masks(sample: Sample) -> list[dict[str, Any] | None]:
     """Masks of a sample as compressed run lengths, which are small enough to keep for a whole data set.
 
     Raises:
-        ValueError: The numbers of masks and objects differ, or a mask does not have the size of the image.
+        ValueError: There are more or fewer masks than objects, or a mask does not have the size of the image.
     """
     if sample.masks is None:
         return [None] * len(sample.boxes)

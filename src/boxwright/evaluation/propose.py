@@ -18,7 +18,7 @@ from torch import nn
 
 from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset
-from boxwright.data.proposals import GivenProposals, ProposalFile, write_proposals
+from boxwright.data.proposals import ImageProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import as_detector
 from boxwright.evaluation.evaluate import file_boxes, without_non_finite
 from boxwright.evaluation.proposals import RecallCounter
@@ -53,7 +53,7 @@ class ProposalWriter:
             shutil.rmtree(self._parts, ignore_errors=True)
 
     def add(
-        self, name: str, annotations: str, image_ids: Iterable[int], proposals: Mapping[int, GivenProposals]
+        self, name: str, annotations: str, image_ids: Iterable[int], proposals: Mapping[int, ImageProposals]
     ) -> None:
         """Add a split.
 
@@ -70,7 +70,7 @@ class ProposalWriter:
             image_ids=proposals.keys(),
             counts=[len(image.boxes) for image in proposals.values()],
             images=proposals.values(),
-            page={"splits": [{"name": name, "images": len(proposals)}]},
+            metadata={"splits": [{"name": name, "images": len(proposals)}]},
         )
 
     def finish(self, page: Mapping[str, Any]) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class ProposalWriter:
                 image_ids=[image_id for order in self._orders for image_id in order],
                 counts=counts,
                 images=self._images(),
-                page={"splits": self._splits, **page},
+                metadata={"splits": self._splits, **page},
             )
             total = len(counts), int(counts.sum())
         _barrier()
@@ -103,7 +103,7 @@ class ProposalWriter:
             counts.update(zip(part.image_ids.tolist(), part.counts.tolist(), strict=True))
         return np.array([counts[image_id] for image_id in self._orders[number]], np.int64)
 
-    def _images(self) -> Iterator[GivenProposals]:
+    def _images(self) -> Iterator[ImageProposals]:
         for number, order in enumerate(self._orders):
             parts = self._open(number)
             owner = {image_id: part for part in parts for image_id in part.image_ids.tolist()}
@@ -126,7 +126,7 @@ def propose(
     precision: Precision = "float32",
     limit: int = 1000,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[int, GivenProposals], dict[str, float]]:
+) -> tuple[dict[int, ImageProposals], dict[str, float]]:
     """Compute the proposals of an RPN for this rank's images, and the recall of the proposals of all ranks.
 
     Args:
@@ -145,7 +145,7 @@ def propose(
     device, detector = check_device(device), as_detector(detector)
     was_training = detector.training
     detector.eval()
-    proposals: dict[int, GivenProposals] = {}
+    proposals: dict[int, ImageProposals] = {}
     counter = RecallCounter(dataset)
     try:
         with torch.inference_mode(), autocast(device, precision):
@@ -155,7 +155,7 @@ def propose(
                 for image_id, image_boxes, image_scores, valid in zip(
                     batch.image_ids.tolist(), boxes, scores, detections.valid.cpu().numpy(), strict=True
                 ):
-                    image_proposals = GivenProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
+                    image_proposals = ImageProposals(image_boxes[valid][:limit], image_scores[valid][:limit])
                     proposals[image_id] = image_proposals
                     corners = image_proposals.boxes.astype(np.float64)
                     counter.add(image_id, np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1))

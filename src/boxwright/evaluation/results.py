@@ -152,7 +152,7 @@ def match_categories(model: Sequence[Category], data: Sequence[Category]) -> lis
         data,
         sides=("the model", "the data set"),
         what="the data set's categories are not the model's",
-        mend="Test on data with the model's categories, or train on this data set.",
+        fix="Test on data with the model's categories, or train on this data set.",
     )
     row_of = dict(zip(map(id, used), rows, strict=True))
     return [row_of.get(id(category), -1) for category in model]

@@ -1,4 +1,4 @@
-"""Data sets are found in the usual layouts, and opened in any format of the list."""
+"""`find_layout` recognises common folder layouts, and every listed format can be opened."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ LAYOUTS = {
     "coco": ("annotations/instances_train2017.json", "train2017", "a.jpg"),
     "coco under images": ("annotations/instances_train2017.json", "images/train2017", "a.jpg"),
     "annotations by split": ("annotations/train.json", "images", "a.jpg"),
-    "split folders of images": ("annotations/instances_train.json", "train/images", "a.jpg"),
+    "image folders by split": ("annotations/instances_train.json", "train/images", "a.jpg"),
     "root, images": ("instances_train.json", "images", "a.jpg"),
     "root, JPEGImages": ("instances_train.json", "JPEGImages", "a.jpg"),
-    "root, beside": ("train.json", ".", "a.jpg"),
+    "images beside the file": ("train.json", ".", "a.jpg"),
     "roboflow": ("train/_annotations.coco.json", "train", "a.jpg"),
-    "split folder": ("train/annotations.json", "train/images", "a.jpg"),
-    "sub-folders": ("annotations/instances_train.json", "train", "sub/a.jpg"),
-    "named from the root": ("annotations/instances_train.json", ".", "train/a.jpg"),
-    "one piece": ("annotations.json", "images", "a.jpg"),
-    "one piece, beside": ("_annotations.coco.json", ".", "a b\u00e9.jpg"),
+    "folders by split": ("train/annotations.json", "train/images", "a.jpg"),
+    "subfolders": ("annotations/instances_train.json", "train", "sub/a.jpg"),
+    "file names relative to the root": ("annotations/instances_train.json", ".", "train/a.jpg"),
+    "no splits": ("annotations.json", "images", "a.jpg"),
+    "no splits, images beside the file": ("_annotations.coco.json", ".", "a b\u00e9.jpg"),
 }
 
 
@@ -45,29 +45,29 @@ def make(folder: Path, annotations: str, images: str, file_name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(tmp_path: Path, layout: str) -> None:
+def test_layouts_are_recognised(tmp_path: Path, layout: str) -> None:
     annotations, images, file_name = LAYOUTS[layout]
     make(tmp_path, annotations, images, file_name)
     assert find_layout(tmp_path) == {"train": (tmp_path / annotations, tmp_path / images)}
 
 
-def test_all_splits(tmp_path: Path) -> None:
+def test_all_splits_are_recognised(tmp_path: Path) -> None:
     for name in ("train", "valid", "test"):
         make(tmp_path, f"{name}/_annotations.coco.json", name, "a.jpg")
-    assert {split: found.images.name for split, found in find_layout(tmp_path).items()} == {
+    assert {split: paths.images.name for split, paths in find_layout(tmp_path).items()} == {
         "train": "train",
         "val": "valid",
         "test": "test",
     }
 
 
-def test_the_folder_that_holds_the_images_wins(tmp_path: Path) -> None:
+def test_the_folder_that_contains_the_images_is_selected(tmp_path: Path) -> None:
     make(tmp_path, "annotations/instances_train.json", "images", "a.jpg")
     (tmp_path / "train").mkdir()
     assert find_layout(tmp_path)["train"].images == tmp_path / "images"
 
 
-def test_without_any_image_the_most_special_folder_is_taken(tmp_path: Path) -> None:
+def test_without_images_the_most_specific_folder_is_selected(tmp_path: Path) -> None:
     make(tmp_path, "annotations/instances_train.json", "train", "a.jpg")
     (tmp_path / "train" / "a.jpg").unlink()
     assert find_layout(tmp_path)["train"].images == tmp_path / "train"
@@ -75,34 +75,36 @@ def test_without_any_image_the_most_special_folder_is_taken(tmp_path: Path) -> N
     assert find_layout(tmp_path)["train"].images == tmp_path / "train"
 
 
-def test_other_json_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_json_files_are_ignored(tmp_path: Path) -> None:
     make(tmp_path, "annotations/instances_val2017.json", "val2017", "a.jpg")
     for name in ("captions_train2017.json", "person_keypoints_val2017.json", "instances_val2017_results.json"):
         (tmp_path / "annotations" / name).write_text("{}")
     assert list(find_layout(tmp_path)) == ["val"]
 
 
-def test_two_candidates(tmp_path: Path) -> None:
+def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
     for year in (2014, 2017):
         make(tmp_path, f"annotations/instances_train{year}.json", f"train{year}", "a.jpg")
-    with pytest.raises(ValueError, match=r"instances_train2014\.json, .*instances_train2017\.json could be the train"):
+    with pytest.raises(
+        ValueError, match=r"match the train split: .*instances_train2014\.json, .*instances_train2017\.json"
+    ):
         find_layout(tmp_path)
 
 
-def test_two_candidates_in_one_piece(tmp_path: Path) -> None:
+def test_two_files_without_splits_are_an_error(tmp_path: Path) -> None:
     for name in ("annotations.json", "instances.json"):
         make(tmp_path, name, "images", "a.jpg")
-    with pytest.raises(ValueError, match=r"each of annotations\.json, instances\.json could be the train split"):
+    with pytest.raises(ValueError, match=r"several files match the train split: annotations\.json, instances\.json"):
         find_layout(tmp_path)
 
 
-def test_a_file_for_a_folder(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     make(tmp_path, "train.json", "images", "a.jpg")
-    with pytest.raises(ValueError, match="it is a file: give its folder"):
+    with pytest.raises(ValueError, match="expected a folder, got a file"):
         find_layout(tmp_path / "train.json")
 
 
-def test_nothing_found(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_an_error_that_lists_what_each_format_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"COCO: looked for annotations/instances_SPLIT\.json.* VOC: looked for Image"):
         find_layout(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
@@ -113,13 +115,13 @@ def test_nothing_found(tmp_path: Path) -> None:
     ("name", "splits", "images"),
     [("coco_mini", 2, "train2017"), ("bccd", 3, "JPEGImages"), ("nuclei", 2, "images")],
 )
-def test_real_data(data_dir: Path, name: str, splits: int, images: str) -> None:
+def test_public_data_sets_are_recognised(data_dir: Path, name: str, splits: int, images: str) -> None:
     layout = find_layout(data_dir / name)
     assert len(layout) == splits
     assert layout["train"].images == data_dir / name / images
 
 
-def test_voc_is_found_where_there_is_no_coco_file(tmp_path: Path) -> None:
+def test_voc_is_recognised_if_there_is_no_coco_file(tmp_path: Path) -> None:
     image_set, images = write_voc(tmp_path)
     assert find_layout(tmp_path) == {"train": (image_set, images)}
     val, _ = write_voc(tmp_path, split="val")
@@ -129,16 +131,16 @@ def test_voc_is_found_where_there_is_no_coco_file(tmp_path: Path) -> None:
     assert find_layout(tmp_path) == {"val": (tmp_path / "instances_val.json", images)}
 
 
-def test_vocs_trainval_is_learnt_from_where_it_stands_alone(tmp_path: Path) -> None:
+def test_trainval_of_voc_is_the_training_split_if_train_and_val_are_missing(tmp_path: Path) -> None:
     trainval, images = write_voc(tmp_path, split="trainval")
     test, _ = write_voc(tmp_path, split="test")
     assert find_layout(tmp_path) == {"train": (trainval, images), "test": (test, images)}
 
 
 class TableFormat:
-    """A third format as another package would write it: `SPLIT.csv` with `file,class,x1,y1,x2,y2` per object.
+    """A third-party format: `SPLIT.csv` with `file,class,x1,y1,x2,y2` per object.
 
-    The table does not state the image sizes, so the reader needs the image folder.
+    The table does not contain image sizes, so the reader opens the images.
     """
 
     name = "table"
@@ -178,9 +180,9 @@ class TableFormat:
 
 @pytest.fixture
 def table_format(monkeypatch: pytest.MonkeyPatch) -> Format:
-    third, known = TableFormat(), formats.formats()
-    monkeypatch.setattr(formats, "formats", lambda: (*known, third))
-    return third
+    table, listed = TableFormat(), formats.formats()
+    monkeypatch.setattr(formats, "formats", lambda: (*listed, table))
+    return table
 
 
 def write_table(folder: Path, *rows: str) -> Path:
@@ -193,7 +195,7 @@ def write_table(folder: Path, *rows: str) -> Path:
 
 
 @pytest.mark.usefixtures("table_format")
-def test_a_third_format_is_found_opened_and_measured(tmp_path: Path) -> None:
+def test_a_third_party_format_works_for_layouts_data_sets_and_evaluation(tmp_path: Path) -> None:
     table = write_table(tmp_path)
     layout = find_layout(tmp_path)
     assert layout == {"train": (table, tmp_path / "images")}
@@ -208,7 +210,7 @@ def test_a_third_format_is_found_opened_and_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("table_format")
-def test_the_checks_of_a_third_format_are_the_common_ones(tmp_path: Path) -> None:
+def test_common_checks_apply_to_a_third_party_format(tmp_path: Path) -> None:
     table = write_table(tmp_path, "a.png,ant,100,0,110,9", "a.png,ant,nan,0,1,1")
     faults = check(table, tmp_path / "images")
     assert [(fault.severity, fault.object) for fault in faults] == [
@@ -228,23 +230,23 @@ def test_two_formats_never_share_a_cached_index(
     assert first.folder != second.folder
 
 
-def test_annotations_in_no_known_format(tmp_path: Path) -> None:
+def test_annotations_in_an_unknown_format_are_an_error(tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.csv: these annotations are in no known format \(COCO, VOC\)"):
+    with pytest.raises(ValueError, match=r"train\.csv: the annotations are not in a known format \(COCO, VOC\)"):
         read_index(table)
     with pytest.raises(FileNotFoundError, match=r"no such annotation file.*nowhere\.csv"):
         read_index(tmp_path / "nowhere.csv")
 
 
-def test_a_coco_file_is_known_by_its_content_too(tmp_path: Path) -> None:
+def test_a_coco_file_is_recognised_by_name_or_content(tmp_path: Path) -> None:
     file = tmp_path / "annotations.coco"
     file.write_bytes(b'\xef\xbb\xbf\n {"images": []}')
     assert format_of(file).name == "COCO"
-    assert format_of(tmp_path / "not there.JSON").name == "COCO"
+    assert format_of(tmp_path / "missing.JSON").name == "COCO"
     assert format_of(tmp_path / "list.txt").name == "VOC"
 
 
-def test_old_import_paths_warn_and_work() -> None:
+def test_deprecated_import_paths_warn_and_work() -> None:
     with pytest.warns(DeprecationWarning, match=r"indexed_dataset\.IndexedDataset"):
         from boxwright.data.coco import CocoDataset
     with pytest.warns(DeprecationWarning, match=r"boxwright\.data\.formats\.find_layout"):

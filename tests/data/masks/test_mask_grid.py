@@ -1,4 +1,4 @@
-"""Grids hold masks as COCO's own rasteriser sees them, whatever form the masks are given in."""
+"""Mask grids agree with COCO's rasteriser for polygons, bitmaps and run lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.masks.mask_grid import GRID_SIZE, mask_grid
 
-# What numpy 2 says of pycocotools' arrays.
+# NumPy 2 warns about arrays of pycocotools.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SIZE = (120, 160)
@@ -30,7 +30,7 @@ def covered_area(grid: tuple[np.ndarray, np.ndarray]) -> float:
     return float(bitmap.mean() / 255 * (x2 - x1) * (y2 - y1))
 
 
-def test_polygons_fill_their_extent() -> None:
+def test_the_frame_of_a_polygon_is_its_bounding_box() -> None:
     bitmap, frame = mask_grid([SQUARE], SIZE)
     assert bitmap.shape == (GRID_SIZE, GRID_SIZE)
     assert bitmap.dtype == np.uint8
@@ -38,8 +38,8 @@ def test_polygons_fill_their_extent() -> None:
     assert (bitmap == 255).all()
 
 
-def test_several_polygons_are_their_union() -> None:
-    """Square 2400 and triangle by the shoelace formula, less their overlap, which a fine raster of each counts."""
+def test_several_polygons_are_merged_to_their_union() -> None:
+    """Expected area: square (2400) plus triangle (shoelace formula), minus their overlap (from a fine raster)."""
     edges = np.roll(TRIANGLE, -1, 0)
     triangle = abs(float((TRIANGLE[:, 0] * edges[:, 1] - TRIANGLE[:, 1] * edges[:, 0]).sum())) / 2
     fine = [
@@ -52,7 +52,7 @@ def test_several_polygons_are_their_union() -> None:
 
 
 @pytest.mark.parametrize("num_pixels", [3, 10, GRID_SIZE])
-def test_small_bitmaps_keep_their_pixels(num_pixels: int) -> None:
+def test_small_bitmaps_are_copied_pixel_by_pixel(num_pixels: int) -> None:
     bitmap = np.zeros((200, 150), bool)
     block = np.random.default_rng(0).random((num_pixels, num_pixels)) < 0.6
     block[0, 0] = block[-1, -1] = True
@@ -73,7 +73,7 @@ def test_large_bitmaps_are_averaged() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_run_lengths_are_their_bitmap(seed: int) -> None:
+def test_run_lengths_give_the_grid_of_their_bitmap(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(5, 300, 2).tolist()
     bitmap = np.zeros((height, width), bool)
@@ -81,12 +81,12 @@ def test_run_lengths_are_their_bitmap(seed: int) -> None:
     part = bitmap[top : top + 150, left : left + 150]
     part[:] = rng.random(part.shape) < 0.5
     part[0, 0] = True
-    given, wanted = (mask_grid(mask, bitmap.shape) for mask in (runs_of(bitmap), bitmap))
-    for ours, theirs in zip(given, wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    from_runs, from_bitmap = (mask_grid(mask, bitmap.shape) for mask in (runs_of(bitmap), bitmap))
+    for actual, expected in zip(from_runs, from_bitmap, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_full_picture_and_its_corners() -> None:
+def test_run_lengths_that_reach_all_edges_have_the_image_as_frame() -> None:
     size = (160, 240)
     for mask in (np.ones(size, bool), np.pad(np.zeros((158, 238), bool), 1, constant_values=True)):
         _, frame = mask_grid(runs_of(mask), size)
@@ -105,11 +105,11 @@ def test_a_full_picture_and_its_corners() -> None:
         runs_of(np.zeros(SIZE, bool)),
     ],
 )
-def test_what_covers_nothing_is_none(mask: object) -> None:
+def test_an_empty_mask_has_no_grid(mask: object) -> None:
     assert mask_grid(mask, SIZE) is None
 
 
-def test_a_polygon_beyond_the_picture_is_framed_by_it_and_takes_no_time() -> None:
+def test_a_polygon_far_beyond_the_image_is_clipped_and_fast() -> None:
     start = time.monotonic()
     bitmap, frame = mask_grid([np.array([[-1e30, 20], [1e30, 20], [1e30, 50], [-1e30, 50]])], SIZE)
     assert time.monotonic() - start < 1
@@ -117,10 +117,10 @@ def test_a_polygon_beyond_the_picture_is_framed_by_it_and_takes_no_time() -> Non
     assert (bitmap == 255).all()
 
 
-def test_masks_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape is \(3, 4\)"):
+def test_a_mask_of_another_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected the shape .* got \(3, 4\)"):
         mask_grid(np.ones((3, 4), bool), SIZE)
-    with pytest.raises(ValueError, match="add up to 12 pixels"):
+    with pytest.raises(ValueError, match="expected run lengths of 120 x 160 = 19200 pixels, got 12"):
         mask_grid(runs_of(np.ones((3, 4), bool)), SIZE)
 
 
@@ -137,7 +137,7 @@ def test_real_masks_keep_their_area(data_dir: Path, folder: str, num_checked: in
         mask = index.mask(row)
         if isinstance(mask, bytes):
             area = float(coco_mask.area({"size": [height, width], "counts": mask}))
-        else:  # COCO's "area" is that of its polygons, to the pixel
+        else:  # COCO's `area` is the area of the polygons, within a pixel
             area = float(index.areas[row])
         ratios.append(covered_area(mask_grid(mask, (height, width))) / area)
     assert np.median(np.abs(np.array(ratios) - 1)) < 0.005

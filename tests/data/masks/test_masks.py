@@ -1,4 +1,4 @@
-"""Masks come back from their runs as the pixels they were."""
+"""`Masks` decodes run lengths to the original pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def encoded(pixels: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pixels_and_regions_equal_the_coco_api(seed: int) -> None:
+def test_pixels_and_regions_equal_the_encoded_mask(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 60, 2)
     pixels = rng.random((height, width)) < (0, 0.02, 0.5, 1)[seed % 4]
@@ -33,7 +33,7 @@ def test_pixels_and_regions_equal_the_coco_api(seed: int) -> None:
         assert region.shape == (0, 0)
 
 
-def test_masks_are_chosen_with_their_sizes() -> None:
+def test_select_keeps_the_size_of_each_mask() -> None:
     first, second = np.eye(4, dtype=bool), np.ones((2, 3), bool)
     masks = Masks.of([encoded(first), encoded(second)], [(4, 4), (2, 3)])
     assert [mask.shape for mask in masks] == [(4, 4), (2, 3)]

@@ -1,4 +1,4 @@
-"""Run lengths in COCO's compressed form equal the COCO API's own."""
+"""Compressed run lengths equal the output of the COCO API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from boxwright.data.masks import rle
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_coco_api(seed: int) -> None:
+def test_compression_equals_the_coco_api(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 200, 2)
     mask = rng.random((height, width)) < rng.random() ** 3
@@ -22,15 +22,15 @@ def test_equals_coco_api(seed: int) -> None:
     np.testing.assert_array_equal(rle.decompress(expected), runs)
 
 
-def test_many_at_once_are_each_alone() -> None:
+def test_many_masks_at_once_equal_one_at_a_time() -> None:
     rng = np.random.default_rng(0)
     masks = [rng.integers(0, 10 ** rng.integers(1, 7), rng.integers(0, 9)) for _ in range(40)]
     lengths = [len(runs) for runs in masks]
     assert 0 in lengths
     written = rle.compress_all(np.concatenate(masks), lengths)
     assert written == [rle.compress(runs) for runs in masks]
-    runs, again = rle.decompress_all(written)
-    assert again.tolist() == lengths
+    runs, decompressed_lengths = rle.decompress_all(written)
+    assert decompressed_lengths.tolist() == lengths
     np.testing.assert_array_equal(runs, np.concatenate(masks))
     assert rle.compress_all([], []) == []
     assert [len(part) for part in rle.decompress_all([])] == [0, 0]
@@ -39,11 +39,11 @@ def test_many_at_once_are_each_alone() -> None:
 
 
 @pytest.mark.parametrize("characters", [b"X", b"0 1", "0ä".encode(), b"ooooooooooo0"])
-def test_not_compressed(characters: bytes) -> None:
+def test_invalid_characters_are_an_error(characters: bytes) -> None:
     with pytest.raises(ValueError, match="compressed form"):
         rle.decompress(characters)
 
 
-def test_empty() -> None:
+def test_a_mask_without_runs() -> None:
     assert rle.compress([]) == b""
     assert len(rle.decompress(b"")) == 0

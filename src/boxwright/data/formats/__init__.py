@@ -1,7 +1,6 @@
-"""Annotation formats: one module per format, and the functions that open data sets in any of them.
+"""Annotation formats: one module per format, and functions that open a data set in any of them.
 
-`formats` is the only list of formats. To add a format, write a module with the members of `format.Format` and add it to
-that list.
+To add a format, write a module with the members of `format.Format` and add it to `formats`, the only list of formats.
 """
 
 from __future__ import annotations
@@ -19,22 +18,29 @@ __all__ = ["Split", "find_layout", "format_of", "formats", "read_annotations", "
 
 
 def formats() -> tuple[Format, ...]:
-    """All annotation formats. The first that recognises a folder or a file reads it."""
+    """All annotation formats. The first format that recognises a folder or a file is used."""
     return (coco, voc)
 
 
 def find_layout(folder: Path) -> dict[str, Split]:
-    """Find the splits of the data set in a folder: those of "train", "val" and "test" that are there.
+    """Find the splits of the data set in a folder.
 
-    `IndexedDataset(*find_layout(folder)["train"])` opens one.
+    `IndexedDataset(*find_layout(folder)["train"])` opens the training split.
+
+    Returns:
+        The splits that exist, by name: "train", "val" and "test".
 
     Raises:
         ValueError: The folder does not exist, no format recognises it (the message lists what each format looked for),
-            or several files could be one split.
+            or several files match the same split.
     """
     if not folder.is_dir():
-        what = "it is a file: give its folder, or it and its image folder by their paths"
-        raise ValueError(f"{folder}: {what if folder.exists() else 'there is no such folder'}")
+        if folder.exists():
+            raise ValueError(
+                f"{folder}: expected a folder, got a file. Use the folder of the data set, or the paths of the "
+                "annotation file and the image folder"
+            )
+        raise ValueError(f"{folder}: there is no such folder")
     reasons = []
     for form in formats():
         match = form.detect(folder)
@@ -43,16 +49,16 @@ def find_layout(folder: Path) -> dict[str, Split]:
         reasons.append(f"{form.name}: looked for {match.reason}")
     raise ValueError(
         f"{folder}: the folder is not in a known format ({', '.join(form.name for form in formats())}). "
-        f"{'. '.join(reasons)}. Rename the files, or give the annotation file and the image folder by their paths"
+        f"{'. '.join(reasons)}. Rename the files, or use the paths of the annotation file and the image folder"
     )
 
 
 def format_of(annotations: Path) -> Format:
-    """The format of a split's annotations.
+    """The format of the annotations of a split.
 
     Raises:
-        FileNotFoundError: The annotations do not exist, and no format claims the path by its name.
-        ValueError: They are in no known format.
+        FileNotFoundError: The annotations do not exist, and no format recognises the file name.
+        ValueError: The annotations are not in a known format.
     """
     for form in formats():
         if form.reads(annotations):
@@ -60,42 +66,48 @@ def format_of(annotations: Path) -> Format:
     if not annotations.exists():
         raise FileNotFoundError(2, "there is no such annotation file", str(annotations))
     names = ", ".join(form.name for form in formats())
-    raise ValueError(f"{annotations}: these annotations are in no known format ({names})")
+    raise ValueError(f"{annotations}: the annotations are not in a known format ({names})")
 
 
 def read_index(annotations: Path, images: Path | None = None, *, cache_dir: Path | None = None) -> AnnotationIndex:
-    """The index of a split. It is read from the cache if the split was read before.
+    """The annotation index of a split, from the cache if it contains the split.
 
     Args:
-        annotations: The split's annotations, such as a COCO JSON file or a VOC list of images.
-        images: The image folder; the folder of `annotations` by default. COCO and VOC do not look at it.
-        cache_dir: The folder for indexes, by the hash of the annotations. By default `BOXWRIGHT_CACHE`, otherwise the
-            user's cache folder, otherwise (if that is not writable) the temporary folder.
+        annotations: Annotations of the split, such as a COCO JSON file or a VOC image list.
+        images: Image folder; None for the folder of `annotations`. The readers of COCO and VOC do not use it.
+        cache_dir: Folder in which indexes are stored under the hash of their annotations. None for `BOXWRIGHT_CACHE`,
+            if it is set, otherwise the user's cache folder, or the temporary folder if that is not writable.
 
     Raises:
         FaultyDataError: The annotations contain errors that would corrupt training.
-        OSError: The annotations cannot be read, or no cache folder can be written.
-        ValueError: The annotations are in no known format.
+        OSError: The annotations cannot be read, or no cache folder is writable.
+        ValueError: The annotations are not in a known format.
     """
     return build_index(format_of(annotations), _split(annotations, images), cache_dir)
 
 
 def read_annotations(annotations: Path, images: Path | None = None) -> Reading:
-    """Read and check the annotations of a split without the cache: all that is sound, and every fault.
+    """Read and check the annotations of a split without the cache.
+
+    Returns:
+        The valid entries, and all faults.
 
     Raises:
         OSError: The annotations cannot be read.
-        ValueError: The annotations are in no known format.
+        ValueError: The annotations are not in a known format.
     """
     return check_columns(str(annotations), *read_columns(annotations, images))
 
 
 def read_columns(annotations: Path, images: Path | None = None) -> tuple[Columns, list[Fault]]:
-    """The well-typed entries of a split as annotated, and a fault for each of the others.
+    """Read the annotations of a split; references between entries are not checked.
+
+    Returns:
+        The entries that match the schema of their format, and at least one fault for each other entry.
 
     Raises:
         OSError: The annotations cannot be read.
-        ValueError: The annotations are in no known format, or files that the format requires are missing.
+        ValueError: The annotations are not in a known format, or files that the format requires are missing.
     """
     return format_of(annotations).read(_split(annotations, images))
 

@@ -1,4 +1,4 @@
-"""Finds everything that is wrong with a data set in one pass: annotations, file names and image files."""
+"""Check a data set in one pass: annotations, file names and image files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def check(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Fault]:
-    """Find all faults of a data set. Every image is decoded.
+    """Find all faults of a split. Every image is decoded.
 
     Args:
-        annotations: The split's annotations, in any of `formats`.
-        images: The image folder; file names are relative to it.
-        max_pixels: An image with more pixels is a fault.
-        progress: Called with the number of images checked so far, and the number of images.
+        annotations: Annotations of the split, in any of `formats`.
+        images: Image folder; file names are relative to it.
+        max_pixels: Maximum number of pixels per image; a larger image is a fault.
+        progress: Called after each image with the number of checked images and the number of all images.
 
     Raises:
         OSError: The annotations or the image folder cannot be read.
-        ValueError: The annotations are in no known format, or there is no such image folder.
+        ValueError: The annotations are not in a known format, or the image folder does not exist.
     """
     reading = read_annotations(annotations, images)
     sizes = reading.arrays["image_sizes"].tolist()
@@ -38,73 +38,79 @@ def check(
     name_faults = file_faults(images, reading.file_names, ids)
     readable = [row for row in range(len(ids)) if row not in name_faults]
 
-    def check_picture(row: int) -> Fault | None:
-        return _picture_fault(images / reading.file_names[row], ids[row], tuple(sizes[row]), max_pixels)
+    def check_image(row: int) -> Fault | None:
+        return _image_fault(images / reading.file_names[row], ids[row], tuple(sizes[row]), max_pixels)
 
-    picture_faults = []
+    image_faults = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, fault in enumerate(pool.map(check_picture, readable), 1):
+        for done, fault in enumerate(pool.map(check_image, readable), 1):
             if fault:
-                picture_faults.append(fault)
+                image_faults.append(fault)
             if progress:
                 progress(done, len(readable))
-    return [*reading.faults, *name_faults.values(), *picture_faults]
+    return [*reading.faults, *name_faults.values(), *image_faults]
 
 
 def file_faults(folder: Path, file_names: Sequence[str], image_ids: Sequence[int]) -> dict[int, Fault]:
-    """Images whose file is not there or lies outside the folder, by their row; reads directories, no files.
+    """Find images whose file is missing or outside the image folder. Lists directories; does not open files.
+
+    Returns:
+        Faults by the row of the image in `file_names`.
 
     Raises:
-        ValueError: The folder is not there.
+        ValueError: The image folder does not exist.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such image folder: give the one that the file names start from")
+        raise ValueError(
+            f"{folder}: there is no such image folder. Use the folder to which the file names in the annotations are "
+            "relative"
+        )
     rows_of_parent: dict[str, list[int]] = {}
     faults = {}
     for row, name in enumerate(file_names):
         path = PurePath(name)
         if path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
-            what = f"its file name {name!r} leaves the image folder"
-            mend = "give it relative to the image folder, without .."
-            faults[row] = Fault(str(folder), f"image {image_ids[row]}", what, mend)
+            what = f"the file name {name!r} leads out of the image folder"
+            fix = "Write a path relative to the image folder, without .."
+            faults[row] = Fault(str(folder), f"image {image_ids[row]}", what, fix)
         else:
             rows_of_parent.setdefault(name.rpartition("/")[0], []).append(row)
     for parent, rows in rows_of_parent.items():
         links = _list_folder(folder / parent)
-        leaves = not lies_within(folder / parent, folder)
+        parent_leaves = not lies_within(folder / parent, folder)
         for row in rows:
             name = file_names[row]
             base = name.rpartition("/")[2]
-            # A link that leads nowhere is a file that is not there.
-            if base not in links or (links[base] and not os.path.exists(folder / name)):  # noqa: PTH110, never raises
-                hint = "; folders are parted by /, not by a backslash" if "\\" in name else ""
-                what, mend = "is missing", f"add the file, correct `file_name`, or remove the image{hint}"
-            elif leaves or (links[base] and not lies_within(folder / name, folder)):
-                what = "is a link that leaves the image folder"
-                mend = "copy the file here, or give the folder that holds both as the image folder"
+            # A broken link counts as a missing file.
+            if base not in links or (links[base] and not os.path.exists(folder / name)):  # noqa: PTH110 (never raises)
+                hint = ". Separate folders by / instead of a backslash" if "\\" in name else ""
+                what, fix = "the file is missing", f"Add the file, correct `file_name`, or remove the image{hint}"
+            elif parent_leaves or (links[base] and not lies_within(folder / name, folder)):
+                what = "the file is a link that leads out of the image folder"
+                fix = "Copy the file into the image folder, or use an image folder that contains both link and file"
             else:
                 continue
-            faults[row] = Fault(str(folder / name), f"image {image_ids[row]}", what, mend)
+            faults[row] = Fault(str(folder / name), f"image {image_ids[row]}", what, fix)
     return dict(sorted(faults.items()))
 
 
-def size_fault(path: Path, image_id: int, stated: tuple[int, int], found: tuple[int, int]) -> Fault:
-    """The fault of a picture whose (height, width) is not what the annotation file states."""
-    what = "its file holds {} x {} pixels, the annotation file states {} x {}".format(*found[::-1], *stated[::-1])
-    mend = "correct `width` and `height`, or put the right file there"
-    if stated == found[::-1]:
-        mend += "; if EXIF orientation turns it, the boxes must fit the upright picture"
-    return Fault(str(path), f"image {image_id}", what, mend)
+def size_fault(path: Path, image_id: int, stated: tuple[int, int], actual: tuple[int, int]) -> Fault:
+    """The fault of an image whose (height, width) differs from the annotations."""
+    what = "the file has {} x {} pixels, the annotations state {} x {}".format(*actual[::-1], *stated[::-1])
+    fix = "Correct `width` and `height`, or replace the file"
+    if stated == actual[::-1]:
+        fix += ". If the file has an EXIF orientation, size and boxes must match the upright image"
+    return Fault(str(path), f"image {image_id}", what, fix)
 
 
 def decode_fault(path: Path, image_id: int, error: ValueError) -> Fault:
-    """The fault of a picture that `decode_image` refuses."""
+    """The fault of an image that `decode_image` cannot decode."""
     what = str(error).removeprefix(f"{path}: ")
-    return Fault(str(path), f"image {image_id}", what, "replace the file, or remove the image")
+    return Fault(str(path), f"image {image_id}", what, "Replace the file, or remove the image")
 
 
 def _list_folder(folder: Path) -> dict[str, bool]:
-    """Whether it is a link, for each name in a folder; empty if there is no such folder."""
+    """For each entry of a folder, whether it is a link; empty if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name: entry.is_symlink() for entry in entries}
@@ -115,14 +121,14 @@ def _list_folder(folder: Path) -> dict[str, bool]:
 
 
 def lies_within(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, after all links are followed."""
-    # Path.resolve would raise for links in a circle.
+    """Whether a path is a folder or is inside it, after following all links."""
+    # Path.resolve raises for a loop of links.
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _picture_fault(path: Path, image_id: int, stated: tuple[int, int], max_pixels: int) -> Fault | None:
+def _image_fault(path: Path, image_id: int, stated: tuple[int, int], max_pixels: int) -> Fault | None:
     try:
-        found = decode_image(path, max_pixels=max_pixels).shape[:2]
+        actual = decode_image(path, max_pixels=max_pixels).shape[:2]
     except ValueError as error:
         return decode_fault(path, image_id, error)
-    return size_fault(path, image_id, stated, found) if found != stated else None
+    return size_fault(path, image_id, stated, actual) if actual != stated else None

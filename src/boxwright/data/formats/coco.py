@@ -1,6 +1,6 @@
 """COCO: one JSON file per split, with the lists images, annotations and categories.
 
-Each image, annotation and category is checked against a typed schema on its own, so that one pass finds all faults.
+Each image, annotation and category is checked against a schema separately, so that one pass finds all faults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from boxwright.data.formats.format import SPLIT_NAMES, NoMatch, Split
 
 name = "COCO"
 
-# SPLIT is the name of a split, possibly followed by a year. The first pattern with a match wins.
+# SPLIT stands for the name of a split, optionally followed by a year. The first pattern that matches is used.
 _ANNOTATIONS = (
     "annotations/instances_SPLIT.json",
     "annotations/SPLIT.json",
@@ -34,7 +34,7 @@ _ANNOTATIONS = (
     "SPLIT/annotations.json",
     "SPLIT/instances.json",
 )
-# A data set without splits, used as the training split.
+# Annotation files of a data set without splits, which becomes the training split.
 _SINGLE = (
     "annotations/instances.json",
     "annotations/annotations.json",
@@ -43,8 +43,11 @@ _SINGLE = (
     "instances.json",
 )
 _IMAGES = ("SPLIT", "images/SPLIT", "SPLIT/images", "images", "JPEGImages", ".")
+# Finds file names without parsing the whole annotation file.
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+# Number of file names that are looked up to choose the image folder.
 _NUM_PROBES = 20
+# JSON allows lone surrogates, but they cannot be written as UTF-8.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -76,13 +79,13 @@ _Entry = TypeVar("_Entry", bound=Struct)
 
 
 def detect(folder: Path) -> dict[str, Split] | NoMatch:
-    """Find annotation files under `annotations/`, in the folder itself or in folders of splits.
+    """Find annotation files in `annotations/`, in the folder itself and in folders named like a split.
 
     The images of a split may be in a folder named like the split, in `images/`, in `JPEGImages/` or beside the
-    annotation file: the folder that holds most of the first images in the file is used.
+    annotation file. The folder that contains the largest number of the first 20 images in the file is used.
 
     Raises:
-        ValueError: Several files could be one split.
+        ValueError: Several files match the same split.
     """
     files = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*.json"), *folder.glob("*/*.json"))}
     splits = {}
@@ -97,13 +100,13 @@ def detect(folder: Path) -> dict[str, Split] | NoMatch:
     if splits:
         return splits
     return NoMatch(
-        f"{', '.join(_ANNOTATIONS)} with train, val, valid or test (a year may follow) as SPLIT, and for "
-        f"{', '.join(_SINGLE)}"
+        f"{', '.join(_ANNOTATIONS)}, where SPLIT is train, val, valid or test, optionally followed by a year, and "
+        f"for {', '.join(_SINGLE)}"
     )
 
 
 def reads(annotations: Path) -> bool:
-    """Whether a path ends in `.json`, or is a file that starts like a JSON object."""
+    """Whether the file name ends in `.json`, or the content starts like a JSON object."""
     if annotations.suffix.lower() == ".json":
         return True
     try:
@@ -114,12 +117,15 @@ def reads(annotations: Path) -> bool:
 
 
 def content_hash(split: Split) -> str:
-    """The hash of the JSON file."""
+    """Hash of the JSON file."""
     return hash_file(split.annotations)
 
 
 def read(split: Split) -> tuple[Columns, list[Fault]]:
-    """The entries of the JSON file that have the right types, and a fault for each of the others.
+    """Read the JSON file of a split.
+
+    Returns:
+        The entries that match the schema, and at least one fault for each other entry.
 
     Raises:
         OSError: The file cannot be read.
@@ -133,8 +139,8 @@ def read(split: Split) -> tuple[Columns, list[Fault]]:
         return columns, [_file_fault(path, error)]
     for image in _entries(path, "image", file.images, _Image, faults, columns.refused_images):
         if _LONE_SURROGATE.search(image.file_name):
-            what, mend = f"`file_name` {image.file_name!a} is no valid Unicode", "write it as the file is named"
-            faults.append(Fault(str(path), f"image {image.id}", what, mend))
+            what, fix = f"`file_name` {image.file_name!a} is not valid Unicode", "Write the name of the image file"
+            faults.append(Fault(str(path), f"image {image.id}", what, fix))
             columns.refused_images.add(image.id)
             continue
         columns.image_ids.append(image.id)
@@ -142,8 +148,8 @@ def read(split: Split) -> tuple[Columns, list[Fault]]:
         columns.file_names.append(image.file_name)
     for category in _entries(path, "category", file.categories, _Category, faults, columns.refused_categories):
         if _LONE_SURROGATE.search(category.name):
-            what = f"`name` {category.name!a} is no valid Unicode"
-            faults.append(Fault(str(path), f"category {category.id}", what, "correct it"))
+            what = f"`name` {category.name!a} is not valid Unicode"
+            faults.append(Fault(str(path), f"category {category.id}", what, "Correct the name"))
             columns.refused_categories.add(category.id)
             continue
         columns.category_ids.append(category.id)
@@ -167,17 +173,17 @@ def _find_split(folder: Path, files: dict[str, Path], split: str, names: str) ->
 
 def _ambiguous(folder: Path, names: list[str], split: str) -> ValueError:
     return ValueError(
-        f"{folder}: each of {', '.join(sorted(names))} could be the {split} split: give the annotation file and the "
-        "image folder by their paths"
+        f"{folder}: several files match the {split} split: {', '.join(sorted(names))}. Use the paths of the "
+        "annotation file and the image folder"
     )
 
 
 def _find_images(folder: Path, annotations: Path, name: str) -> Path:
-    """The folder that holds most of the first images in the file; without any image, the most specific folder."""
+    """The folder that contains the largest number of the first images in the file; for a tie, the most specific one."""
     folders = [folder / place.replace("SPLIT", name) for place in _IMAGES]
     folders = [place for place in (annotations.parent, *folders) if place.is_dir()]
     file_names = _first_file_names(annotations)
-    # max returns the first of equals: the most specific folder. If no image exists, the check reports all of them.
+    # `max` returns the first maximum, which is the most specific folder. Missing images are reported later.
     return max(folders[1:] + folders[:1], key=lambda place: sum(_is_file(place, name) for name in file_names))
 
 
@@ -190,7 +196,7 @@ def _first_file_names(annotations: Path) -> list[str]:
     for word in quoted:
         try:
             names.append(json.loads(word))
-        except ValueError:  # noqa: PERF203, at most 20; the reader reports names that are not valid JSON
+        except ValueError:  # noqa: PERF203 (at most 20 names; `read` reports invalid ones)
             continue
     return names
 
@@ -208,8 +214,8 @@ def _parse(data: bytes) -> _File | _TolerantFile:
     except msgspec.ValidationError:
         raise
     except (msgspec.DecodeError, RecursionError) as error:
-        # Python's own reader is slower, but takes the NaN and Infinity that Python's own writer leaves, so that
-        # the objects that hold them can be named; and it tells line and column where the file breaks off.
+        # The json module is slower, but it reads the NaN and Infinity that json.dump writes, so that the faults can
+        # name the objects that contain them. It also reports the line and column of a syntax error.
         try:
             return msgspec.convert(json.loads(data), _TolerantFile)
         except RecursionError:
@@ -219,18 +225,18 @@ def _parse(data: bytes) -> _File | _TolerantFile:
 def _file_fault(path: Path, error: ValueError) -> Fault:
     if isinstance(error, json.JSONDecodeError):
         if not error.doc[error.pos :].strip() or "Unterminated" in error.msg:
-            return Fault(str(path), "file", f"cut short: {error}", "copy or export it again")
-        return Fault(str(path), "file", f"no valid JSON: {error}", "correct it there, or export it again")
+            return Fault(str(path), "file", f"the JSON is truncated: {error}", "Copy or export the file again")
+        return Fault(str(path), "file", f"not valid JSON: {error}", "Correct the file, or export it again")
     if isinstance(error, msgspec.ValidationError):
-        mend = "a COCO file is an object that holds the lists images, annotations and categories; results files are not"
-        return Fault(str(path), "file", f"no COCO annotations: {error}", mend)
-    return Fault(str(path), "file", f"no valid JSON: {error}", "export it again as UTF-8 JSON")
+        fix = "Use a JSON object with the lists images, annotations and categories. A COCO results file cannot be used"
+        return Fault(str(path), "file", f"not COCO annotations: {error}", fix)
+    return Fault(str(path), "file", f"not valid JSON: {error}", "Export the file again as UTF-8 JSON")
 
 
 def _entries(
     path: Path, noun: str, entries: Sequence[Any], kind: type[_Entry], faults: list[Fault], refused: set[int]
 ) -> Iterator[_Entry]:
-    """The entries that fit the schema; adds the faults of those that do not, and their ids where they have one."""
+    """Yield the entries that match the schema. For other entries, add faults to `faults` and the id to `refused`."""
     decode = msgspec.json.Decoder(kind).decode
 
     def convert(entry: Any) -> _Entry:
@@ -240,18 +246,18 @@ def _entries(
     for position, entry in enumerate(entries):
         try:
             result = read(entry)
-        except ValueError as error:  # noqa: PERF203, each entry is to be judged for itself
-            found = list(_entry_faults(path, noun, position, entry, kind))
-            # Such as a number too large for any type, which Python's own reader takes for infinity.
-            unexplained = Fault(str(path), f"{noun} number {position + 1} of the file", str(error), "correct it")
-            faults += found or [unexplained]
-            refused.update(_whole_ids(entry))
+        except ValueError as error:  # noqa: PERF203 (each entry is checked separately)
+            field_faults = list(_entry_faults(path, noun, position, entry, kind))
+            # No field fault: for example 1e400, which the json module reads as infinity, a valid float.
+            entry_fault = Fault(str(path), f"{noun} number {position + 1} of the file", str(error), "Correct the entry")
+            faults += field_faults or [entry_fault]
+            refused.update(_integer_ids(entry))
         else:
             yield result
 
 
-def _whole_ids(entry: Any) -> Iterator[int]:
-    """The id of an entry, if it has one that is a whole number."""
+def _integer_ids(entry: Any) -> Iterator[int]:
+    """The id of an entry, if it is an integer."""
     with contextlib.suppress(ValueError):
         entry = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):
@@ -259,41 +265,44 @@ def _whole_ids(entry: Any) -> Iterator[int]:
 
 
 def _entry_faults(path: Path, noun: str, position: int, entry: Any, kind: type[Struct]) -> Iterator[Fault]:
-    """Every field that does not fit the schema."""
+    """A fault for each field that does not match the schema."""
     place = f"{noun} number {position + 1} of the file"
     if isinstance(entry, msgspec.Raw):
         try:
             entry = json.loads(bytes(entry))
         except ValueError as error:
-            yield Fault(str(path), place, f"cannot be read: {error}", "export it again as UTF-8 JSON")
+            yield Fault(str(path), place, f"cannot be read: {error}", "Export the file again as UTF-8 JSON")
             return
     if not isinstance(entry, dict):
-        yield Fault(str(path), place, f"is no object but {json.dumps(entry)[:40]}", "make it an object, or remove it")
+        what = f"expected a JSON object, got {json.dumps(entry)[:40]}"
+        yield Fault(str(path), place, what, "Correct or remove the entry")
         return
     name = f"{noun} {json.dumps(entry['id'])}" if "id" in entry else place
     for known in msgspec.structs.fields(kind):
         if known.name not in entry:
             if known.required:
-                yield Fault(str(path), name, f"`{known.name}` is missing", "add it")
+                yield Fault(str(path), name, f"`{known.name}` is missing", f"Add `{known.name}`")
             continue
         try:
             msgspec.convert(entry[known.name], known.type)
         except ValueError as error:
             where = re.search(r" - at `\$(.*)`$", str(error))
             inner = where.group(1) if where else ""
-            told = str(error)[: where.start()] if where else str(error)
+            problem = str(error)[: where.start()] if where else str(error)
             value = json.dumps(entry[known.name])
             value = value if len(value) <= 40 else value[:40] + "..."
-            yield Fault(str(path), name, f"`{known.name}{inner}`: {told} ({known.name} is {value})", _mend(told))
+            what = f"`{known.name}{inner}`: {problem} ({known.name} is {value})"
+            yield Fault(str(path), name, what, _fix(problem))
 
 
-def _mend(told: str) -> str:
-    if "Expected `int`, got" in told:
-        return "write a whole number, without quotes, point or exponent"
-    if "Expected `int` >= 0" in told or f"<= {2**53}" in told:
-        return "ids are whole numbers from 0 to 2^53: number anew, in the annotations too"
-    if "Expected `float`, got" in told:
-        return "write a number, without quotes"
-    if "length" in told:
-        return "bbox is [x, y, width, height] and segmentation.size [height, width]; a name is not empty"
-    return "write it as the COCO format has it"
+def _fix(problem: str) -> str:
+    """How to fix a field, from the message of msgspec."""
+    if "Expected `int`, got" in problem:
+        return "Write an integer without quotes, decimal point or exponent"
+    if "Expected `int` >= 0" in problem or f"<= {2**53}" in problem:
+        return "Use ids from 0 to 2^53, also where annotations refer to them"
+    if "Expected `float`, got" in problem:
+        return "Write a number without quotes"
+    if "length" in problem:
+        return "`bbox` is [x, y, width, height], `segmentation.size` is [height, width], and names are not empty"
+    return "Write the field as the COCO format defines it"

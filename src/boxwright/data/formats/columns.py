@@ -1,6 +1,6 @@
-"""The columns that every format's reader fills: one entry per image, category and annotation.
+"""Columns that the reader of every format fills: one entry per image, category and annotation.
 
-`index` checks the columns against each other and turns them into an `AnnotationIndex`.
+`reading.check_columns` checks the columns against each other and converts them to the arrays of an `AnnotationIndex`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from msgspec import Meta, Struct
 from boxwright.data.formats.fault import Fault
 from boxwright.data.masks import rle
 
-# Whole numbers that JSON readers represent exactly and that evaluation accepts.
+# Integers that every JSON reader represents exactly (up to 2^53) and that evaluation accepts.
 Id = Annotated[int, Meta(ge=0, le=2**53)]
 Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Run = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 NO_SEGMENTATION, POLYGONS, RLE = 0, 1, 2
+"""Values of the column `segmentation`."""
 
 
 class RunLengths(Struct):
-    """A run-length mask as a COCO file writes it."""
+    """Run-length encoded mask, as in a COCO file."""
 
     size: tuple[Run, Run]
     counts: str | list[Run]
 
 
 class Annotation(Struct):
-    """One object, with the fields and types that a COCO file gives it."""
+    """One object, with the fields and types of a COCO file."""
 
     id: Id
     image_id: Id
@@ -52,11 +53,11 @@ def _reals() -> array[float]:
 
 @dataclass
 class Columns:
-    """The well-typed entries of a split, in the order of the file. Ids may be unknown and numbers NaN."""
+    """The entries of a split that match the schema, in file order. Ids may be unknown, and numbers may be NaN."""
 
     image_ids: array[int] = field(default_factory=_integers)
     image_sizes: array[int] = field(default_factory=_integers)
-    """(height, width) of each image, one after the other."""
+    """(height, width) of each image, concatenated."""
     file_names: list[str] = field(default_factory=list)
     category_ids: array[int] = field(default_factory=_integers)
     category_names: list[str] = field(default_factory=list)
@@ -64,40 +65,40 @@ class Columns:
     annotation_images: array[int] = field(default_factory=_integers)
     annotation_categories: array[int] = field(default_factory=_integers)
     bboxes: array[float] = field(default_factory=_reals)
-    """x, y, width and height of each annotation, one after the other."""
+    """x, y, width and height of each annotation, concatenated."""
     areas: array[float] = field(default_factory=_reals)
     crowd: array[int] = field(default_factory=lambda: array("b"))
     segmentation: array[int] = field(default_factory=lambda: array("b"))
     polygon_ends: array[int] = field(default_factory=_integers)
-    """For each annotation, the number of polygons up to and with its own."""
+    """For each annotation, the cumulative number of polygons up to and including this annotation."""
     point_ends: array[int] = field(default_factory=_integers)
-    """For each polygon, the number of coordinates up to and with its own."""
+    """For each polygon, the cumulative number of coordinates up to and including this polygon."""
     points: array[float] = field(default_factory=lambda: array("f"))
     rle_ends: array[int] = field(default_factory=_integers)
-    """For each annotation, the number of characters up to and with its own."""
+    """For each annotation, the cumulative number of characters up to and including this annotation."""
     rle_sizes: array[int] = field(default_factory=_integers)
-    """(height, width) of each annotation's run-length mask, 0 where it has none."""
+    """(height, width) of the run-length mask of each annotation, concatenated; 0 for an annotation without one."""
     rle_characters: bytearray = field(default_factory=bytearray)
     refused_images: set[int] = field(default_factory=set)
-    """Ids of images that are there but not well-typed: the annotations that name them are not to blame."""
+    """Ids of images that do not match the schema. They have a fault, so their annotations do not get another one."""
     refused_categories: set[int] = field(default_factory=set)
-    """Likewise of categories."""
+    """Ids of categories that do not match the schema."""
     places: list[tuple[str, str]] = field(default_factory=list)
-    """File and object that faults of each annotation name; empty where that is the annotation file and the id."""
+    """`Fault.file` and `Fault.object` for faults of each annotation; empty for the annotation file and the id."""
     stated_boxes: array[float] = field(default_factory=_reals)
-    """Four numbers for each annotation as its format has them, for messages; empty where those are `bboxes`."""
+    """Box of each annotation as the file states it, four numbers, for messages; empty if the file states `bboxes`."""
     box_form: str = "bbox is [x, y, width, height] in pixels"
-    """How the format writes a box."""
+    """Description of a box in the format, for messages."""
 
 
 def add_annotation(columns: Columns, annotation: Annotation, file: str, faults: list[Fault]) -> None:
-    """Append an object, and the faults of its mask.
+    """Append an object to the columns, and append the faults of its mask.
 
     Args:
-        columns: What it is appended to.
+        columns: Columns to append to.
         annotation: The object.
-        file: Where it is from, for faults.
-        faults: What its faults are appended to.
+        file: Annotation file of the object, for faults.
+        faults: List to which faults are appended.
     """
     columns.annotation_ids.append(annotation.id)
     columns.annotation_images.append(annotation.image_id)
@@ -114,14 +115,16 @@ def add_annotation(columns: Columns, annotation: Annotation, file: str, faults: 
             columns.rle_characters += _rle_characters(segmentation)
         except ValueError as error:
             faults.append(
-                Fault(file, f"annotation {annotation.id}", f"`segmentation`: {error}", "correct or remove its mask")
+                Fault(
+                    file, f"annotation {annotation.id}", f"`segmentation`: {error}", "Correct or remove `segmentation`"
+                )
             )
     elif segmentation:
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:
-                what = f"a polygon of {len(polygon)} numbers"
-                mend = "a polygon is x, y of three or more points: correct it; training leaves it out"
-                faults.append(Fault(file, f"annotation {annotation.id}", what, mend, "dropped"))
+                what = f"`segmentation` has a polygon of {len(polygon)} numbers, expected x, y of at least 3 points"
+                fix = "Correct the polygon; training ignores it"
+                faults.append(Fault(file, f"annotation {annotation.id}", what, fix, "dropped"))
                 continue
             kind = POLYGONS
             columns.points.fromlist(polygon)
@@ -133,7 +136,7 @@ def add_annotation(columns: Columns, annotation: Annotation, file: str, faults: 
 
 
 def _rle_characters(mask: RunLengths) -> bytes:
-    """The mask's runs in the compressed form, whichever it was written in."""
+    """The runs of a mask in the compressed form."""
     if isinstance(mask.counts, str):
         characters = mask.counts.encode()
         runs = rle.decompress(characters)
@@ -142,7 +145,7 @@ def _rle_characters(mask: RunLengths) -> bytes:
         characters = rle.compress(runs)
     height, width = mask.size
     if len(runs) and runs.min() < 0:
-        raise ValueError("a run of less than no pixels")
+        raise ValueError(f"expected runs of at least 0 pixels, got {runs.min()}")
     if runs.sum() != height * width:
-        raise ValueError(f"runs of {runs.sum()} pixels in all for a mask of {height} x {width}")
+        raise ValueError(f"expected runs of {height} x {width} = {height * width} pixels in total, got {runs.sum()}")
     return characters

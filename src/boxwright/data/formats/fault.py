@@ -1,4 +1,4 @@
-"""What is wrong with a data set, told so that its owner can mend it."""
+"""Faults of a data set: where, what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ from dataclasses import dataclass
 from typing import Literal
 
 SHOWN = 10
+"""Maximum number of faults in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with a data set."""
+    """One fault of a data set."""
 
     file: str
-    """The annotation file or picture."""
+    """Path of the annotation file or image."""
     object: str
-    """What in it: an image, annotation or category by its id, or the file as a whole."""
+    """Entry with the fault, such as "image 7", "annotation 11 (image 3)" or "file" for the whole file."""
     what: str
-    """What is wrong."""
-    mend: str
-    """What to do about it."""
+    """What is wrong, with the value."""
+    fix: str
+    """How to fix it, as a sentence without a full stop."""
     severity: Literal["error", "dropped", "clipped"] = "error"
-    """Training refuses what is an `error`, leaves out what is `dropped` and cuts what is `clipped`."""
+    """What training does: `error`: raises; `dropped`: ignores the box or polygon; `clipped`: clips the box."""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.object}: {self.what}: {self.mend}"
+        return f"{self.file}: {self.object}: {self.what}. {self.fix}"
+
+    @property
+    def mend(self) -> str:
+        """Deprecated name of `fix`."""
+        return self.fix
 
 
 class FaultyDataError(ValueError):
-    """A data set that training would be corrupted by; the message lists the first faults and counts the rest."""
+    """The data set has errors that would corrupt training; the message lists the first faults and counts the rest."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__(faults)
@@ -39,5 +45,5 @@ class FaultyDataError(ValueError):
         count = len(self.faults)
         lines = [f"{count} fault{'s' * (count > 1)} in the data set:", *map(str, self.faults[:SHOWN])]
         if count > SHOWN:
-            lines.append(f"... and {count - SHOWN} more; `boxwright data check` lists them all")
+            lines.append(f"... and {count - SHOWN} more; `boxwright data check` lists all of them")
         return "\n  ".join(lines)

@@ -1,4 +1,4 @@
-"""Annotations as flat, memory-mapped arrays: parsed once, kept in a cache folder, shared by all processes.
+"""The annotation index: flat arrays that are built once, cached on disk, and memory-mapped by all processes.
 
 N images, M objects, Q polygons. The objects of an image are contiguous, in the order of the file.
 """
@@ -24,7 +24,7 @@ from boxwright.data.formats.fault import FaultyDataError
 from boxwright.data.formats.format import Format, Split
 from boxwright.data.formats.reading import Reading, check_columns
 
-# Part of every cache key: increase it when the arrays or the accepted entries change.
+# Part of every cache key. Increase it when the arrays or the accepted entries change.
 _VERSION = 3
 _META = "meta.json"
 
@@ -33,49 +33,49 @@ _Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class AnnotationIndex:
-    """Everything that training needs of a split. Objects without area are left out, boxes are clipped to their image.
+    """Annotations of a split, without objects that have no area inside their image; boxes are clipped to the image.
 
-    It pickles as the path of its folder, so other processes map the same memory.
+    An index is pickled as the path of its folder, so that all processes map the same memory.
     """
 
     folder: Path
-    """Where the arrays lie, one .npy file a field."""
+    """Folder of the arrays, one .npy file per field."""
     categories: tuple[Category, ...]
-    """By rising id; a label is the position here."""
+    """Categories sorted by id; a label is an index into this tuple."""
     dropped: dict[str, int]
-    """What training leaves out or changes, counted by what it is."""
+    """Number of annotations that training ignores or clips, by kind of fault."""
     image_ids: _Ints
     """[N] int64."""
     image_sizes: NDArray[np.int32]
-    """[N, 2] int32, (height, width) as the annotation file states."""
+    """[N, 2] int32, (height, width) from the annotations."""
     file_name_bytes: NDArray[np.uint8]
-    """All file names in UTF-8, one after the other."""
+    """All file names in UTF-8, concatenated."""
     file_name_offsets: _Ints
-    """[N + 1] int64, where each file name starts and ends."""
+    """[N + 1] int64, start of each file name in `file_name_bytes`, and the total length at the end."""
     object_offsets: _Ints
-    """[N + 1] int64, the first object of each image and one past its last."""
+    """[N + 1] int64, index of the first object of each image, and M at the end."""
     boxes: NDArray[np.float32]
     """[M, 4] float32 xyxy in pixels of the file, inside the image."""
     labels: NDArray[np.int32]
-    """[M] int32, position in `categories`."""
+    """[M] int32, indices into `categories`."""
     crowd: NDArray[np.bool_]
-    """[M] bool."""
+    """[M] bool, crowd regions."""
     areas: NDArray[np.float64]
-    """[M] float64, as annotated; that of the annotated box where the file has none."""
+    """[M] float64, `area` of the annotations; for an annotation without it, the area of its box before clipping."""
     annotation_ids: _Ints
     """[M] int64."""
     segmentation: NDArray[np.int8]
-    """[M] int8, 0 no mask, 1 polygons, 2 run lengths."""
+    """[M] int8, 0 for no mask, 1 for polygons, 2 for run lengths."""
     polygon_ranges: _Ints
-    """[M, 2] int64, the first polygon of each object and one past its last."""
+    """[M, 2] int64, index of the first polygon of each object, and one past the last."""
     point_offsets: _Ints
-    """[Q + 1] int64, where each polygon's coordinates start and end in `points`."""
+    """[Q + 1] int64, start of each polygon in `points`, and the total length at the end."""
     points: NDArray[np.float32]
-    """x, y, x, y, ... of all polygons, float32, pixels of the file."""
+    """float32, coordinates x, y, x, y, ... of all polygons in pixels of the file."""
     rle_ranges: _Ints
-    """[M, 2] int64, where each object's run lengths start and end in `rle_bytes`."""
+    """[M, 2] int64, start and end of the run lengths of each object in `rle_bytes`."""
     rle_bytes: NDArray[np.uint8]
-    """Run lengths in COCO's compressed form, whichever form the file has; their size is the image's."""
+    """Run lengths in COCO's compressed form (converted if necessary). Each mask has the size of its image."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -85,33 +85,33 @@ class AnnotationIndex:
         return open_index, (self.folder,)
 
     def file_name(self, row: int) -> str:
-        """The file name of an image, by its row."""
+        """File name of the image in a row."""
         start, end = self.file_name_offsets[row : row + 2]
         return self.file_name_bytes[start:end].tobytes().decode()
 
     def objects(self, row: int) -> slice:
-        """The rows of an image's objects, by the image's row."""
+        """Rows of the objects of the image in a row."""
         start, end = self.object_offsets[row : row + 2]
         return slice(int(start), int(end))
 
     def polygons(self, object_row: int) -> list[NDArray[np.float32]]:
-        """An object's polygons, each [points, 2] float32 (x, y); none unless `segmentation` is 1."""
+        """Polygons of an object, each [points, 2] float32 (x, y); empty unless `segmentation` is 1."""
         first, last = self.polygon_ranges[object_row]
         ends = self.point_offsets[first : last + 1]
         return [self.points[start:end].reshape(-1, 2) for start, end in pairwise(ends)]
 
     def rle(self, object_row: int) -> bytes:
-        """An object's mask in COCO's compressed form; empty unless `segmentation` is 2."""
+        """Run lengths of an object in COCO's compressed form; empty unless `segmentation` is 2."""
         start, end = self.rle_ranges[object_row]
         return self.rle_bytes[start:end].tobytes()
 
     def mask(self, object_row: int) -> Mask:
-        """An object's mask, or None where it has none."""
+        """Mask of an object, or None for an object without a mask."""
         return self.rle(object_row) or self.polygons(object_row) or None
 
     @property
     def has_mask(self) -> NDArray[np.bool_]:
-        """[M] bool, the objects that have a mask; what crowd regions have is none to learn."""
+        """[M] bool, objects that have a mask to train on, which crowd regions never have."""
         lengths = np.diff(self.polygon_ranges)[:, 0] + np.diff(self.rle_ranges)[:, 0]
         return (lengths > 0) & ~self.crowd
 
@@ -120,9 +120,9 @@ _ARRAYS = [field.name for field in fields(AnnotationIndex) if field.name not in 
 
 
 def build_index(form: Format, split: Split, cache_dir: Path | None = None) -> AnnotationIndex:
-    """The index of a split, from the cache if it was built before. See `boxwright.data.formats.read_index`."""
+    """The annotation index of a split, from the cache or newly built. See `boxwright.data.formats.read_index`."""
     key = hashlib.sha256(f"{_VERSION} {form.name} {form.content_hash(split)}".encode()).hexdigest()[:32]
-    # A folder that the user names is the only one: an error there is raised, not worked around.
+    # For a folder that the user selected, there is no fallback: if it cannot be written, the error is raised.
     folders = [cache_dir] if cache_dir else cache_folders()
     for folder in folders:
         if index := _open_if_whole(folder / "index" / key):
@@ -132,18 +132,18 @@ def build_index(form: Format, split: Split, cache_dir: Path | None = None) -> An
     if errors:
         raise FaultyDataError(errors)
     for folder in folders[:-1]:
-        with contextlib.suppress(OSError):  # read-only or full: try the next
+        with contextlib.suppress(OSError):  # read-only or full: try the next folder
             return _write_index(reading, folder / "index" / key)
     return _write_index(reading, folders[-1] / "index" / key)
 
 
 def open_index(folder: Path) -> AnnotationIndex:
-    """Map an index on disk.
+    """Open an index on disk and memory-map its arrays.
 
     Raises:
-        OSError: It is not there.
-        ValueError: It is damaged.
-        EOFError: It is damaged.
+        OSError: The index is missing or incomplete.
+        ValueError: The index is damaged.
+        EOFError: The index is damaged.
     """
     meta = json.loads((folder / _META).read_text("utf-8"))
     return AnnotationIndex(
@@ -157,19 +157,19 @@ def open_index(folder: Path) -> AnnotationIndex:
 def _open_if_whole(folder: Path) -> AnnotationIndex | None:
     try:
         return open_index(folder)
-    except Exception:  # whatever a damaged index raises: the annotations are read again
+    except Exception:  # any error of a damaged index: build it again
         return None
 
 
 def _map_array(path: Path) -> NDArray[Any]:
-    # A file without elements cannot be mapped.
+    # An array without elements cannot be memory-mapped; its file has only a header of 128 bytes.
     array = np.load(path, allow_pickle=False, mmap_mode="r" if path.stat().st_size > 128 else None)
     assert isinstance(array, np.ndarray)
     return array
 
 
 def _write_index(reading: Reading, folder: Path) -> AnnotationIndex:
-    """Write the index under a temporary name and rename it when complete: two processes may do so at once."""
+    """Write an index under a temporary name, then rename it: several processes may build it at the same time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -181,7 +181,7 @@ def _write_index(reading: Reading, folder: Path) -> AnnotationIndex:
         try:
             draft.rename(folder)
         except OSError:
-            # Another process was faster, or a damaged index exists under this name.
+            # Another process finished first, or a damaged index has this name.
             if index := _open_if_whole(folder):
                 return index
             shutil.rmtree(folder, ignore_errors=True)

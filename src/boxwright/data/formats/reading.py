@@ -1,7 +1,4 @@
-"""Checks that all formats share: ids, references, NaN, mask sizes and boxes outside their images.
-
-N images, M objects, Q polygons. The objects of an image are contiguous, in the order of the file.
-"""
+"""Checks that all formats share: ids, references, NaN, mask sizes and boxes outside their image."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from boxwright.data.dataset import Category
 from boxwright.data.formats.columns import RLE, Columns
 from boxwright.data.formats.fault import Fault
 
-# Annotators round: a box may exceed its image by this many pixels without a fault.
+# Boxes are often rounded: a box may extend this many pixels beyond its image without a fault.
 _ROUNDING = 1.0
 
 _Ints = NDArray[np.int64]
@@ -24,28 +21,33 @@ _Ints = NDArray[np.int64]
 
 @dataclass
 class Reading:
-    """The annotations of a split: everything that is sound, and the faults of the rest."""
+    """The valid annotations of a split, and all faults."""
 
     categories: list[Category]
+    """Categories sorted by id."""
     dropped: dict[str, int]
+    """See `AnnotationIndex.dropped`."""
     file_names: list[str]
+    """File names of the images, relative to the image folder."""
     arrays: dict[str, NDArray[Any]]
+    """Arrays of an `AnnotationIndex`, by the name of the field."""
     faults: list[Fault]
+    """All faults of the annotations."""
 
 
 def check_columns(file: str, columns: Columns, faults: list[Fault]) -> Reading:
     """Check the columns of a split against each other, and build the arrays of an `AnnotationIndex`.
 
     Args:
-        file: The annotation file, for messages.
-        columns: The well-typed entries, as a format reads them.
-        faults: The faults that the format found; those found here are added.
+        file: Annotation file, for messages.
+        columns: Entries that match the schema, from `Format.read`.
+        faults: Faults from `Format.read`; further faults are appended.
     """
     return _Checker(file, columns, faults).run()
 
 
 class _Checker:
-    """Checks columns against each other and builds the arrays of the index from the sound entries."""
+    """Check columns against each other, and build the arrays of the index from the valid entries."""
 
     def __init__(self, file: str, columns: Columns, faults: list[Fault]) -> None:
         self.file = file
@@ -62,24 +64,24 @@ class _Checker:
         category_ids = np.asarray(columns.category_ids)
         if not self.faults:
             if not len(image_ids):
-                self._add("file", "it has no images", "add what `images` should hold")
+                self._add_fault("file", "no images", "Add entries to `images`")
             if not len(category_ids):
-                self._add("file", "it has no categories", "add what `categories` should hold")
+                self._add_fault("file", "no categories", "Add entries to `categories`")
         self._duplicates("image", image_ids)
         self._duplicates("category", category_ids)
         self._duplicates("annotation", np.asarray(columns.annotation_ids))
         sizes = np.asarray(columns.image_sizes).reshape(-1, 2)
-        images, image_known = _find(np.asarray(columns.annotation_images), image_ids)
-        labels, category_known = _find(np.asarray(columns.annotation_categories), np.sort(category_ids))
+        images, image_known = _positions_of(np.asarray(columns.annotation_images), image_ids)
+        labels, category_known = _positions_of(np.asarray(columns.annotation_categories), np.sort(category_ids))
         for row in np.flatnonzero(~image_known).tolist():
             self._unknown(row, "image", columns.annotation_images[row], columns.refused_images)
         for row in np.flatnonzero(~category_known).tolist():
             self._unknown(row, "category", columns.annotation_categories[row], columns.refused_categories)
         finite = self._finite()
         self._mask_sizes(images, sizes, image_known)
-        sound = image_known & category_known & finite
-        boxes, has_area = self._boxes(images, sizes, sound)
-        rows = np.flatnonzero(sound & has_area)
+        valid = image_known & category_known & finite
+        boxes, has_area = self._boxes(images, sizes, valid)
+        rows = np.flatnonzero(valid & has_area)
         rows = rows[np.argsort(images[rows], kind="stable")]
         names = [name.encode() for name in columns.file_names]
         order = np.argsort(category_ids)
@@ -102,95 +104,103 @@ class _Checker:
             "rle_ranges": np.column_stack([rle_ends - np.diff(rle_ends, prepend=0), rle_ends])[rows],
             "rle_bytes": np.frombuffer(bytes(columns.rle_characters), np.uint8),
         }
-        categories = [Category(columns.category_ids[place], columns.category_names[place]) for place in order]
+        categories = [Category(columns.category_ids[row], columns.category_names[row]) for row in order]
         return Reading(categories, dict(self.dropped), columns.file_names, arrays, self.faults)
 
-    def _add(self, place: str, what: str, mend: str, severity: Any = "error") -> None:
-        self.faults.append(Fault(self.file, place, what, mend, severity))
+    def _add_fault(self, place: str, what: str, fix: str) -> None:
+        self.faults.append(Fault(self.file, place, what, fix))
 
-    def _blame(self, row: int, what: str, mend: str, severity: Any = "error") -> None:
-        """Add a fault of an annotation."""
+    def _add_annotation_fault(self, row: int, what: str, fix: str, severity: Any = "error") -> None:
         columns = self.columns
         file, place = self.file, f"annotation {columns.annotation_ids[row]} (image {columns.annotation_images[row]})"
         if columns.places:
             file, place = columns.places[row]
-        self.faults.append(Fault(file, place, what, mend, severity))
+        self.faults.append(Fault(file, place, what, fix, severity))
 
     def _duplicates(self, noun: str, ids: _Ints) -> None:
         values, counts = np.unique(ids, return_counts=True)
         for value, count in zip(values[counts > 1], counts[counts > 1], strict=True):
-            self._add(f"{noun} {value}", f"{count} of them have this id", "give each its own")
+            self._add_fault(f"{noun} {value}", f"{count} entries have this id", "Give each entry a different id")
 
     def _unknown(self, row: int, noun: str, value: int, refused: set[int]) -> None:
-        if value in refused:  # the entry exists and has a fault of its own
+        if value in refused:  # the entry exists, and its own fault is reported
             return
-        self._blame(row, f"there is no {noun} with the id {value}", f"correct `{noun}_id`, or add the {noun}")
+        self._add_annotation_fault(
+            row, f"there is no {noun} with the id {value}", f"Correct `{noun}_id`, or add the {noun}"
+        )
 
     def _finite(self) -> NDArray[np.bool_]:
-        """Which annotations have finite numbers only."""
+        """Whether box, area and polygons of each annotation are finite."""
         columns = self.columns
         num_polygons = np.asarray(columns.polygon_ends)
         bad_points = np.flatnonzero(~np.isfinite(np.asarray(columns.points)))
         bad_polygons = np.searchsorted(np.asarray(columns.point_ends), bad_points, side="right")
         outline = np.ones(len(num_polygons), bool)
         outline[np.searchsorted(num_polygons, bad_polygons, side="right")] = False
-        numbers = {
+        finite_by_field = {
             "bbox": np.isfinite(np.asarray(columns.bboxes)).reshape(-1, 4).all(1),
             "area": np.isfinite(np.asarray(columns.areas)),
             "segmentation": outline,
         }
-        # An area computed from a bad box is not a second fault.
-        numbers["area"] |= ~numbers["bbox"]
-        for name, finite in numbers.items():
+        # The area may be computed from the box, so only the box gets a fault.
+        finite_by_field["area"] |= ~finite_by_field["bbox"]
+        for name, finite in finite_by_field.items():
             for row in np.flatnonzero(~finite).tolist():
-                self._blame(row, f"`{name}` holds NaN or infinity", "correct it, or remove the annotation")
-        return numbers["bbox"] & numbers["area"] & numbers["segmentation"]
+                what = f"`{name}` contains NaN or infinity"
+                self._add_annotation_fault(row, what, f"Correct `{name}`, or remove the annotation")
+        return finite_by_field["bbox"] & finite_by_field["area"] & finite_by_field["segmentation"]
 
     def _mask_sizes(self, images: _Ints, sizes: _Ints, image_known: NDArray[np.bool_]) -> None:
         mask_sizes = np.asarray(self.columns.rle_sizes).reshape(-1, 2)
         rows = np.flatnonzero((np.asarray(self.columns.segmentation) == RLE) & image_known)
         for row in rows[(mask_sizes[rows] != sizes[images[rows]]).any(1)].tolist():
-            what = "its mask is {} x {} pixels, its image {} x {}".format(*mask_sizes[row], *sizes[images[row]])
-            self._blame(row, what, "make both [height, width] of the image")
+            mask_size, image_size = mask_sizes[row].tolist(), sizes[images[row]].tolist()
+            what = f"`segmentation.size` is {mask_size}, [height, width] of the image is {image_size}"
+            self._add_annotation_fault(row, what, "Correct `segmentation.size`, or `height` and `width` of the image")
 
     def _boxes(
-        self, images: _Ints, sizes: _Ints, sound: NDArray[np.bool_]
+        self, images: _Ints, sizes: _Ints, valid: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Boxes as xyxy clipped to the image, and whether any area is left."""
-        bboxes = np.where(sound[:, None], np.asarray(self.columns.bboxes).reshape(-1, 4), 0)
+        """Boxes as xyxy clipped to the image, and whether each clipped box has an area."""
+        bboxes = np.where(valid[:, None], np.asarray(self.columns.bboxes).reshape(-1, 4), 0)
         stated = np.asarray(self.columns.stated_boxes or self.columns.bboxes).reshape(-1, 4)
         limits = np.zeros((len(bboxes), 2))
-        limits[sound] = sizes[images[sound], ::-1]
-        with np.errstate(over="ignore"):  # a corner at infinity is outside the image
+        limits[valid] = sizes[images[valid], ::-1]
+        with np.errstate(over="ignore"):  # x + width may overflow to infinity, which is outside the image
             corners = np.stack([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], 1)
         inside = np.clip(corners, 0, limits[:, None]).astype(np.float32)
-        flat = sound & (bboxes[:, 2:] <= 0).any(1)
-        outside = sound & ~flat & (inside[:, 0] >= inside[:, 1]).any(1)
+        flat = valid & (bboxes[:, 2:] <= 0).any(1)
+        outside = valid & ~flat & (inside[:, 0] >= inside[:, 1]).any(1)
         beyond = (np.abs(corners - inside) > _ROUNDING).any((1, 2))
-        cut = sound & ~flat & ~outside & beyond
+        clipped = valid & ~flat & ~outside & beyond
         kinds: list[tuple[NDArray[np.bool_], str, str, Any]] = [
-            (flat, "boxes without area", "has no area in its image", "dropped"),
-            (outside, "boxes outside their image", "lies outside its image", "dropped"),
-            (cut, "boxes cut to their image", "reaches beyond its image", "clipped"),
+            (flat, "boxes without area", "has no area", "dropped"),
+            (outside, "boxes outside their image", "is outside its image of {width:g} x {height:g} pixels", "dropped"),
+            (
+                clipped,
+                "boxes clipped to their image",
+                "extends beyond its image of {width:g} x {height:g} pixels",
+                "clipped",
+            ),
         ]
-        for chosen, key, what, severity in kinds:
-            for row in np.flatnonzero(chosen).tolist():
+        for selected, key, problem, severity in kinds:
+            for row in np.flatnonzero(selected).tolist():
                 box = ", ".join(f"{value:g}" for value in stated[row])
                 width, height = limits[row]
-                done = "training cuts it" if severity == "clipped" else "training leaves it out"
-                self._blame(
+                effect = "training clips it" if severity == "clipped" else "training ignores the object"
+                self._add_annotation_fault(
                     row,
-                    f"its box [{box}] {what} of {width:g} x {height:g} pixels",
-                    f"{self.columns.box_form}: correct it; {done}",
+                    f"the box [{box}] {problem.format(width=width, height=height)}",
+                    f"Correct the box ({self.columns.box_form}); {effect}",
                     severity,
                 )
-            if chosen.any():
-                self.dropped[key] = int(chosen.sum())
+            if selected.any():
+                self.dropped[key] = int(selected.sum())
         return inside.reshape(-1, 4), ~flat & ~outside
 
 
-def _find(values: _Ints, ids: _Ints) -> tuple[_Ints, NDArray[np.bool_]]:
-    """The position of each value in `ids` (0 where it is not), and whether it is there."""
+def _positions_of(values: _Ints, ids: _Ints) -> tuple[_Ints, NDArray[np.bool_]]:
+    """Index of each value in `ids` (0 for a value that `ids` does not contain), and whether `ids` contains it."""
     if not len(ids):
         return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
     order = np.argsort(ids, kind="stable")

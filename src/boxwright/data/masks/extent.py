@@ -1,4 +1,4 @@
-"""The extent of object masks: where their outermost points lie."""
+"""Extreme points of object masks, from which their bounding box under any affine map is computed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from boxwright.data.masks.rle import crop_columns
 
 
 def extreme_points(mask: Mask, image_size: tuple[int, int]) -> NDArray[np.float64]:
-    """Points with the convex hull of a mask. The smallest box around them, under any affine map, is that of the mask.
+    """Points of a mask that have the same convex hull as the mask.
+
+    Under any affine map, the bounding box of these points is the bounding box of the mask.
 
     Args:
-        mask: In any form that a `Sample` may hold.
+        mask: Mask in any form that a `Sample` may contain.
         image_size: (height, width) of the image.
 
     Returns:
-        [K, 2] float64 (x, y) in continuous pixel coordinates: vertices of polygons, corners of pixels; K is 0 if the
-        mask covers nothing.
+        [K, 2] float64 (x, y) in continuous pixel coordinates: vertices of polygons or corners of pixels. K is 0 for an
+        empty mask.
 
     Raises:
-        ValueError: The mask is not of the image's size.
+        ValueError: The mask does not have the size of the image.
     """
     if mask is None:
         return np.zeros((0, 2))
@@ -29,7 +31,7 @@ def extreme_points(mask: Mask, image_size: tuple[int, int]) -> NDArray[np.float6
         pixels, left, top = crop_columns(mask, image_size)
     elif isinstance(mask, np.ndarray):
         if mask.shape != image_size:
-            raise ValueError(f"its shape is {mask.shape}, that of the picture {image_size}: make both the same")
+            raise ValueError(f"expected the shape {image_size} of the image, got {mask.shape}")
         pixels, left, top = mask.astype(np.uint8), 0, 0
     else:
         polygons = [np.asarray(polygon, np.float64) for polygon in mask if len(polygon) >= 3]

@@ -1,9 +1,9 @@
 """Object masks as grids of one size, so that the shapes in a batch do not depend on the sizes of images.
 
-M cells per side of a grid. A cell holds the share of its area that the object covers, and a frame says where the grid
-lies. Scaling and translating an image move the frame, a horizontal flip mirrors the grid, and any other affine map
-resamples the grid on a new frame. `docs/benchmarks/mask_targets.md` measures which M and which contents are closest to
-COCO's own rasteriser at the resolution of mask targets.
+A grid has M x M cells. Each cell stores the fraction of its area that the object covers. The frame is the box that the
+grid spans in the image. Scaling and translating an image move the frame, a horizontal flip mirrors the grid, and any
+other affine map resamples the grid on a new frame. `docs/benchmarks/mask_targets.md` measures which M, and which cell
+values (covered fraction or binary), are closest to COCO's rasteriser at the resolution of mask targets.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from boxwright.data.masks.extent import extreme_points
 from boxwright.data.masks.rle import crop_columns
 
 GRID_SIZE = 128
+"""Default number of cells per side, M."""
 FINER = 4
-"""Polygons are drawn this many times finer than the grid, then averaged over its cells."""
-# COCO's rasteriser walks along every edge, for hours to a point at 1e9: farther than this many grids is drawn nearer.
-_FARTHEST = 16.0
+"""Supersampling factor: polygons are drawn at this multiple of the grid's resolution, then averaged over the cells."""
+# COCO's rasteriser walks along every edge pixel by pixel, which takes hours for a vertex at 1e9. So vertices are
+# clipped to this many grid sides from the grid.
+_MAX_DISTANCE = 16.0
 
 Grid = tuple[NDArray[np.uint8], NDArray[np.float32]]
-"""[M, M] uint8, the share of each cell that the object covers in 255ths, and [4] float32, the frame as xyxy in pixels
-of the file."""
+"""[M, M] uint8, covered fraction of each cell times 255, and [4] float32, the frame as xyxy in pixels of the file."""
 
 
 def mask_grid(mask: Mask, image_size: tuple[int, int], *, size: int = GRID_SIZE, finer: int = FINER) -> Grid | None:
-    """An object's mask as a grid.
+    """Convert the mask of an object to a grid.
 
-    Polygons fill a grid on their tight extent inside the picture; an object of several is their union. Bitmaps and run
-    lengths of up to M pixels a side lie on the grid pixel by pixel, so that nothing is lost; larger ones are averaged.
+    The frame of polygons is their bounding box, clipped to the image; several polygons are merged to their union. A
+    bitmap or run lengths whose covered region has at most M pixels per side are copied pixel by pixel, without loss.
+    Larger regions are averaged over the cells.
 
     Args:
-        mask: in pixels of the file, in any form that a `Sample` may hold.
+        mask: Mask in pixels of the file, in any form that a `Sample` may contain.
         image_size: (height, width) of the file.
         size: M.
-        finer: see `FINER`.
+        finer: See `FINER`.
 
     Returns:
-        The grid, or None where the mask covers nothing.
+        The grid, or None for an empty mask.
 
     Raises:
-        ValueError: the mask is not of the picture's size, or no such run lengths.
+        ValueError: The mask does not have the size of the image, or the run lengths are invalid.
     """
     if mask is None:
         return None
@@ -53,21 +55,21 @@ def mask_grid(mask: Mask, image_size: tuple[int, int], *, size: int = GRID_SIZE,
         return _pixel_grid(*crop_columns(mask, image_size), size)
     if isinstance(mask, np.ndarray):
         if mask.shape != image_size:
-            raise ValueError(f"its shape is {mask.shape}, that of the picture {image_size}: make both the same")
+            raise ValueError(f"expected the shape {image_size} of the image, got {mask.shape}")
         return _pixel_grid(mask.astype(np.uint8), 0, 0, size)
     return _polygon_grid(mask, image_size, size, finer)
 
 
 def warp_grid(grid: Grid, matrix: NDArray[np.floating], *, finer: int = FINER) -> Grid:
-    """A grid under any affine map, resampled on the smallest frame around the mapped object.
+    """Apply an affine map to a grid: resample it on the bounding box of the mapped object.
 
     Args:
-        grid: Of an object that covers something.
-        matrix: [2, 3], from continuous pixel coordinates of the file to those of the canvas.
-        finer: The new grid is sampled this many times finer, then averaged over its cells.
+        grid: Grid of a mask that is not empty.
+        matrix: [2, 3], from continuous pixel coordinates of the file to continuous pixel coordinates of the canvas.
+        finer: Supersampling factor of the new grid, see `FINER`.
 
     Returns:
-        The grid; its frame is in pixels of the canvas and not clipped.
+        The grid. Its frame is in pixels of the canvas, and is not clipped.
     """
     bitmap, frame = grid
     size = len(bitmap)
@@ -80,7 +82,7 @@ def warp_grid(grid: Grid, matrix: NDArray[np.floating], *, finer: int = FINER) -
     fine = size * finer
     scale = fine / (new_high - new_low)
     to_fine, start = cell_linear * scale[:, None], (cell_offset - new_low) * scale
-    # OpenCV's coordinates are those of cell centres.
+    # In OpenCV's coordinates the centre of the first cell is 0, not 0.5.
     start = start + to_fine.sum(1) / 2 - 0.5
     warped = cv2.warpAffine(bitmap, np.column_stack([to_fine, start]), (fine, fine), flags=cv2.INTER_LINEAR)
     return _average(np.asarray(warped, np.uint8), size), np.concatenate([new_low, new_high]).astype(np.float32)
@@ -98,19 +100,20 @@ def _polygon_grid(
         return None
     fine = size * finer
     scaled = [
-        ((polygon - low) * (fine / (high - low))).clip(-_FARTHEST * fine, _FARTHEST * fine) for polygon in polygons
+        ((polygon - low) * (fine / (high - low))).clip(-_MAX_DISTANCE * fine, _MAX_DISTANCE * fine)
+        for polygon in polygons
     ]
-    import hotcoco.mask  # Here, so that training without masks does not need it.
+    import hotcoco.mask  # imported here, so that training without masks does not need hotcoco
 
     runs = hotcoco.mask.frPyObjects([polygon.ravel().tolist() for polygon in scaled], fine, fine)
-    # Decoded column by column: its transpose is the array that lies in memory, and need not be copied.
+    # hotcoco decodes in column-major order, so the transpose is contiguous and OpenCV reads it without a copy.
     columns = hotcoco.mask.decode(hotcoco.mask.merge(runs)).T
     bitmap = np.ascontiguousarray(_average(255 * columns, size).T)
     return (bitmap, np.concatenate([low, high]).astype(np.float32)) if bitmap.any() else None
 
 
 def _pixel_grid(pixels: NDArray[np.uint8], left: int, top: int, size: int) -> Grid | None:
-    """The grid of uint8 pixels, 0 or 1, whose first stands at (left, top) of the file."""
+    """Grid of uint8 pixels, 0 or 1. The first pixel is at (left, top) in the file."""
     rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
     if not len(rows):
         return None

@@ -1,8 +1,10 @@
-"""COCO's run-length masks: runs of pixels, column by column, that are off, on, off, ...
+"""COCO run-length encoding (RLE) of masks.
 
-The compressed form writes each run (from the fourth on: its difference to the run two before) in groups of 5 bits,
-lowest first, a sixth bit telling that more follow, each offset by 48 to be a printable character.
-Source: `rleToString` and `rleFrString` of the COCO API (common/maskApi.c).
+The pixels of a mask, column by column, form runs that are alternately off and on; the first run is off. In the
+compressed form, the first three runs are written as they are, and each further run as its difference to the run two
+positions before. A value is split into groups of 5 bits, lowest bits first; a sixth bit marks that another group
+follows. Each group plus 48 is a printable character. Source: `rleToString` and `rleFrString` of the COCO API
+(common/maskApi.c).
 """
 
 from __future__ import annotations
@@ -13,26 +15,26 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_MAX_GROUPS = 8  # 40 bits: more than any picture has pixels
+_MAX_GROUPS = 8  # 40 bits, more than the number of pixels of any image
 
 
 def compress(runs: ArrayLike) -> bytes:
-    """Runs of pixels as COCO's characters."""
+    """Compress the runs of one mask to COCO's characters."""
     return compress_all(runs, [np.size(runs)])[0]
 
 
 def compress_all(runs: ArrayLike, lengths: ArrayLike) -> list[bytes]:
-    """Many masks at once as COCO's characters.
+    """Compress the runs of many masks to COCO's characters.
 
     Args:
-        runs: [R] the runs of one mask after the other.
-        lengths: [n] how many of them each mask has.
+        runs: [R] runs of all masks, concatenated.
+        lengths: [n] number of runs of each mask.
     """
     values = np.array(runs, np.int64)
     counts = np.asarray(lengths, np.int64)
     ends = np.cumsum(counts)
     later = np.flatnonzero(np.arange(len(values)) - np.repeat(ends - counts, counts) >= 3)
-    values[later] -= values[later - 2]  # the right side is read before any of it changes
+    values[later] -= values[later - 2]  # NumPy computes the right side before it writes
     characters = np.zeros((len(values), _MAX_GROUPS), np.uint8)
     pending = np.ones(len(values), bool)
     for group in range(_MAX_GROUPS):
@@ -52,7 +54,7 @@ def compress_all(runs: ArrayLike, lengths: ArrayLike) -> list[bytes]:
 
 
 def decompress(characters: bytes) -> NDArray[np.int64]:
-    """Runs of pixels from COCO's characters.
+    """Decompress the runs of one mask from COCO's characters.
 
     Raises:
         ValueError: The characters are not a compressed mask.
@@ -61,14 +63,14 @@ def decompress(characters: bytes) -> NDArray[np.int64]:
 
 
 def decompress_all(masks: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Many masks at once from COCO's characters.
+    """Decompress the runs of many masks from COCO's characters.
 
     Returns:
-        runs: [R] the runs of one mask after the other.
-        lengths: [n] how many of them each mask has.
+        runs: [R] runs of all masks, concatenated.
+        lengths: [n] number of runs of each mask.
 
     Raises:
-        ValueError: One of them is not a compressed mask.
+        ValueError: The characters of a mask are not a compressed mask.
     """
     codes = np.frombuffer(b"".join(masks), np.uint8).astype(np.int64) - 48
     ends = np.cumsum([len(mask) for mask in masks], dtype=np.int64)
@@ -86,33 +88,35 @@ def decompress_all(masks: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[n
     negative = (codes[starts + groups - 1] & 0x10) != 0
     values -= np.where(negative, np.int64(1) << (5 * groups), 0)
     lengths = np.diff(np.searchsorted(starts, ends), prepend=0)
-    places = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    # From the fourth on, a run is the difference to the run two before: sums over every second run undo that.
+    positions = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    # From the fourth run on, values are differences to the run two before. Cumulative sums over every second run of
+    # each mask restore the runs.
     for first in (1, 2):
-        chosen = np.flatnonzero((places >= first) & (places % 2 == first % 2))
-        begins = np.flatnonzero(places[chosen] == first)
-        sums = np.cumsum(values[chosen])
-        values[chosen] = sums - np.repeat(np.concatenate([[0], sums])[begins], np.diff(begins, append=len(chosen)))
+        every_second = np.flatnonzero((positions >= first) & (positions % 2 == first % 2))
+        begins = np.flatnonzero(positions[every_second] == first)
+        sums = np.cumsum(values[every_second])
+        before = np.repeat(np.concatenate([[0], sums])[begins], np.diff(begins, append=len(every_second)))
+        values[every_second] = sums - before
     return values, lengths
 
 
 def crop_columns(characters: bytes, image_size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int]:
-    """The columns of an image that a mask touches, as pixels.
+    """Decode the columns of an image that a mask covers.
 
     Args:
         characters: The mask in the compressed form.
         image_size: (height, width) of the image.
 
     Returns:
-        uint8 [height, columns], 0 or 1; the first column; and the first row, which is 0.
+        uint8 [height, columns], 0 or 1; the index of the first column; and the index of the first row, which is 0.
 
     Raises:
-        ValueError: The characters are not a compressed mask, or not of this size.
+        ValueError: The characters are not a compressed mask, or the mask does not have the size of the image.
     """
     height, width = image_size
     runs = decompress(characters)
     if runs.sum() != height * width:
-        raise ValueError(f"its run lengths add up to {runs.sum()} pixels, the picture has {height} x {width}")
+        raise ValueError(f"expected run lengths of {height} x {width} = {height * width} pixels, got {runs.sum()}")
     filled = 2 * np.flatnonzero(runs[1::2]) + 1
     if not len(filled):
         return np.zeros((height, 0), np.uint8), 0, 0

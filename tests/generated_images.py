@@ -1,6 +1,6 @@
-"""A data set made in memory: pictures of many shapes, each a smooth gradient with bright rectangles as objects.
+"""A data set in memory: images of several sizes, each a smooth gradient with bright rectangles as objects.
 
-A module of its own, not part of a test, so that workers started by "spawn" can import it.
+This is a separate module, so that workers with the start method "spawn" can import it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ SIZES = ((40, 60), (60, 40), (30, 64), (50, 50), (64, 33), (45, 60))
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """`count` pictures; picture i has i % 4 objects, the last of three a crowd, and the id 100 + i."""
+class GeneratedImages:
+    """`count` images. Image i has the id 100 + i and i % 4 objects; a third object is a crowd region."""
 
     count: int
     sizes: Sequence[tuple[int, int]] = SIZES
     broken: int | None = None
+    """Index of an image that raises when it is read."""
     categories: Sequence[Category] = field(default=(Category(id=1, name="one"), Category(id=5, name="two")))
 
     def __len__(self) -> int:
@@ -52,15 +53,15 @@ class Pictures:
         )
 
 
-class StatedPictures(Pictures):
-    """The same, with the facts that spare the loader a pass over all samples."""
+class GeneratedImagesWithInfo(GeneratedImages):
+    """The same data set with the attributes that save the loader a pass over all samples (see `DatasetInfo`)."""
 
     @property
     def image_sizes(self) -> np.ndarray:
-        """(height, width) of each picture."""
+        """[N, 2] (height, width)."""
         return np.array([self.sizes[index % len(self.sizes)] for index in range(self.count)])
 
     @property
     def max_objects(self) -> int:
-        """The objects of the fullest picture."""
+        """Maximum number of objects per image."""
         return 3
