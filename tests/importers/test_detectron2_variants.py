@@ -89,7 +89,7 @@ def test_batch_norm_everywhere_and_an_rpn_of_two_convolutions(data_dir: Path, tm
 
 def test_a_box_head_that_lacks_a_layer_is_no_other_head(tmp_path: Path) -> None:
     reference = Reference.load("detectron2_cascade_mask_rcnn")
-    with pytest.raises(ValueError, match=r"6 tensors are missing: box_heads\.0\.fc2\.bias"):
+    with pytest.raises(ValueError, match=r"6 missing tensors: box_heads\.0\.fc2\.bias"):
         converted(reference, tmp_path, without=".fc2.")
 
 

@@ -170,7 +170,7 @@ def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
 
 def test_a_backbone_has_neither_settings_nor_classes(tmp_path: Path) -> None:
     file = ForeignFile(path=tmp_path / "x.pth", sha256="00", tensors=resnet18().state_dict(), about={})
-    with pytest.raises(ValueError, match="a backbone alone"):
+    with pytest.raises(ValueError, match="a backbone has neither"):
         convert(file, changes=["resize.short=600"])
 
 

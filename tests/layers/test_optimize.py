@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from boxwright.backbones.resnet import ResNet
-from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.conv_norm import ConvNorm, conv_norm
 from boxwright.layers.fused import blocks_are_faster, can_fuse
 from boxwright.layers.optimize import optimize_for_cpu
 from boxwright.layers.packed import PackedConv2d
