@@ -57,7 +57,7 @@ def test_names_and_changes_that_lead_nowhere_are_told() -> None:
 
 
 def test_dots_are_dots() -> None:
-    with pytest.raises(ValueError, match=r"1 unknown tensor .* axb"):
+    with pytest.raises(ValueError, match=r"1 unknown tensor, .* axb"):
         rename({"axb": ONE}, (Rule("a.b", "b"),))
 
 
