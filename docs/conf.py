@@ -7,7 +7,7 @@ author = "The Boxwright authors"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-smartquotes = False  # `--option` in a sentence would become `–option`
+smartquotes = False  # They would turn the two hyphens of `--option` into a dash.
 exclude_patterns = ["benchmarks/measured"]
 html_theme = "furo"
 html_title = f"Boxwright {release}"

@@ -93,7 +93,7 @@ def recipes() -> str:
         "```",
         "",
         "A recipe is a function that returns an `Experiment`. `boxwright train NAME --data DIR` trains it.",
-        "[Models](../model_zoo/models.md) has the published figures. Parameters are counted for the 80 classes of COCO.",
+        "Parameters are counted for the 80 classes of COCO. Published figures: [Models](../model_zoo/models.md).",
         "",
         "| recipe | model and training | parameters, M | trainable, M |",
         "| --- | --- | --- | --- |",
