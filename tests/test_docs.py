@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 COMMANDS = (
     [],
+    ["--help"],
     ["--version"],
     ["benchmark"],
     ["data"],
