@@ -296,9 +296,9 @@ def test_classes_are_the_files_or_cocos() -> None:
 def test_proposal_networks_have_the_classes_of_their_data() -> None:
     theirs = detector("rpn", first=True)
     own = ["a", "b"]
-    for given, wanted in ((None, [c.name for c in COCO]), (named(own), own)):
+    for given, expected in ((None, [c.name for c in COCO]), (named(own), own)):
         found = convert(file_of(theirs), source="mmdetection1", categories=given)
-        assert [c.name for c in found.categories] == wanted
+        assert [c.name for c in found.categories] == expected
 
 
 def test_what_cannot_be_built_is_told() -> None:

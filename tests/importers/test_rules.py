@@ -105,5 +105,5 @@ def test_scale_and_bias_alone_are_a_norm_and_count_as_trained() -> None:
     body.load_state_dict(filled)
     assert not has_untrained_statistics(body)
     x = torch.randn(1, 64, 3, 3)
-    wanted = x * filled["bn1.weight"].view(1, -1, 1, 1) + filled["bn1.bias"].view(1, -1, 1, 1)
-    assert torch.allclose(body.bn1(x), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+    expected = x * filled["bn1.weight"].view(1, -1, 1, 1) + filled["bn1.bias"].view(1, -1, 1, 1)
+    assert torch.allclose(body.bn1(x), expected, rtol=0, atol=1e-6 * expected.abs().max().item())

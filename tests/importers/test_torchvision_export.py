@@ -42,7 +42,7 @@ from boxwright.structures import Batch, map_tensors
 from boxwright.training.experiment import Experiment, build, from_json, to_json
 from boxwright.weights.foreign import ForeignFile, read_foreign
 from boxwright.weights.ours import save_weights
-from importers.test_torchvision import detections_of, picture_of
+from importers.test_torchvision import detections_of, image_of
 from parity.peer import real_batch
 
 NAMES = [f'thing "{number}"' for number in range(7)]
@@ -133,22 +133,22 @@ def imported(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_torchvisions_model_detects_what_ours_does(kind: str, batch: Batch, tmp_path: Path) -> None:
     path = saved(trained(MODELS[kind], batch), MODELS[kind], tmp_path / "ours.safetensors")
     peer, names = built(exported(path, tmp_path / "theirs.pth"))
-    model, picture = boxwright.load(path), picture_of(batch)
-    given = model.predict(picture, native=True)
+    model, image = boxwright.load(path), image_of(batch)
+    given = model.predict(image, native=True)
     peer.transform.max_size = 10**7
-    wanted = detections_of(peer, picture / np.float32(255))
-    assert len(given) == len(wanted["scores"]) > 30, "a check of few detections proves little"
+    expected = detections_of(peer, image / np.float32(255))
+    assert len(given) == len(expected["scores"]) > 30, "a check of few detections proves little"
     assert len(set(given.labels)) > 2
-    assert given.names == [names[label] for label in wanted["labels"]]
-    assert np.abs(given.scores - wanted["scores"].numpy()).max() < 1e-4
-    assert np.abs(given.boxes - wanted["boxes"].numpy()).max() < 1e-2
+    assert given.names == [names[label] for label in expected["labels"]]
+    assert np.abs(given.scores - expected["scores"].numpy()).max() < 1e-4
+    assert np.abs(given.boxes - expected["boxes"].numpy()).max() < 1e-2
     if given.masks is not None:
         # Before they are pasted, which torchvision does otherwise.
         peer.transform.postprocess = lambda found, *_: found
         masks = model.detector.detect(map_tensors(batch, lambda tensor: tensor[:1])).masks[0]
-        wanted_masks = detections_of(peer, picture / np.float32(255))["masks"].squeeze(1)
-        assert wanted_masks.std() > 0.1, "nor does one of masks that are alike"
-        assert (masks - wanted_masks).abs().max() < 1e-3
+        expected_masks = detections_of(peer, image / np.float32(255))["masks"].squeeze(1)
+        assert expected_masks.std() > 0.1, "nor does one of masks that are alike"
+        assert (masks - expected_masks).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -216,8 +216,8 @@ def test_every_body_that_torchvision_has_fits_its_model(body: dict[str, int]) ->
     with torch.device("meta"):
         given = export(build(model, num_classes=len(NAMES)), Experiment(model=model), CATEGORIES)
         exec(given.code, names)
-    wanted = {name: tensor.shape for name, tensor in names["model"].state_dict().items()}
-    assert {name: tensor.shape for name, tensor in given.tensors.items()} == wanted
+    expected = {name: tensor.shape for name, tensor in names["model"].state_dict().items()}
+    assert {name: tensor.shape for name, tensor in given.tensors.items()} == expected
 
 
 def faults(model: Any) -> str:
