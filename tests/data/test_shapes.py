@@ -56,7 +56,14 @@ def test_is_the_same_for_a_seed(folder: Path, tmp_path: Path) -> None:
 def test_pixels_are_the_same_everywhere() -> None:
     image, objects = draw_image(0, 0, 0)
     assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "77169b15dd2314e5"
-    assert [NAMES[category] for category, _ in objects] == ["circle", "square", "circle", "triangle", "triangle", "square"]
+    assert [NAMES[category] for category, _ in objects] == [
+        "circle",
+        "square",
+        "circle",
+        "triangle",
+        "triangle",
+        "square",
+    ]
 
 
 def test_shapes_are_drawn_where_they_are_said_to_be() -> None:
