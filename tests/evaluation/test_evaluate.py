@@ -292,7 +292,7 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
         read_results(path, IMAGES.categories)
     rows[1]["segmentation"]["counts"] = "X"
     path.write_text(json.dumps(rows, default=int))
-    with pytest.raises(ValueError, match="not COCO's compressed form"):
+    with pytest.raises(ValueError, match="invalid COCO compressed RLE"):
         read_results(path, IMAGES.categories)
     rows[1] |= {"segmentation": None, "bbox": [1, 1, 2, 2]}
     path.write_text(json.dumps(rows, default=int))

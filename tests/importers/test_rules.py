@@ -68,7 +68,7 @@ def test_all_unknown_names_are_told() -> None:
 
 
 def test_two_names_for_one_of_ours_and_what_is_not_supported() -> None:
-    with pytest.raises(ValueError, match=r"a1 and a2 both map to b: the file contains two models"):
+    with pytest.raises(ValueError, match=r"a1 and a2 both map to b: so the file seems to contain two models"):
         rename({"a1": ONE, "a2": ONE}, (Rule("a{i}", "b"),))
     with pytest.raises(ValueError, match=r"k\.1: no keypoints"):
         rename({"k.1": ONE}, (Unsupported("k.*", "no keypoints"),))

@@ -159,7 +159,7 @@ def test_a_module_of_yours_must_be_trusted() -> None:
         ("boxwright.training.run_folder.shutil", {}, "neither a part"),
         ("boxwright.training.experiment.field", {}, "neither a part"),
         ("boxwright.training.run_folder.write_json", {"path": "x", "data": {}}, "neither a part"),
-        ("boxwright.detectors.rcnn.mask_rcnn_of_tomorrow", {}, "another version"),
+        ("boxwright.detectors.rcnn.mask_rcnn_of_tomorrow", {}, "does not exist"),
         ("boxwright.detectors.rcnn.faster_rcnn", {"backbones": 1}, "did you mean 'backbone'"),
         ("boxwright.heads.rpn_head.RPNConfig", {"nms_iuo": 1}, "did you mean 'nms_iou'"),
         ("boxwright.training.experiment.Experiment", {}, "model"),

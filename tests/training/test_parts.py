@@ -193,7 +193,7 @@ def test_json_calls_no_class_outside_the_model_modules_and_the_trusted_ones() ->
         ("boxwright.detectors.rcnn.BoxHead", "neither a part of a model nor settings"),
         (f"{MODULE}.Detections", "neither a part of a model nor settings"),
         ("my_models.Head", r"trusted module my_models cannot be imported \(No module named 'my_models'\)\. Install it"),
-        (f"{MODULE}.Gone", f"there is no {MODULE}.Gone: was the experiment written by another version"),
+        (f"{MODULE}.Gone", f"{MODULE}.Gone does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
             from_json({"call": name, "arguments": {}}, trusted_modules=[MODULE, "my_models"])

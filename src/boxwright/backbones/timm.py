@@ -64,7 +64,8 @@ def timm_fpn(*, name: str, pretrained: bool = False, channels: int = 256) -> FPN
     Args:
         name: name of the timm model, e.g. "convnext_tiny" or "mobilenetv3_large_100".
         pretrained: whether timm loads the published weights of the model, which it downloads the first time. Most
-            weights need a detector's default `pixel_stats`; `timm.get_pretrained_cfg(name)` shows mean and std.
+            weights use the ImageNet mean and std, which are a detector's default `pixel_stats`. For other weights, set
+            `pixel_stats` to the mean and std of `timm.get_pretrained_cfg(name)`.
         channels: number of channels of every level.
     """
     return FPN(TimmBackbone(name, pretrained=pretrained), channels=channels)

@@ -1,4 +1,4 @@
-"""Device, dataset, batches and systems that the measurements of one recipe share."""
+"""Shared setup of the benchmarks of a recipe: device, dataset, batches and the detectors to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the page "Benchmark and Model Zoo" from the stored reports and the published figures of the zoo."""
+"""Generate the page "Benchmark and Model Zoo" from stored benchmark reports and published metrics of zoo models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the benchmark reports that are stored in the repository, and number their machines."""
+"""Read the benchmark reports stored in the repository, and number the distinct machines ([1], [2] on the page)."""
 
 from __future__ import annotations
 

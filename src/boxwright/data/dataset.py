@@ -3,7 +3,7 @@
 Any object with these three members is a data set. `DatasetInfo` provides everything else that loaders, evaluation and
 reports need to know about a data set.
 
-N images.
+Shapes: N is the number of images of the data set.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class ProposalFile:
             OSError: The file cannot be read.
         """
         if limit < 1:
-            raise ValueError(f"proposals per image: expected at least 1, got {limit}")
+            raise ValueError(f"limit: expected at least 1 proposal per image, got {limit}")
         self.path, self.split, self.limit = Path(path), split, limit
         self.source = self.path if source is None else Path(source)
         with self.path.open("rb"):  # raises the usual OSError, where safetensors raises its own

@@ -202,7 +202,10 @@ def file_masks(batch: Batch, detections: Detections) -> Masks:
 
 
 def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
-    """[N, 7] float64, one row per detection: image id (exact up to 2^53), label, score, x, y, width, height."""
+    """[N, 7] float64, one row per detection: image id (exact up to 2^53), label, score, x, y, width, height.
+
+    Boxes are in pixels of the image file.
+    """
     boxes = file_boxes(batch, detections)
     valid = detections.valid.cpu()
     rows = torch.cat(

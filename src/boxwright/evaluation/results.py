@@ -258,7 +258,10 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
         try:
             runs, lengths = rle.decompress_all(written[start : start + _MASKS_AT_ONCE])
         except ValueError as error:
-            raise ValueError(f"{path}: a segmentation is {error}. Correct it, or write the file again") from error
+            raise ValueError(
+                f"{path}: mask of an entry from {start + 1} to {min(start + _MASKS_AT_ONCE, len(written))}: "
+                f"{error}. Write the file again"
+            ) from error
         negative = np.flatnonzero(runs < 0)
         if len(negative):
             number = start + int(np.searchsorted(np.cumsum(lengths), negative[0], side="right")) + 1

@@ -53,7 +53,7 @@ class BoxConfig:
     width: int = 1024
     """Number of units of each hidden fully connected layer."""
     output_size: int = 7
-    """RoIAlign output size: side of the grid of features per RoI, in cells."""
+    """RoIAlign output size: 7 gives 7x7 features per RoI."""
     sampling_ratio: int = 2
     """RoIAlign sampling ratio: number of sampling points per side of each cell; 0 adapts it to the size of the RoI."""
     num_levels: int = 4

@@ -81,7 +81,10 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule | Unsupported]) -
             continue
         ours = _filled(rule.ours, match)
         if ours in renamed:
-            raise ValueError(f"{origin[ours]} and {name} both map to {ours}: the file contains two models")
+            raise ValueError(
+                f"{origin[ours]} and {name} both map to {ours}, so the file seems to contain two models. "
+                "Save the state dict of one model only."
+            )
         origin[ours] = name
         try:
             renamed[ours] = tensor if rule.change is None else rule.change(tensor)
@@ -253,9 +256,9 @@ def with_batch_counts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_norm_eps(tensors: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:
-    """Change the norm layers of the body for another epsilon, with equal outputs.
+    """Rewrite the norm layers of the body for another epsilon without changing their outputs.
 
-    The difference of the epsilons is added to the variances. If a variance would become negative, the scale changes.
+    `running_var` becomes `running_var + theirs - ours`. If this is negative, it becomes 0 and `weight` is rescaled.
 
     Args:
         tensors: Tensors by Boxwright's names.

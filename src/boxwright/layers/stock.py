@@ -1,4 +1,4 @@
-"""When a module may be computed by a faster formula than a call of its `forward`."""
+"""Check whether a module may be computed by a faster formula instead of a call of its `forward`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from torch.nn.modules import module as torch_module
 
 
 def is_stock(module: nn.Module | None, *types: type[nn.Module]) -> bool:
-    """Whether a module is of one of these classes and nobody has attached anything to it.
+    """Whether a module has exactly one of these classes, no hooks, and no `forward` set on the instance.
 
-    Then its result follows from its parameters, and a caller may compute it without calling the module. A subclass is
-    not stock, and neither is a parametrized module, whose class is a subclass, nor one with a method set on the
-    instance.
+    The output of such a module depends on its input and parameters only, so a caller may use a faster formula.
+    Instances of subclasses, such as parametrized modules, are not stock.
 
     Args:
-        module: None is not stock.
+        module: module to check; None is not stock.
         types: exact classes.
     """
     return type(module) in types and is_unhooked(module)  # type: ignore[arg-type]  # None is of none of the classes
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else: no hooks, of the module or global."""
+    """Whether a call of the module runs the `forward` of its class only: no hooks of the module, no global hooks."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

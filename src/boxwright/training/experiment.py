@@ -185,7 +185,9 @@ def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Experiment:
     """
     experiment = parts.from_json(data, trusted_modules)
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"expected the JSON of an Experiment, got {experiment!r}")
+        raise ValueError(
+            f"expected the JSON of an Experiment, as to_json returns it, got the JSON of {type(experiment).__name__}"
+        )
     return experiment
 
 

@@ -67,7 +67,7 @@ class Window:
         return self.table[: self.num_rows].cpu()
 
     def clear(self) -> None:
-        """Start the next interval."""
+        """Discard the recorded rows."""
         self.num_rows = 0
 
 
@@ -79,7 +79,7 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Start the next interval."""
+        """Reset all times and counts."""
         self._start = time.perf_counter()
         self._paused = 0.0
         self.data_wait = 0.0

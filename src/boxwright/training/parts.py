@@ -238,7 +238,7 @@ def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Any:
         return data
     name, given = data.get("call"), data.get("arguments")
     if set(data) != {"call", "arguments"} or not isinstance(name, str) or not isinstance(given, dict):
-        raise ValueError(f"this is no call with arguments: {data!r}")
+        raise ValueError(f'invalid experiment: expected {{"call": NAME, "arguments": {{...}}}}, got {data!r}')
     target = _find(name, trusted)
     known = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
@@ -276,7 +276,10 @@ def _find(name: str, trusted: tuple[str, ...]) -> Any:
                 f"{name}: the trusted module {module_name} cannot be imported ({error}). Install it, or start Python "
                 "in the folder that holds it, on the command line as python -m boxwright"
             ) from None
-        raise ValueError(f"there is no {name}: was the experiment written by another version?") from None
+        raise ValueError(
+            f"{name} does not exist. Install the version of its package that wrote the experiment, see 'versions' in "
+            "experiment.json"
+        ) from None
     is_model_part = is_part(target) and _inside(module_name, (*MODEL_MODULES, *trusted))
     is_settings_class = isinstance(target, type) and dataclasses.is_dataclass(target)
     # A module also holds what it imports, and Boxwright has functions that write files.

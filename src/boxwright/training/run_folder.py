@@ -20,7 +20,7 @@ class RunFolder:
     """Paths of the files of a run."""
 
     path: Path
-    """The folder itself."""
+    """Folder of the run."""
 
     @property
     def experiment(self) -> Path:
@@ -62,7 +62,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions on which the results of a run may depend."""
+    """Versions of Boxwright, PyTorch and Python, and the device: the results of a run may depend on them."""
     return {
         "boxwright": boxwright.__version__,
         "torch": torch.__version__,

@@ -106,7 +106,7 @@ class TrainStep:
         for index, batch in enumerate(batches):
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            with self._gather_gradients(index == len(batches) - 1):
+            with self._gradient_sync(index == len(batches) - 1):
                 with autocast(self._device, self._precision), shared_denominators():
                     losses = self._losses(batch)
                 total = torch.stack(list(losses.values())).sum()
@@ -136,8 +136,8 @@ class TrainStep:
         self._optimizer.step()
         return (~bad).float()
 
-    def _gather_gradients(self, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients with the last batch of an accumulated step only."""
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Context of one backward pass: skips DDP's all-reduce for all but the last batch of an accumulated step."""
         if isinstance(self._losses, DistributedDataParallel) and not last:
             return self._losses.no_sync()
         return nullcontext()

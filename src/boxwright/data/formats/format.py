@@ -85,8 +85,8 @@ class Format(Protocol):
         (unknown and duplicate ids, NaN, boxes outside their image) are found later, when the index is built.
 
         Returns:
-            The entries that match the schema, and at least one fault for each other entry. Boxes are x, y, width and
-            height in continuous pixel coordinates of the upright image, in which the upper left pixel spans 0..1.
+            The valid entries, and at least one fault for each invalid entry. Boxes are (x, y, width, height) in pixels,
+            after EXIF rotation. Coordinates are continuous: the top left pixel covers [0, 1] x [0, 1].
 
         Raises:
             OSError: A file cannot be read.

@@ -78,11 +78,11 @@ def decompress_all(masks: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[n
         return codes, ends
     last = (codes & 0x20) == 0
     if codes.min() < 0 or codes.max() > 0x3F or not last[ends[ends > 0] - 1].all():
-        raise ValueError("not COCO's compressed form")
+        raise ValueError("invalid COCO compressed RLE")
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     groups = np.diff(starts, append=len(codes))
     if groups.max() > _MAX_GROUPS:
-        raise ValueError("not COCO's compressed form: a run is too long")
+        raise ValueError("invalid COCO compressed RLE: a run is too long")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, groups))
     values = np.add.reduceat((codes & 0x1F) << shifts, starts)
     negative = (codes[starts + groups - 1] & 0x10) != 0
@@ -116,7 +116,10 @@ def crop_columns(characters: bytes, image_size: tuple[int, int]) -> tuple[NDArra
     height, width = image_size
     runs = decompress(characters)
     if runs.sum() != height * width:
-        raise ValueError(f"expected run lengths of {height} x {width} = {height * width} pixels, got {runs.sum()}")
+        raise ValueError(
+            f"RLE mask: expected runs of {height} x {width} = {height * width} pixels in total (the image size), got "
+            f"{runs.sum()}"
+        )
     filled = 2 * np.flatnonzero(runs[1::2]) + 1
     if not len(filled):
         return np.zeros((height, 0), np.uint8), 0, 0
