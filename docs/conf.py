@@ -7,6 +7,7 @@ author = "The Boxwright authors"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+smartquotes = False  # They would turn the two hyphens of `--option` into a dash.
 exclude_patterns = ["benchmarks/measured"]
 html_theme = "furo"
 html_title = f"Boxwright {release}"
@@ -14,6 +15,7 @@ html_static_path = ["static"]
 html_css_files = ["boxwright.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["linkify"]

@@ -51,16 +51,22 @@ CONFIGURATIONS = {
 def command_line() -> str:
     """Return the page of all commands and options, as typer writes it."""
     command: Any = typer.main.get_command(app)
+    _write_out_summaries(command)
     context = command.context_class(command, info_name="boxwright")
     page = get_docs_for_click(obj=command, ctx=context, name="boxwright")
     page = html.unescape(page).replace("```console\n$ ", "```text\n")
-    return "# Command line\n\n" + page.split("\n", 2)[2].strip() + "\n"
+    start = "# Command line\n\n```bash\nboxwright --help\n```\n\n"
+    return start + page.split("\n", 2)[2].strip() + "\n"
 
 
 def configuration() -> str:
     """Return the page of all fields of an experiment and of the parts of its model."""
     lines = [
         "# Configuration",
+        "",
+        "```bash",
+        "boxwright train faster_rcnn_r50_fpn_1x --show",
+        "```",
         "",
         "An `Experiment` is a frozen dataclass. `boxwright train RECIPE --show` prints its fields with their values.",
         "`--set NAME=VALUE` changes one. In Python, use `dataclasses.replace`.",
@@ -82,9 +88,12 @@ def recipes() -> str:
     lines = [
         "# Recipes",
         "",
+        "```bash",
+        "boxwright train faster_rcnn_r50_fpn_1x --show",
+        "```",
+        "",
         "A recipe is a function that returns an `Experiment`. `boxwright train NAME --data DIR` trains it.",
-        "[Models](../model_zoo/models.md) has the published figures. Parameters are counted for the 80 classes of",
-        "COCO.",
+        "Parameters are counted for the 80 classes of COCO. Published figures: [Models](../model_zoo/models.md).",
         "",
         "| recipe | model and training | parameters, M | trainable, M |",
         "| --- | --- | --- | --- |",
@@ -96,6 +105,13 @@ def recipes() -> str:
         trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         lines.append(f"| `{name}` | {_summary(recipe)} | {total / 1e6:.2f} | {trainable / 1e6:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _write_out_summaries(command: Any) -> None:
+    """List each command with its first paragraph, which click would cut after 45 characters."""
+    for subcommand in getattr(command, "commands", {}).values():
+        subcommand.short_help = " ".join(subcommand.help.split("\n\n")[0].split())
+        _write_out_summaries(subcommand)
 
 
 def _fields(config: type) -> Iterator[tuple[str, str, str, str]]:

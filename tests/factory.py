@@ -142,7 +142,7 @@ def random_batch(
     num_objects: int = 3,
     num_classes: int = 3,
 ) -> Batch:
-    """Noise pictures that fill all of the canvas but its last rows and columns, with objects and proposals."""
+    """Noise images that fill all of the canvas but its last rows and columns, with objects and proposals."""
     height, width = canvas
     targets = random_targets(num_images, num_slots, num_objects, (height - 8, width - 16), num_classes)
     sizes = torch.tensor([[height - 8, width - 16]]).repeat(num_images, 1)

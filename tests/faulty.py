@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from boxwright.data.dataset import Sample
-from generated_images import GeneratedImagesWithInfo as StatedPictures
+from generated_images import GeneratedImagesWithInfo
 
 POSITION = 3
 """Position of the image that cannot be read."""
@@ -71,8 +71,8 @@ FAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class FaultyPictures(StatedPictures):
-    """Pictures of which the one at `POSITION` cannot be read."""
+class FaultyImages(GeneratedImagesWithInfo):
+    """Images of which the one at `POSITION` cannot be read."""
 
     fault: str = "KeyError"
 
@@ -94,7 +94,7 @@ class FaultyTransform:
         return sample
 
 
-class UnpicklablePictures(StatedPictures):
+class UnpicklableImages(GeneratedImagesWithInfo):
     """Cannot be sent to a process that is started by spawn."""
 
     def __reduce__(self) -> NoReturn:

@@ -36,9 +36,9 @@ from boxwright.training.experiment import SGD, AdamW, CosineSchedule, Experiment
 from boxwright.training.loop import train
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.step import TrainStep
-from generated_images import GeneratedImagesWithInfo as StatedPictures
+from generated_images import GeneratedImagesWithInfo
 from small_model import small_run
-from training.fakes import MODEL, Pictures, tiny_detector
+from training.fakes import MODEL, FakeImages, tiny_detector
 
 RESIZE = Resize(64, 107)
 CATEGORIES = [Category(id=1, name="one"), Category(id=5, name="two")]
@@ -51,12 +51,12 @@ def experiment(**changes: Any) -> Experiment:
 
 def training_loader(**changes: Any) -> TrainingLoader:
     arguments = {"augmentation": Augmentation(resize=RESIZE), "batch_size": 2, "seed": 0, "num_workers": 0, **changes}
-    return TrainingLoader(StatedPictures(4), **arguments)
+    return TrainingLoader(GeneratedImagesWithInfo(4), **arguments)
 
 
 def evaluation_loader(**changes: Any) -> EvaluationLoader:
     arguments = {"resize": RESIZE, "batch_size": 2, "num_workers": 0, **changes}
-    return EvaluationLoader(StatedPictures(4), **arguments)
+    return EvaluationLoader(GeneratedImagesWithInfo(4), **arguments)
 
 
 def step(**changes: Any) -> TrainStep:
@@ -66,7 +66,7 @@ def step(**changes: Any) -> TrainStep:
 
 
 def train_briefly(**changes: Any) -> Path:
-    return train(experiment(), Pictures(), Path("never-made"), **changes)
+    return train(experiment(), FakeImages(), Path("never-made"), **changes)
 
 
 def suppress(function: Callable[..., Any], **changes: Any) -> Any:
@@ -140,7 +140,11 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (suppress, {"function": nms, "max_keep": -1}, "max_keep: expected"),
     (soft, {"decay": "cubic"}, "decay: expected"),
     (soft, {"sigma": 0.0}, "sigma: expected"),
-    (coco_metrics, {"ground_truth": StatedPictures(2), "results": None, "max_detections": (1, 0, 9)}, "max_detections"),
+    (
+        coco_metrics,
+        {"ground_truth": GeneratedImagesWithInfo(2), "results": None, "max_detections": (1, 0, 9)},
+        "max_detections",
+    ),
     (evaluate_views, {"detector": None, "dataset": None, "views": [], "device": "cpu"}, "views: expected at least one"),
     (load, {"place": "nothing", "precision": "double"}, "precision: expected"),
 ]
@@ -212,7 +216,7 @@ def test_every_way_in_refuses_a_device_that_is_not_supported(tmp_path: Path) -> 
         lambda: train_briefly(device="mps"),
         lambda: step(device=torch.device("mps")),
         lambda: detect_dataset(detector, [], device="mps"),
-        lambda: propose(detector, StatedPictures(2), [], device="mps"),
+        lambda: propose(detector, GeneratedImagesWithInfo(2), [], device="mps"),
         lambda: Bench(Plan(recipe="faster_rcnn_r18_fpn_small", device="mps")),
     ]
     for way_in in ways_in:

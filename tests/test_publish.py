@@ -77,16 +77,16 @@ def test_loads_back_by_path_folder_and_url(run: Path, tmp_path: Path, monkeypatc
         monkeypatch.delenv(name, raising=False)
     weights = publish(run, tmp_path / "out", ABOUT)[0]
     image = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
-    wanted = boxwright.load(run).predict(image)
-    assert len(wanted)
+    expected = boxwright.load(run).predict(image)
+    assert len(expected)
     with serve() as host:
         url = host.answer(weights.name, whole(weights.read_bytes()))
         for place in (weights, weights.parent, url):
             model = boxwright.load(place)
             found = model.predict(image)
-            np.testing.assert_array_equal(found.boxes, wanted.boxes)
-            np.testing.assert_array_equal(found.scores, wanted.scores)
-            assert found.names == wanted.names
+            np.testing.assert_array_equal(found.boxes, expected.boxes)
+            np.testing.assert_array_equal(found.scores, expected.scores)
+            assert found.names == expected.names
             assert model.metadata["metrics"] == FIGURES
             assert (model.metadata["licence"], model.metadata["data"]) == (ABOUT.licence, ABOUT.data)
             assert model.metadata["step"] == 12

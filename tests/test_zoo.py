@@ -29,7 +29,7 @@ TORCHVISION = {
     "retinanet_resnet50_fpn": RetinaNet_ResNet50_FPN_Weights,
     "retinanet_resnet50_fpn_v2": RetinaNet_ResNet50_FPN_V2_Weights,
 }
-MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "model_zoo" / "models.md"
 
 ZOO = """
 [[collections]]
@@ -184,8 +184,8 @@ def test_a_zoo_file_is_loaded_by_path_or_environment_variable(tmp_path: Path, mo
         find_model(zoo, "fist")
 
 
-def test_the_example_on_the_zoo_page_is_valid(tmp_path: Path) -> None:
-    page = MODELS_PAGE.with_name("zoo.md").read_text("utf-8")
+def test_the_example_on_the_publish_page_is_valid(tmp_path: Path) -> None:
+    page = MODELS_PAGE.parents[1].joinpath("guides", "publish.md").read_text("utf-8")
     (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "zoo.toml").write_text(example, "utf-8")
     (entry,) = load_zoo(tmp_path / "zoo.toml").values()

@@ -19,7 +19,7 @@ from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category, Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.loader import TrainingLoader
-from boxwright.data.shapes import draw_picture
+from boxwright.data.shapes import draw_image
 
 _REPEATS = 5
 
@@ -56,7 +56,7 @@ class JpegDataset:
         self._files: list[Path] = []
         self._objects: list[tuple[np.ndarray, np.ndarray]] = []
         for index in range(drawn):
-            image, shapes = draw_picture(0, 0, index)
+            image, shapes = draw_image(0, 0, index)
             scale = np.array([640 / image.shape[1], 480 / image.shape[0]])
             polygons = [polygon * scale for _, polygon in shapes]
             boxes = np.array([[*polygon.min(0), *polygon.max(0)] for polygon in polygons], np.float32)

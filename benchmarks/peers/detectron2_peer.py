@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from serve import Picture
+    from serve import Image
 
 CONFIGURATIONS = {
     "rpn": "COCO-Detection/rpn_R_50_FPN_1x.yaml",
@@ -27,7 +27,7 @@ WEAK = ("*.conv3.norm.weight",)
 SPREAD = {
     "*.rpn_head.objectness_logits": 1.0,
     "*.rpn_head.anchor_deltas": 0.1,
-    # With the scores so spread about 100 detections of a 640 x 640 picture are left, as of ours.
+    # With the scores so spread about 100 detections of a 640 x 640 image are left, as of ours.
     "*.box_predictor.cls_score": 1.3,
     "*.box_predictor.bbox_pred": 0.5,
     "head.cls_score": 0.5,
@@ -57,16 +57,16 @@ def build(family: str, depth: int, num_classes: int, device: str) -> nn.Module:
     return build_model(config)
 
 
-def inputs(pictures: Sequence[Picture], device: str) -> list[dict[str, Any]]:
+def inputs(images: Sequence[Image], device: str) -> list[dict[str, Any]]:
     """Detectron2's dictionaries, the image in BGR."""
     given = []
-    for picture in pictures:
-        instances = Instances(tuple(picture.image.shape[-2:]))
-        instances.gt_boxes, instances.gt_classes = Boxes(picture.boxes), picture.labels
-        if picture.masks is not None:
-            instances.gt_masks = BitMasks(picture.masks)
-        height, width = picture.file_size
-        image = picture.image.flip(0).to(device)
+    for image in images:
+        instances = Instances(tuple(image.image.shape[-2:]))
+        instances.gt_boxes, instances.gt_classes = Boxes(image.boxes), image.labels
+        if image.masks is not None:
+            instances.gt_masks = BitMasks(image.masks)
+        height, width = image.file_size
+        image = image.image.flip(0).to(device)
         given.append({"image": image, "height": height, "width": width, "instances": instances.to(device)})
     return given
 

@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from serve import Picture
+    from serve import Image
 
 CONFIGURATIONS = {
     "rpn": "rpn/rpn_r{depth}_fpn_1x_coco.py",
@@ -31,7 +31,7 @@ SPREAD = {
     # A lone RPN has its head where single-stage detectors have theirs.
     "*_head.rpn_cls": 1.0,
     "*_head.rpn_reg": 0.1,
-    # With the scores so spread about 100 detections of a 640 x 640 picture are left, as of ours.
+    # With the scores so spread about 100 detections of a 640 x 640 image are left, as of ours.
     "*.bbox_head.fc_cls": 1.2,
     "*.bbox_head.fc_reg": 0.5,
     "bbox_head.retina_cls": 0.5,
@@ -65,22 +65,22 @@ def build(family: str, depth: int, num_classes: int, device: str) -> nn.Module:
     return model
 
 
-def inputs(pictures: Sequence[Picture], device: str) -> dict[str, Any]:
+def inputs(images: Sequence[Image], device: str) -> dict[str, Any]:
     """Images in BGR and data samples."""
     samples = []
-    for picture in pictures:
-        height, width = picture.image.shape[-2:]
-        scale = (width / picture.file_size[1], height / picture.file_size[0])
+    for image in images:
+        height, width = image.image.shape[-2:]
+        scale = (width / image.file_size[1], height / image.file_size[0])
         sample = DetDataSample(
-            metainfo={"img_shape": (height, width), "ori_shape": picture.file_size, "scale_factor": scale}
+            metainfo={"img_shape": (height, width), "ori_shape": image.file_size, "scale_factor": scale}
         )
-        objects = InstanceData(bboxes=picture.boxes, labels=picture.labels)
-        if picture.masks is not None:
-            objects.masks = BitmapMasks(picture.masks.numpy().astype(np.uint8), height, width)
+        objects = InstanceData(bboxes=image.boxes, labels=image.labels)
+        if image.masks is not None:
+            objects.masks = BitmapMasks(image.masks.numpy().astype(np.uint8), height, width)
         sample.gt_instances = objects
-        sample.ignored_instances = InstanceData(bboxes=picture.boxes[:0], labels=picture.labels[:0])
+        sample.ignored_instances = InstanceData(bboxes=image.boxes[:0], labels=image.labels[:0])
         samples.append(sample.to(device))
-    return {"inputs": [picture.image.flip(0).to(device) for picture in pictures], "data_samples": samples}
+    return {"inputs": [image.image.flip(0).to(device) for image in images], "data_samples": samples}
 
 
 def losses(model: nn.Module, given: dict[str, Any]) -> Tensor:

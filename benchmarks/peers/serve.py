@@ -34,7 +34,7 @@ BACKGROUND = 4.5
 """Bias of the background's class logit, as `boxwright.benchmark.random_weights` has it."""
 
 
-class Picture(NamedTuple):
+class Image(NamedTuple):
     """One image and its n objects."""
 
     image: Tensor
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
     labels: Tensor
     """[n] int64 from 0."""
     masks: Tensor | None
-    """[n, H, W] bool; None where they are not wanted."""
+    """[n, H, W] bool; None where they are not expected."""
 
 
 class Adapter(Protocol):
@@ -71,7 +71,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def inputs(self, pictures: Sequence[Picture], device: str) -> Any:
+    def inputs(self, images: Sequence[Image], device: str) -> Any:
         """What the other two take, made beforehand."""
         ...
 
@@ -116,8 +116,8 @@ class Server:
         return {"versions": {"torch": str(torch.__version__), **self._adapter.versions()}}
 
     def _load(self, path: str) -> dict[str, Any]:
-        pictures = read_batch(Path(path))
-        given = self._adapter.inputs(pictures, str(self._device))
+        images = read_batch(Path(path))
+        given = self._adapter.inputs(images, str(self._device))
         if not self._batches:
             settle(self._model, self._adapter, given)
         self._batches.append(given)
@@ -153,11 +153,11 @@ class Server:
             torch.cuda.synchronize(self._device)
 
 
-def read_batch(path: Path) -> list[Picture]:
-    """The pictures of a batch's file: for image i `image_i`, `file_size_i`, `boxes_i`, `labels_i`, maybe `masks_i`."""
+def read_batch(path: Path) -> list[Image]:
+    """The images of a batch's file: for image i `image_i`, `file_size_i`, `boxes_i`, `labels_i`, maybe `masks_i`."""
     with np.load(path, allow_pickle=False) as arrays:
         return [
-            Picture(
+            Image(
                 image=torch.from_numpy(arrays[f"image_{i}"]),
                 file_size=(int(arrays[f"file_size_{i}"][0]), int(arrays[f"file_size_{i}"][1])),
                 boxes=torch.from_numpy(arrays[f"boxes_{i}"]),

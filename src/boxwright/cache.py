@@ -1,4 +1,4 @@
-"""Where what can be made or fetched again is kept: indexes of annotations, proposals, weights files."""
+"""Cache folders for annotation indexes, proposals and downloaded weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def cache_folders() -> list[Path]:
     """Folders for cached files, preferred first: `BOXWRIGHT_CACHE`, otherwise the user's cache folder.
 
-    The temporary folder comes last, for what is only worth keeping until the machine restarts.
+    The temporary folder is the last choice.
     """
     temporary = Path(tempfile.gettempdir()) / f"boxwright-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
     if os.environ.get("BOXWRIGHT_CACHE"):

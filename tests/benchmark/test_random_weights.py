@@ -40,7 +40,7 @@ def batch() -> Batch:
 
 
 def passing(detector: nn.Module, batch: Batch) -> float:
-    """Pairs of box and class that pass a score of 0.05: of an R-CNN a proposal, of a RetinaNet a picture."""
+    """Pairs of box and class that pass a score of 0.05: of an R-CNN a proposal, of a RetinaNet a image."""
     features = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
     if isinstance(detector, RetinaNet):
         scores = torch.cat(detector.head(features, batch.images.shape[-2:]).logits, 1).sigmoid()

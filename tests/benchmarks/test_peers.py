@@ -63,28 +63,28 @@ def adapter(**changes: Any) -> Any:
 
 
 @pytest.fixture
-def picture() -> Tensor:
+def image() -> Tensor:
     return torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_settled_answers_spread_over_all_channels_but_for_their_biases(picture: Tensor) -> None:
+def test_settled_answers_spread_over_all_channels_but_for_their_biases(image: Tensor) -> None:
     torch.manual_seed(0)
     model = Model().train()
     biases = model.head.bias[:-1].tolist()
-    serve.settle(model, adapter(), picture)
+    serve.settle(model, adapter(), image)
     assert model.training
     assert model.norm.weight.tolist() == [pytest.approx(0.2)] * 8
     assert model.head.bias.tolist() == [*biases, serve.BACKGROUND]
-    answers = model.eval()(picture) - model.head.bias[:, None, None]
+    answers = model.eval()(image) - model.head.bias[:, None, None]
     assert answers.std().item() == pytest.approx(0.4, rel=1e-3)
     # Of a channel alone it is far less: had it been made as much, the whole would score too high.
     assert answers.std((0, 2, 3)).max() < 0.1
 
 
 @pytest.mark.parametrize("changes", [{"WEAK": ["bn3.weight"]}, {"SPREAD": {"rpn_head.rpn_cls": 1.0}}])
-def test_an_adapter_that_names_nothing_is_told(picture: Tensor, changes: dict[str, Any]) -> None:
+def test_an_adapter_that_names_nothing_is_told(image: Tensor, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"the adapter's {next(iter(changes))} names nothing"):
-        serve.settle(Model(), adapter(**changes), picture)
+        serve.settle(Model(), adapter(**changes), image)
 
 
 @pytest.mark.parametrize(("name", "family"), SPREAD)

@@ -37,8 +37,8 @@ def test_a_folder_with_an_unreadable_file(run: Path, data_dir: Path, tmp_path: P
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / name)
     cv2.imwrite(str(folder / "b" / "x.png"), np.zeros((40, 50, 3), dtype=np.uint8))
-    (folder / "broken.jpg").write_bytes(b"no picture")
-    (folder / "notes.txt").write_text("no picture either")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
     for _ in range(2):  # the second time, what the first one wrote is no input
         arguments = ["predict", str(run), str(folder), "--out", str(out), "--score", "0", "--device", "cpu"]
         result = CliRunner().invoke(app, arguments)

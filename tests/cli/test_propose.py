@@ -46,7 +46,7 @@ def run(*arguments: str | Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures in `data`, an RPN in `rpn` and its proposals of both splits in `proposals`."""
+    """Images in `data`, an RPN in `rpn` and its proposals of both splits in `proposals`."""
     folder = tmp_path_factory.mktemp("propose")
     write_shapes(folder / "data", train=8, val=5)
     small_run(folder / "rpn", SHAPES, proposals=True)

@@ -22,7 +22,7 @@ from boxwright.importers.categories import COCO
 LIKELY = [1, 12, 18, 26, 90]
 """What the models take everything for: three of COCO's ids, and two that it does not use."""
 SMALL = ["--set", "resize.short=192", "--set", "resize.long=256"]
-"""Pictures of 480 x 640 fill a canvas of this size, in a batch as well as alone; their anchors depend on it."""
+"""Images of 480 x 640 fill a canvas of this size, in a batch as well as alone; their anchors depend on it."""
 
 
 def likely_only(bias: torch.Tensor) -> None:
@@ -52,8 +52,8 @@ def retinanet() -> nn.Module:
 
 
 @pytest.fixture
-def few_pictures(data_dir: Path, tmp_path: Path) -> Path:
-    """Three pictures of COCO with its 80 classes, which have other ids and another order here."""
+def few_images(data_dir: Path, tmp_path: Path) -> Path:
+    """Three images of COCO with its 80 classes, which have other ids and another order here."""
     source = data_dir / "coco_mini"
     page = json.loads(next((source / "annotations").glob("instances_val2017*.json")).read_text())
     page["images"] = [image for image in page["images"] if (image["height"], image["width"]) == (480, 640)][:3]
@@ -71,7 +71,7 @@ def few_pictures(data_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("make", "head"), [(faster_rcnn, "box"), (retinanet, "retina")])
 def test_classes_go_by_name_and_unused_ones_are_left_out(
-    make: Callable[[], nn.Module], head: str, few_pictures: Path, tmp_path: Path
+    make: Callable[[], nn.Module], head: str, few_images: Path, tmp_path: Path
 ) -> None:
     torch.save(make().state_dict(), tmp_path / "theirs.pth")
     weights = tmp_path / "ours.safetensors"
@@ -82,7 +82,7 @@ def test_classes_go_by_name_and_unused_ones_are_left_out(
             "test",
             str(weights),
             "--data",
-            str(few_pictures),
+            str(few_images),
             "--workers",
             "0",
             "--device",
@@ -94,17 +94,17 @@ def test_classes_go_by_name_and_unused_ones_are_left_out(
     for command in commands:
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
-    page = json.loads((few_pictures / "instances_val.json").read_text())
+    page = json.loads((few_images / "instances_val.json").read_text())
     found = json.loads((tmp_path / "results.json").read_text())
     names = {category["id"]: category["name"] for category in page["categories"]}
     assert len(names) == len(COCO) == 80
     given = Counter((entry["image_id"], names[entry["category_id"]]) for entry in found)
     model = boxwright.load(weights)
-    wanted: Counter[tuple[int, str]] = Counter()
+    expected: Counter[tuple[int, str]] = Counter()
     for image in page["images"]:
-        prediction = model.predict(few_pictures / "val" / image["file_name"])
-        wanted.update((image["id"], name) for name in prediction.names)
-    unused = {key for key in wanted if key[1].startswith("N/A")}
+        prediction = model.predict(few_images / "val" / image["file_name"])
+        expected.update((image["id"], name) for name in prediction.names)
+    unused = {key for key in expected if key[1].startswith("N/A")}
     assert {name for _, name in unused} == {"N/A 12", "N/A 26"}, "without any, nothing is left out"
-    assert given == Counter({key: count for key, count in wanted.items() if key not in unused})
+    assert given == Counter({key: count for key, count in expected.items() if key not in unused})
     assert {name for _, name in given} == {"person", "dog", "toothbrush"}

@@ -137,21 +137,21 @@ def test_bfloat16_is_close_to_float32(kind: str, count: int, monkeypatch: pytest
     sample = BoxHead.sample
     with monkeypatch.context() as patch:
         patch.setattr(BoxHead, "sample", lambda *arguments: sampled.append(sample(*arguments)) or sampled[-1])
-        wanted = detector.losses(batch)
-    sum(wanted.values()).backward()
+        expected = detector.losses(batch)
+    sum(expected.values()).backward()
     gradient = torch.cat([p.grad.flatten() for p in detector.parameters()])
     detector.zero_grad()
     given_again = iter(sampled)
     monkeypatch.setattr(BoxHead, "sample", lambda *_: next(given_again))
     with torch.autocast("cpu", torch.bfloat16):
-        given = detector.losses(batch)
+        actual = detector.losses(batch)
         with torch.no_grad():
             detections = detector.detect(batch)
     assert next(given_again, None) is None
-    sum(given.values()).backward()
-    for name, loss in given.items():
+    sum(actual.values()).backward()
+    for name, loss in actual.items():
         assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, wanted[name], rtol=0.05, atol=0.01, msg=name)
+        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.01, msg=name)
     rounded = torch.cat([p.grad.flatten() for p in detector.parameters()])
     assert rounded.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(rounded, gradient, dim=0) > 0.98
@@ -159,7 +159,7 @@ def test_bfloat16_is_close_to_float32(kind: str, count: int, monkeypatch: pytest
     assert detections.boxes[detections.valid].isfinite().all()
 
 
-def outside_the_picture(batch: Batch) -> torch.Tensor:
+def outside_the_image(batch: Batch) -> torch.Tensor:
     rows = torch.arange(batch.images.shape[2])[None, :, None] >= batch.image_sizes[:, 0, None, None]
     columns = torch.arange(batch.images.shape[3])[None, None, :] >= batch.image_sizes[:, 1, None, None]
     return (rows | columns)[:, None].expand_as(batch.images)
@@ -172,7 +172,7 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
     padded = ~targets.valid
     other = replace(
         batch,
-        images=torch.where(outside_the_picture(batch), 255 - batch.images, batch.images),
+        images=torch.where(outside_the_image(batch), 255 - batch.images, batch.images),
         targets=replace(
             targets,
             boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), targets.boxes),
@@ -186,30 +186,30 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
         ),
     )
     assert not torch.equal(batch.images, other.images)
-    given, wanted = detector.losses(other), detector.losses(batch)
-    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
-    given_boxes, wanted_boxes = detector.detect(other), detector.detect(batch)
-    assert torch.equal(given_boxes.boxes, wanted_boxes.boxes)
-    assert torch.equal(given_boxes.scores, wanted_boxes.scores)
-    if wanted_boxes.masks is not None:
-        assert torch.equal(given_boxes.masks, wanted_boxes.masks)
+    actual, expected = detector.losses(other), detector.losses(batch)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    actual_boxes, expected_boxes = detector.detect(other), detector.detect(batch)
+    assert torch.equal(actual_boxes.boxes, expected_boxes.boxes)
+    assert torch.equal(actual_boxes.scores, expected_boxes.scores)
+    if expected_boxes.masks is not None:
+        assert torch.equal(actual_boxes.masks, expected_boxes.masks)
 
 
 def test_what_padding_of_given_proposals_holds_changes_nothing() -> None:
     detector, batch = small_detector("fast_rcnn"), random_batch()
-    given = batch.proposals
-    padded = ~given.valid
+    proposals = batch.proposals
+    padded = ~proposals.valid
     other = replace(
-        given,
-        boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), given.boxes),
-        scores=torch.where(padded, 1.0, given.scores),
-        sources=torch.where(padded, 3, given.sources),
+        proposals,
+        boxes=torch.where(padded[..., None], torch.tensor([5.0, 6.0, 60.0, 70.0]), proposals.boxes),
+        scores=torch.where(padded, 1.0, proposals.scores),
+        sources=torch.where(padded, 3, proposals.sources),
     )
     wider = map_tensors(other, lambda t: torch.cat([t, torch.zeros_like(t[:, :9])], 1))
     for proposals in (other, wider):
         changed = replace(batch, proposals=proposals)
-        losses, wanted = detector.losses(changed), detector.losses(batch)
-        assert all(torch.allclose(losses[name], wanted[name], rtol=1e-5) for name in wanted)
+        losses, expected_losses = detector.losses(changed), detector.losses(batch)
+        assert all(torch.allclose(losses[name], expected_losses[name], rtol=1e-5) for name in expected_losses)
         detections, expected = detector.detect(changed), detector.detect(batch)
         assert torch.equal(detections.valid, expected.valid)
         assert expected.valid.any()
@@ -219,15 +219,15 @@ def test_what_padding_of_given_proposals_holds_changes_nothing() -> None:
 def test_the_order_of_given_proposals_changes_no_loss() -> None:
     detector, batch = small_detector("fast_rcnn"), random_batch()
     turned = replace(batch, proposals=map_tensors(batch.proposals, lambda t: t.flip(1)))
-    losses, wanted = detector.losses(turned), detector.losses(batch)
-    for name in wanted:
-        torch.testing.assert_close(losses[name], wanted[name], rtol=1e-5, atol=1e-6)
+    losses, expected = detector.losses(turned), detector.losses(batch)
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_more_object_slots_change_nothing(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
     wider = map_tensors(batch.targets, lambda t: torch.cat([t, torch.zeros_like(t).expand(-1, 8, *t.shape[2:])], 1))
-    given, wanted = detector.losses(replace(batch, targets=wider)), detector.losses(batch)
-    for name in wanted:
-        torch.testing.assert_close(given[name], wanted[name], rtol=1e-6, atol=1e-7)
+    actual, expected = detector.losses(replace(batch, targets=wider)), detector.losses(batch)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-7)

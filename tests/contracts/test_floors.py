@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "boxwright"
 FLOORS = [
-    {"checks"},
+    {"checks", "text"},
     {"structures", "geometry", "cache", "precision"},
     {"weights"},
     {"data"},

@@ -122,7 +122,7 @@ def own_weights(path: Path) -> None:
     save_weights(path, tensors()["state_dict"], {"categories": [{"id": 1, "name": "a"}], "step": 3})
 
 
-def picture(ending: str) -> bytes:
+def image(ending: str) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
     done, content = cv2.imencode(ending, cv2.GaussianBlur(pixels, (5, 5), 0))
     assert done
@@ -171,11 +171,11 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "our proposals": (partial(own_file, own_proposals), "x.safetensors", read_proposals),
     "detectron's proposals": (detectron_proposals, "x.pkl", read_proposals),
     "list of proposals": (list_of_proposals, "x.pkl", read_proposals),
-    "JPEG": (partial(picture, ".jpg"), "x.jpg", decode_image),
-    "PNG": (partial(picture, ".png"), "x.png", decode_image),
-    "TIFF": (partial(picture, ".tiff"), "x.tiff", decode_image),
-    "BMP": (partial(picture, ".bmp"), "x.bmp", decode_image),
-    "WebP": (partial(picture, ".webp"), "x.webp", decode_image),
+    "JPEG": (partial(image, ".jpg"), "x.jpg", decode_image),
+    "PNG": (partial(image, ".png"), "x.png", decode_image),
+    "TIFF": (partial(image, ".tiff"), "x.tiff", decode_image),
+    "BMP": (partial(image, ".bmp"), "x.bmp", decode_image),
+    "WebP": (partial(image, ".webp"), "x.webp", decode_image),
     "COCO": (lambda: json.dumps(coco_files.document()).encode(), "instances_train.json", read_coco),
     "COCO results": (results_rows, "results.json", partial(read_results, categories=CATEGORY)),
     "VOC": (lambda: VOC_XML.encode(), "Annotations/000001.xml", read_voc),

@@ -1,4 +1,4 @@
-"""A detector that cannot learn four real pictures by heart cannot learn at all."""
+"""A detector that cannot learn four real images by heart cannot learn at all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NUM_STEPS = 180
 PEAK_LEARNING_RATE = 2.5e-3
 
 
-def four_pictures(folder: Path, annotations: Path) -> IndexedDataset:
-    """The first pictures of `coco_mini` with one to three large objects each and nothing else."""
+def four_images(folder: Path, annotations: Path) -> IndexedDataset:
+    """The first images of `coco_mini` with one to three large objects each and nothing else."""
     page = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     objects: dict[int, list[dict]] = {}
     for annotation in page["annotations"]:
@@ -40,9 +40,9 @@ def four_pictures(folder: Path, annotations: Path) -> IndexedDataset:
     return IndexedDataset(annotations, folder / "train2017")
 
 
-def test_four_real_pictures_and_their_masks_are_learnt_by_heart(data_dir: Path, tmp_path: Path) -> None:
-    """The whole way of boxes and masks: from polygons in a file to masks that are pasted into the pictures."""
-    dataset = four_pictures(data_dir / "coco_mini", tmp_path / "four.json")
+def test_four_real_images_and_their_masks_are_learnt_by_heart(data_dir: Path, tmp_path: Path) -> None:
+    """The whole way of boxes and masks: from polygons in a file to masks that are pasted into the images."""
+    dataset = four_images(data_dir / "coco_mini", tmp_path / "four.json")
     torch.manual_seed(0)
     detector = mask_rcnn(
         backbone=small_backbone(),
@@ -68,8 +68,8 @@ def test_four_real_pictures_and_their_masks_are_learnt_by_heart(data_dir: Path, 
         sum(losses.values()).backward()
         optimizer.step()
         schedule.step()
-    pictures = EvaluationLoader(dataset, batch_size=4, resize=RESIZE, num_workers=0)
-    _, metrics = evaluate(detector, dataset, pictures, device="cpu")
+    images = EvaluationLoader(dataset, batch_size=4, resize=RESIZE, num_workers=0)
+    _, metrics = evaluate(detector, dataset, images, device="cpu")
     assert metrics.masks is not None
     assert metrics.summary["AP"] > 0.85
     assert metrics.masks.summary["AP"] > 0.7

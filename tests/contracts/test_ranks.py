@@ -20,7 +20,7 @@ RANK = "from contracts.test_ranks import {function}; from pathlib import Path; {
 
 
 def full_and_empty() -> Batch:
-    """One picture with three objects and one with none."""
+    """One image with three objects and one with none."""
     torch.manual_seed(4)
     batch = random_batch(canvas=(96, 128))
     assert batch.targets is not None

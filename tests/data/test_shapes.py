@@ -12,7 +12,7 @@ import pytest
 from boxwright.data.formats import find_layout
 from boxwright.data.formats.check import check
 from boxwright.data.indexed_dataset import IndexedDataset
-from boxwright.data.shapes import NAMES, draw_picture, write_shapes
+from boxwright.data.shapes import NAMES, draw_image, write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +47,20 @@ def test_is_the_same_for_a_seed(folder: Path, tmp_path: Path) -> None:
     write_shapes(tmp_path, train=3, val=1, seed=3)
     for name in ("train/000002.png", "val/000000.png"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-    image, _ = draw_picture(4, 0, 2)
+    image, _ = draw_image(4, 0, 2)
     assert image.shape != cv2.imread(str(folder / "train/000002.png")).shape or not np.array_equal(
         image, cv2.imread(str(folder / "train/000002.png"), cv2.IMREAD_COLOR_RGB)
     )
 
 
 def test_pixels_are_the_same_everywhere() -> None:
-    image, objects = draw_picture(0, 0, 0)
+    image, objects = draw_image(0, 0, 0)
     assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "5453303ecd3632b2"
     assert [NAMES[category] for category, _ in objects] == ["triangle", "triangle", "circle", "square", "circle"]
 
 
 def test_shapes_are_drawn_where_they_are_said_to_be() -> None:
-    image, objects = draw_picture(0, 0, 8)
+    image, objects = draw_image(0, 0, 8)
     _, polygon = objects[-1]
     mask = np.zeros(image.shape[:2], np.uint8)
     cv2.fillPoly(mask, [polygon.round().astype(np.int32)], 1)

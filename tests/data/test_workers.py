@@ -26,7 +26,7 @@ from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Sample
 from boxwright.data.loader import TrainingLoader
 from boxwright.data.workers import _kill
-from faulty import FAULTS, POSITION, FaultyPictures, FaultyTransform, UnpicklablePictures
+from faulty import FAULTS, POSITION, FaultyImages, FaultyTransform, UnpicklableImages
 from generated_images import GeneratedImagesWithInfo
 
 pytestmark = [
@@ -65,7 +65,7 @@ def assert_no_children() -> None:
 @pytest.mark.parametrize("fault", RAISED)
 def test_errors_of_all_types_name_the_image_and_keep_the_traceback(fault: str, num_workers: int) -> None:
     with pytest.raises(SampleError, match=f"{fault}.*position {POSITION} of the data set") as caught:
-        read_epoch(loader(FaultyPictures(9, fault=fault), num_workers=num_workers))
+        read_epoch(loader(FaultyImages(9, fault=fault), num_workers=num_workers))
     if num_workers:
         assert "faulty.py" in str(caught.value.__cause__)
     else:
@@ -101,7 +101,7 @@ def test_an_error_in_collate_names_the_image() -> None:
 def test_an_os_error_keeps_its_type(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAULTS, "KeyError", lambda: Path("no/such/file").read_bytes())
     with pytest.raises(OSError, match=r"no/such/file.*position 3 of the data set"):
-        read_epoch(loader(FaultyPictures(9), num_workers=num_workers))
+        read_epoch(loader(FaultyImages(9), num_workers=num_workers))
 
 
 def raise_shared_memory_full(*_: Any) -> None:
@@ -122,7 +122,7 @@ def test_the_error_of_full_shared_memory_says_how_to_fix_it(where: str, monkeypa
 def test_the_error_of_a_killed_worker_has_the_likely_reason() -> None:
     # The message differs, depending on whether PyTorch or `workers.py` detects it first.
     with pytest.raises(ChildProcessError, match=r"a data worker died: .*(Killed|exited).*fewer workers or a smaller"):
-        read_epoch(loader(FaultyPictures(9, fault="killed"), num_workers=2))
+        read_epoch(loader(FaultyImages(9, fault="killed"), num_workers=2))
     assert_no_children()
 
 
@@ -130,7 +130,7 @@ def test_the_error_of_a_killed_worker_has_the_likely_reason() -> None:
 @pytest.mark.filterwarnings("ignore:Got pickle error")
 def test_no_worker_remains_if_workers_do_not_start() -> None:
     with pytest.raises(OSError, match=r"did not start: TypeError: a data set with an open file.*--workers 0"):
-        read_epoch(loader(UnpicklablePictures(9), num_workers=2, start_method="spawn"))
+        read_epoch(loader(UnpicklableImages(9), num_workers=2, start_method="spawn"))
     assert_no_children()
 
 
@@ -172,12 +172,12 @@ from boxwright.data.buckets import Resize
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.evaluation.evaluate import detect_dataset
 from boxwright.evaluation.propose import propose
-from faulty import FaultyPictures
+from faulty import FaultyImages
 from generated_images import GeneratedImagesWithInfo
 from training.fakes import tiny_detector
 
 def main(case, start_method):
-    dataset = GeneratedImagesWithInfo(9) if case in ("user", "detector", "stopped") else FaultyPictures(9)
+    dataset = GeneratedImagesWithInfo(9) if case in ("user", "detector", "stopped") else FaultyImages(9)
     common = dict(batch_size=1, num_workers=2, start_method=start_method)
     if case in ("user", "training", "stopped"):
         loader = TrainingLoader(dataset, augmentation=Augmentation(resize=Resize(64, 107)), seed=0, **common)

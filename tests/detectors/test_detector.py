@@ -19,7 +19,7 @@ from boxwright.evaluation.views import view_suppression
 from boxwright.predictor import Predictor
 from boxwright.training.loop import train
 from factory import DETECTORS, small_detector
-from training.fakes import CATEGORIES, Pictures
+from training.fakes import CATEGORIES, FakeImages
 from training.own_parts import AgnosticDetector, DerivedDetector, PlainDetector
 from training.runs import tiny_experiment
 
@@ -37,7 +37,7 @@ def without(name: str) -> nn.Module:
 
 
 def run_training(_: nn.Module, out: Path) -> object:
-    return train(tiny_experiment(), Pictures(2), out, num_workers=0)
+    return train(tiny_experiment(), FakeImages(2), out, num_workers=0)
 
 
 def run_predictor(detector: nn.Module, _: Path) -> object:
@@ -45,7 +45,7 @@ def run_predictor(detector: nn.Module, _: Path) -> object:
 
 
 def run_evaluation(detector: nn.Module, _: Path) -> object:
-    return evaluate(detector, Pictures(2), [], device="cpu")
+    return evaluate(detector, FakeImages(2), [], device="cpu")
 
 
 @pytest.mark.parametrize("kind", [PlainDetector, DerivedDetector])
@@ -107,7 +107,7 @@ def test_a_subclass_without_a_required_method_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", [PlainDetector, DerivedDetector])
 def test_plain_and_derived_detectors_can_be_trained_evaluated_and_loaded(kind: type[nn.Module], tmp_path: Path) -> None:
-    dataset = Pictures(8)
+    dataset = FakeImages(8)
     metrics = []
 
     def measure(detector: nn.Module) -> dict[str, float]:
@@ -131,7 +131,7 @@ def test_plain_and_derived_detectors_can_be_trained_evaluated_and_loaded(kind: t
 
 
 def test_the_category_of_a_class_agnostic_detector_is_object(tmp_path: Path) -> None:
-    train(tiny_experiment(model=AgnosticDetector, epochs=1), Pictures(8), tmp_path, num_workers=0)
+    train(tiny_experiment(model=AgnosticDetector, epochs=1), FakeImages(8), tmp_path, num_workers=0)
     model = boxwright.load(tmp_path, trusted_modules=[AgnosticDetector.__module__])
     assert [category.name for category in model.categories] == ["object"]
 

@@ -7,8 +7,8 @@ The blocks of a page run in order, in a folder of their own, and share one Pytho
 - `runs/mine` and `runs/mine_masks`, a Faster R-CNN and a Mask R-CNN trained on it for one epoch.
 
 A Python block whose first line is `# NAME.py` is written to that file instead, and later blocks import it or run it.
-`boxwright train` is shortened: tiny images, few steps. A block that needs a GPU, the network or COCO is preceded by
-`<!-- skip: next "reason" -->`.
+`boxwright train` is shortened (tiny images, few steps), and `boxwright data shapes` generates few images. A block that
+needs a GPU, the network or COCO is preceded by `<!-- skip: next "reason" -->`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ SHORT_TRAINING = [
 ]
 """Settings that shorten the training of every recipe to a few seconds."""
 
+FEW_IMAGES = ["--train", "24", "--val", "8"]
+"""Options of `boxwright data shapes` for a data set that trains in a few seconds."""
+
 REASONS = ("needs a GPU", "needs the network", "needs COCO", "needs several machines", "installs packages", "runs long")
 """Reasons for which a block may be skipped; the comment may say more behind a colon."""
 
@@ -67,6 +70,8 @@ def run_boxwright(words: list[str]) -> None:
     """Run a command of the command line in this process; the page fails if the command fails."""
     if words[0] == "train" and "--show" not in words and "--help" not in words:
         words = [*words, *(word for setting in SHORT_TRAINING for word in ("--set", setting))]
+    if words[:2] == ["data", "shapes"]:
+        words = [*words, *FEW_IMAGES]
     result = CliRunner().invoke(app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -118,7 +123,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         building = folder.with_name("pages_building")
         building.mkdir()
         patch.chdir(building)
-        run_boxwright(["data", "shapes", "shapes", "--train", "24", "--val", "8"])
+        run_boxwright(["data", "shapes", "shapes"])
         Path("images").mkdir()
         for path in sorted(Path("shapes/val").iterdir())[:4]:
             with Image.open(path) as image:

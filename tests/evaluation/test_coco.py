@@ -261,6 +261,6 @@ def test_proposal_recall_of_many_boxes_equals_pycocotools_to_the_last_bit(data_d
     dataset = AnnotationFile(annotations)
     recalls = proposal_recall(dataset, read_results(path, dataset.categories, dataset.image_ids))
     recall = oracle(annotations, path, use_cats=False, maxDets=[100, 300, 1000]).eval["recall"][:, 0]
-    wanted = [recall[:, area, m].mean() for area in range(4) for m in range(3)]
-    assert list(recalls.values()) == wanted
+    expected = [recall[:, area, m].mean() for area in range(4) for m in range(3)]
+    assert list(recalls.values()) == expected
     assert 0.1 < recalls["AR@100"] < recalls["AR@300"] < 0.9

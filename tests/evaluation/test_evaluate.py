@@ -24,13 +24,13 @@ from boxwright.evaluation.propose import propose
 from boxwright.evaluation.results import Results, match_categories, read_results, write_results
 from boxwright.evaluation.voc import voc_metrics
 from boxwright.structures import Batch, Detections
-from generated_images import GeneratedImages as Pictures
+from generated_images import GeneratedImages
 
-PICTURES = Pictures(11)
+IMAGES = GeneratedImages(11)
 
 
 class Oracle(nn.Module):
-    """Knows the objects of `PICTURES`, and puts them where they lie on the canvas."""
+    """Knows the objects of `IMAGES`, and puts them where they lie on the canvas."""
 
     num_classes = 2
     max_detections = 4
@@ -45,7 +45,7 @@ class Oracle(nn.Module):
         labels = torch.zeros(num_images, 4, dtype=torch.int64)
         valid = torch.zeros(num_images, 4, dtype=torch.bool)
         for b, image_id in enumerate(batch.image_ids.tolist()):
-            sample = PICTURES[image_id - 100]
+            sample = IMAGES[image_id - 100]
             count = len(sample.boxes)
             scale = batch.transforms[b, [0, 1, 0, 1], [0, 1, 0, 1]]
             boxes[b, :count] = torch.from_numpy(sample.boxes) * scale
@@ -68,7 +68,7 @@ class MaskOracle(Oracle):
 
 def loader(rank: int = 0, world_size: int = 1) -> EvaluationLoader:
     return EvaluationLoader(
-        PICTURES, batch_size=2, resize=Resize(90, 120), num_workers=0, rank=rank, world_size=world_size
+        IMAGES, batch_size=2, resize=Resize(90, 120), num_workers=0, rank=rank, world_size=world_size
     )
 
 
@@ -76,10 +76,10 @@ def test_boxes_come_back_to_the_files() -> None:
     detector, seen = Oracle(), []
     results = detect_dataset(detector, loader(), device="cpu", progress=seen.append)
     assert detector.training
-    assert sum(seen) == len(PICTURES)
+    assert sum(seen) == len(IMAGES)
     assert results.evaluated.tolist() == list(range(100, 111))
-    for index in range(len(PICTURES)):
-        sample = PICTURES[index]
+    for index in range(len(IMAGES)):
+        sample = IMAGES[index]
         rows = results.image_ids == sample.image_id
         corners = results.boxes[rows]
         expected = np.minimum(sample.boxes, np.tile(sample.image.shape[1::-1], 2))
@@ -93,7 +93,7 @@ def test_masks_come_back_to_the_files() -> None:
     masks = results.masks
     assert masks is not None
     assert len(masks) == len(results) > 10
-    sizes = {sample.image_id: sample.image.shape[:2] for sample in (PICTURES[i] for i in range(len(PICTURES)))}
+    sizes = {sample.image_id: sample.image.shape[:2] for sample in (IMAGES[i] for i in range(len(IMAGES)))}
     for image_id, (x, y, width, height), mask in zip(results.image_ids.tolist(), results.boxes, masks, strict=True):
         assert mask.shape == sizes[image_id]
         inside = mask[max(0, round(y - 1)) : round(y + height + 1), max(0, round(x - 1)) : round(x + width + 1)]
@@ -105,7 +105,7 @@ def test_masks_come_back_to_the_files() -> None:
 
 
 def test_masks_are_encoded_while_the_next_batch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = detect_dataset(MaskOracle(), loader(), device="cpu")
+    expected = detect_dataset(MaskOracle(), loader(), device="cpu")
     batches, begun = list(loader()), []
     next_begins = [threading.Event() for _ in batches]
 
@@ -125,8 +125,8 @@ def test_masks_are_encoded_while_the_next_batch_is_detected(monkeypatch: pytest.
     given = detect_dataset(Telling(), batches, device="cpu")
     assert len(begun) == len(batches) > 2
     assert given.masks is not None
-    assert wanted.masks is not None
-    assert given.masks.to_coco() == wanted.masks.to_coco()
+    assert expected.masks is not None
+    assert given.masks.to_coco() == expected.masks.to_coco()
 
 
 def test_an_error_in_masks_ends_detecting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,13 +151,13 @@ def test_the_training_mode_is_left_as_found_when_detecting_is_broken_off() -> No
 
 
 def test_the_detectors_own_limit_counts() -> None:
-    _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
+    _, metrics = evaluate(Oracle(), IMAGES, loader(), device="cpu")
     assert "AR100" in metrics.summary
     crowded = Oracle()
     crowded.max_detections = 400
-    _, metrics = evaluate(crowded, PICTURES, loader(), device="cpu")
+    _, metrics = evaluate(crowded, IMAGES, loader(), device="cpu")
     assert list(metrics.summary)[6:9] == ["AR1", "AR10", "AR400"]
-    _, metrics = evaluate(crowded, PICTURES, loader(), device="cpu", max_detections=(1, 10, 100))
+    _, metrics = evaluate(crowded, IMAGES, loader(), device="cpu", max_detections=(1, 10, 100))
     assert "AR100" in metrics.summary
 
 
@@ -165,8 +165,8 @@ def test_the_best_of_an_image_can_be_all_that_is_kept() -> None:
     everything, best = (detect_dataset(Oracle(), loader(), device="cpu", limit=limit) for limit in (None, 2))
     assert len(best) < len(everything)
     for image_id in everything.evaluated:
-        wanted = everything.boxes[everything.image_ids == image_id][:2]
-        np.testing.assert_array_equal(best.boxes[best.image_ids == image_id], wanted)
+        expected = everything.boxes[everything.image_ids == image_id][:2]
+        np.testing.assert_array_equal(best.boxes[best.image_ids == image_id], expected)
 
 
 @pytest.mark.parametrize("label", [2, -1])
@@ -198,13 +198,13 @@ def test_metrics_refuse_labels_that_are_no_categories(label: int) -> None:
     wrong = replace(results, labels=np.full_like(results.labels, label))
     for measure in (coco_metrics, voc_metrics):
         with pytest.raises(ValueError, match=rf"detection 0 has the label {label}.*0 to 1"):
-            measure(PICTURES, wrong)
+            measure(IMAGES, wrong)
 
 
 def test_the_training_mode_is_left_as_found_when_proposing_is_broken_off() -> None:
     detector = Oracle()
     with pytest.raises(ValueError, match="broken"):
-        propose(detector, PICTURES, loader(), device="cpu", progress=_break)
+        propose(detector, IMAGES, loader(), device="cpu", progress=_break)
     assert detector.training
 
 
@@ -213,29 +213,29 @@ def _break(_: int) -> None:
 
 
 def test_evaluate_maps_categories_by_name() -> None:
-    _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu")
+    _, metrics = evaluate(Oracle(), IMAGES, loader(), device="cpu")
     assert metrics.summary["AP"] == pytest.approx(1)
     turned = (Category(id=0, name="two"), Category(id=1, name="one"))
-    _, metrics = evaluate(Oracle(), PICTURES, loader(), device="cpu", categories=turned)
+    _, metrics = evaluate(Oracle(), IMAGES, loader(), device="cpu", categories=turned)
     assert metrics.summary["AP50"] == pytest.approx(0, abs=0.5)
-    assert match_categories(turned, PICTURES.categories) == [1, 0]
+    assert match_categories(turned, IMAGES.categories) == [1, 0]
     with pytest.raises(ValueError, match=r"Only in the model \(1 categories\): dog.*Only in the data.*: one, two"):
-        match_categories([Category(id=1, name="dog")], PICTURES.categories)
+        match_categories([Category(id=1, name="dog")], IMAGES.categories)
 
 
 def _on_rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    results, metrics = evaluate(MaskOracle(), PICTURES, loader(rank, world_size), device="cpu")
-    write_results(Path(folder) / f"results_{rank}.json", results, PICTURES.categories)
+    results, metrics = evaluate(MaskOracle(), IMAGES, loader(rank, world_size), device="cpu")
+    write_results(Path(folder) / f"results_{rank}.json", results, IMAGES.categories)
     (Path(folder) / f"metrics_{rank}.json").write_text(json.dumps([metrics.numbers, metrics.per_class.tolist()]))
-    _share_few_pictures(rank, world_size)
+    _share_few_images(rank, world_size)
     dist.destroy_process_group()
 
 
-def _share_few_pictures(rank: int, world_size: int) -> None:
-    """One picture without objects, and none for the second rank; then two, of which the second has an object."""
+def _share_few_images(rank: int, world_size: int) -> None:
+    """One image without objects, and none for the second rank; then two, of which the second has an object."""
     for count in (1, 2):
-        few = Pictures(count)
+        few = GeneratedImages(count)
         batches = EvaluationLoader(
             few, batch_size=2, resize=Resize(90, 120), num_workers=0, rank=rank, world_size=world_size
         )
@@ -249,10 +249,10 @@ def _share_few_pictures(rank: int, world_size: int) -> None:
 
 def test_two_ranks_have_what_one_has_even_without_images_or_detections(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
-    results, metrics = evaluate(MaskOracle(), PICTURES, loader(), device="cpu")
+    results, metrics = evaluate(MaskOracle(), IMAGES, loader(), device="cpu")
     assert results.masks is not None
     for rank in range(2):
-        theirs = read_results(tmp_path / f"results_{rank}.json", PICTURES.categories, results.evaluated)
+        theirs = read_results(tmp_path / f"results_{rank}.json", IMAGES.categories, results.evaluated)
         for name in ("image_ids", "boxes", "scores", "labels"):
             np.testing.assert_array_equal(getattr(theirs, name), getattr(results, name))
         assert theirs.masks is not None
@@ -267,8 +267,8 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
     results = detect_dataset(MaskOracle(), loader(), device="cpu")
     assert results.masks is not None
     path = tmp_path / "results.json"
-    write_results(path, results, PICTURES.categories)
-    again = read_results(path, PICTURES.categories, results.evaluated)
+    write_results(path, results, IMAGES.categories)
+    again = read_results(path, IMAGES.categories, results.evaluated)
     assert again.masks is not None
     assert again.masks.to_coco() == results.masks.to_coco()
 
@@ -281,7 +281,7 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
         y, x = mask.nonzero()
         row["expected"] = [x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1]
     path.write_text(json.dumps(rows, default=int))
-    alone = read_results(path, PICTURES.categories)
+    alone = read_results(path, IMAGES.categories)
     assert alone.masks is not None
     assert alone.masks.to_coco() == results.masks.to_coco()
     np.testing.assert_array_equal(alone.boxes, [row["expected"] for row in rows])
@@ -289,18 +289,18 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
     rows[1]["segmentation"]["counts"][0] += 1
     path.write_text(json.dumps(rows, default=int))
     with pytest.raises(ValueError, match="mask of entry 2 has run lengths of"):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)
     rows[1]["segmentation"]["counts"] = "X"
     path.write_text(json.dumps(rows, default=int))
     with pytest.raises(ValueError, match="not COCO's compressed form"):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)
     rows[1] |= {"segmentation": None, "bbox": [1, 1, 2, 2]}
     path.write_text(json.dumps(rows, default=int))
     with pytest.raises(ValueError, match=f"{len(rows) - 1} of {len(rows)} entries have a segmentation"):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)
     path.write_text('[{"image_id": 100, "category_id": 1, "score": 1}]')
     with pytest.raises(ValueError, match="entry 1 has neither"):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)
 
 
 MASK = {"size": [4, 5], "counts": [5, 10, 5]}
@@ -326,31 +326,31 @@ def test_results_files_that_hold_no_masks_or_ids_are_told(tmp_path: Path, change
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 100, "category_id": 1, "score": 0.5, **changed}]))
     with pytest.raises(ValueError, match=told):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)
 
 
 def test_boxes_are_made_of_masks_only_where_there_is_none(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     entry = {"image_id": 100, "category_id": 1, "score": 0.5, "segmentation": MASK}
     path.write_text(json.dumps([{**entry, "bbox": [1, 1, 2, 2.5]}, entry]))
-    assert read_results(path, PICTURES.categories).boxes.tolist() == [[1, 1, 2, 2.5], [1, 0, 3, 4]]
+    assert read_results(path, IMAGES.categories).boxes.tolist() == [[1, 1, 2, 2.5], [1, 0, 3, 4]]
 
 
 def test_results_files(tmp_path: Path) -> None:
     results = detect_dataset(Oracle(), loader(), device="cpu")
     path = tmp_path / "deep" / "results.json"
-    write_results(path, results, PICTURES.categories)
+    write_results(path, results, IMAGES.categories)
     rows = json.loads(path.read_text())
     assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
     assert {row["category_id"] for row in rows} == {1, 5}
-    again = read_results(path, PICTURES.categories, results.evaluated)
+    again = read_results(path, IMAGES.categories, results.evaluated)
     assert isinstance(again, Results)
     np.testing.assert_array_equal(again.scores, results.scores)
     np.testing.assert_array_equal(again.boxes, results.boxes)
     assert list(path.parent.iterdir()) == [path]
 
     with pytest.raises(ValueError, match=r"category ids \[5\]"):
-        read_results(path, PICTURES.categories[:1])
+        read_results(path, IMAGES.categories[:1])
     path.write_text('[{"image_id": 1}]')
     with pytest.raises(ValueError, match="not a COCO results file"):
-        read_results(path, PICTURES.categories)
+        read_results(path, IMAGES.categories)

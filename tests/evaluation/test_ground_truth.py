@@ -22,13 +22,13 @@ from boxwright.evaluation.proposals import proposal_recall
 from boxwright.evaluation.results import Results, write_results
 from boxwright.report.worst import worst_images
 from coco_oracle import AnnotationFile, oracle
-from generated_images import GeneratedImages as Pictures
+from generated_images import GeneratedImages
 
 AREA_NAMES = ("APs", "APm", "APl", "ARs", "ARm", "ARl")
 
 
 class Hidden:
-    """A data set without a word of its annotation file, some of its pictures."""
+    """A data set without a word of its annotation file, some of its images."""
 
     def __init__(self, dataset: Dataset, positions: range) -> None:
         self.dataset, self.positions, self.categories = dataset, positions, dataset.categories
@@ -42,7 +42,7 @@ class Hidden:
 
 @pytest.fixture(scope="module")
 def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexedDataset:
-    """40 pictures of COCO, those with crowd regions first; categories in the file's order."""
+    """40 images of COCO, those with crowd regions first; categories in the file's order."""
     source = data_dir / "coco_mini"
     page = json.loads((source / "annotations" / "instances_val2017.json").read_bytes())
     crowded = {thing["image_id"] for thing in page["annotations"] if thing["iscrowd"]}
@@ -97,7 +97,7 @@ def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: IndexedDat
 
 
 def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_path: Path) -> None:
-    """Areas, crowd regions and boxes beyond the picture are the files' own; classes and ids those of the whole."""
+    """Areas, crowd regions and boxes beyond the image are the files' own; classes and ids those of the whole."""
     page = json.loads(coco_mini.annotations.read_bytes())
     page["annotations"][0]["bbox"][0] -= 7  # training cuts this box
     parts = []
@@ -117,13 +117,13 @@ def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_
     path.write_text(json.dumps(page))
     whole, joined = IndexedDataset(path, coco_mini.images, cache_dir=tmp_path), ConcatDataset(parts)
     results = shifted(whole)
-    wanted, metrics = coco_metrics(whole, results), coco_metrics(joined, results)
-    assert metrics.numbers == wanted.numbers
-    assert metrics.num_objects.tolist() == wanted.num_objects.tolist()
+    expected, metrics = coco_metrics(whole, results), coco_metrics(joined, results)
+    assert metrics.numbers == expected.numbers
+    assert metrics.num_objects.tolist() == expected.num_objects.tolist()
     assert proposal_recall(joined, results) == proposal_recall(whole, results)
 
 
-def test_a_part_twice_is_measured_twice_without_pictures_that_it_leaves_out(
+def test_a_part_twice_is_measured_twice_without_images_that_it_leaves_out(
     coco_mini: IndexedDataset, tmp_path: Path
 ) -> None:
     page = json.loads(coco_mini.annotations.read_bytes())
@@ -151,8 +151,8 @@ FORMS: dict[str, Callable[[np.ndarray], Mask]] = {
 
 
 @dataclass
-class OnePicture:
-    """One picture of 60 x 80 with an object of a given mask and one without."""
+class OneImage:
+    """One image of 60 x 80 with an object of a given mask and one without."""
 
     masks: list[Mask]
     categories = (Category(id=3, name="cell"),)
@@ -182,7 +182,7 @@ def one_object() -> np.ndarray:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
     pixels = one_object()
-    truth = GroundTruth(OnePicture([FORMS[form](pixels), None]))
+    truth = GroundTruth(OneImage([FORMS[form](pixels), None]))
     objects = truth.coco.load_anns(truth.coco.get_ann_ids())
     assert [thing["area"] for thing in objects] == [pixels.sum(), 15 * 45]
     masks = truth.masks(objects)
@@ -201,21 +201,21 @@ def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
     assert metrics is not None
     assert metrics.summary["AP"] == pytest.approx(1)
     assert metrics.num_objects.tolist() == [1]
-    page = worst_images(OnePicture([FORMS[form](pixels), None]), truth, find_mistakes(truth, results), 1)
+    page = worst_images(OneImage([FORMS[form](pixels), None]), truth, find_mistakes(truth, results), 1)
     assert "1 right · 0 wrong · 1 missed" in page
 
 
 def test_masks_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match=r"a.png: invalid mask: shape \(80, 60\)"):
-        GroundTruth(OnePicture([one_object().T, None]))
+        GroundTruth(OneImage([one_object().T, None]))
     with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, but the image has 60 x 80"):
-        GroundTruth(OnePicture([FORMS["runs"](np.ones((4, 5), bool)), None]))
+        GroundTruth(OneImage([FORMS["runs"](np.ones((4, 5), bool)), None]))
     with pytest.raises(ValueError, match=r"a.png: 1 masks for 2 objects"):
-        GroundTruth(OnePicture([None]))
+        GroundTruth(OneImage([None]))
 
 
 def test_detections_with_masks_of_another_size_are_told() -> None:
-    truth = GroundTruth(OnePicture([one_object(), None]))
+    truth = GroundTruth(OneImage([one_object(), None]))
     results = Results(
         image_ids=np.array([7]),
         boxes=np.array([[10.0, 10, 40, 20]]),
@@ -228,8 +228,11 @@ def test_detections_with_masks_of_another_size_are_told() -> None:
         coco_metrics(truth, results)
 
 
-def test_pictures_that_share_an_id_are_told() -> None:
-    for dataset in (RepeatDataset(Pictures(3), 2), ConcatDataset([Pictures(2), RepeatDataset(Pictures(3), 2)])):
+def test_images_that_share_an_id_are_told() -> None:
+    for dataset in (
+        RepeatDataset(GeneratedImages(3), 2),
+        ConcatDataset([GeneratedImages(2), RepeatDataset(GeneratedImages(3), 2)]),
+    ):
         with pytest.raises(ValueError, match="2 images have the image id 10"):
             GroundTruth(dataset)
 
@@ -271,7 +274,9 @@ def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_joined_data_sets_are_measured_as_one() -> None:
-    joined = ConcatDataset([Pictures(4), Pictures(4)])  # four of eight pictures repeat ids, which must not mix them up
+    joined = ConcatDataset(
+        [GeneratedImages(4), GeneratedImages(4)]
+    )  # four of eight images repeat ids, which must not mix them up
     found = [joined[1], joined[7]]
     rows = [(each.image_id, box, label) for each in found for box, label in zip(each.boxes, each.labels, strict=True)]
     corners = np.array([box for _, box, _ in rows], np.float64)
@@ -283,7 +288,7 @@ def test_joined_data_sets_are_measured_as_one() -> None:
         evaluated=joined.image_ids,
     )
     metrics = coco_metrics(joined, results)
-    # Of label 0, pictures 1, 2, 3 have one object each (the third of a picture is a crowd); label 1: pictures 2, 3.
+    # Of label 0, images 1, 2, 3 have one object each (the third of a image is a crowd); label 1: images 2, 3.
     assert metrics.num_objects.tolist() == [6, 4]
     assert metrics.per_class[:, -1] == pytest.approx([2 / 6, 1 / 4])
 

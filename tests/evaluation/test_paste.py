@@ -36,7 +36,7 @@ def round_masks(num: int, cells: int = 28) -> np.ndarray:
 
 
 def made_boxes(num: int, seed: int = 0) -> np.ndarray:
-    """[num, 4] float64: of under a pixel up to the whole picture and beyond its borders."""
+    """[num, 4] float64: of under a pixel up to the whole image and beyond its borders."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(0, 1, (num, 2)) * [WIDTH, HEIGHT]
     sides = 2 ** rng.uniform(-1, 7, (num, 2))
@@ -111,7 +111,7 @@ def test_nothing_to_paste_gives_empty_masks() -> None:
     assert len(paste_masks(np.ones((1, 28, 28), np.float32), np.array([[1.0, 1, 9, 9]]), np.array([[0, 0]]))[0]) == 0
 
 
-def test_pictures_of_many_sizes_are_pasted_together() -> None:
+def test_images_of_many_sizes_are_pasted_together() -> None:
     probabilities, boxes = smooth_masks(4), made_boxes(4, seed=3).clip(1, 60)
     boxes[:, 2:] += 20
     given = np.array([[90, 130], [70, 64], [33, 200], [90, 130]])
@@ -131,7 +131,7 @@ def test_masks_pasted_in_pieces_are_those_pasted_at_once(monkeypatch: pytest.Mon
         assert paste_masks(probabilities, boxes, sizes(60)).to_coco() == at_once.to_coco()
 
 
-def test_memory_does_not_grow_with_the_number_of_masks_of_a_huge_picture() -> None:
+def test_memory_does_not_grow_with_the_number_of_masks_of_a_huge_image() -> None:
     def peak(num: int) -> int:
         boxes, given = np.tile([[0.0, 0, 20_000, 500]], (num, 1)), np.tile([[500, 20_000]], (num, 1))
         tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Several views of a picture are merged as the detections of one picture are, for any number of ranks."""
+"""Several views of a image are merged as the detections of one image are, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from boxwright.geometry.boxes import iou
 from boxwright.heads.suppression import Suppression
 from boxwright.structures import Batch, Detections
 from factory import small_detector
-from generated_images import GeneratedImages as Pictures
+from generated_images import GeneratedImages
 
-PICTURES = Pictures(11)
+IMAGES = GeneratedImages(11)
 SUPPRESSION = Suppression(score_threshold=0.05, iou_threshold=0.5, max_detections=20)
 FIELDS = ("image_ids", "labels", "scores", "boxes", "evaluated")
 
 
 class HalfBlind(nn.Module):
-    """Knows the objects of `PICTURES`; sees those of even slots in plain views, and of odd slots in mirrored ones."""
+    """Knows the objects of `IMAGES`; sees those of even slots in plain views, and of odd slots in mirrored ones."""
 
     num_classes = 2
     max_detections = 4
@@ -45,7 +45,7 @@ class HalfBlind(nn.Module):
         labels = torch.zeros(num_images, 4, dtype=torch.int64)
         valid = torch.zeros(num_images, 4, dtype=torch.bool)
         for b, image_id in enumerate(batch.image_ids.tolist()):
-            sample = PICTURES[image_id - 100]
+            sample = IMAGES[image_id - 100]
             count = len(sample.boxes)
             boxes[b, :count] = transform_boxes(torch.from_numpy(sample.boxes)[None], batch.transforms[b : b + 1])[0]
             labels[b, :count] = torch.from_numpy(sample.labels)
@@ -57,7 +57,7 @@ class HalfBlind(nn.Module):
 def loaders(rank: int = 0, world_size: int = 1) -> list[EvaluationLoader]:
     return [
         EvaluationLoader(
-            PICTURES,
+            IMAGES,
             batch_size=2,
             resize=view.resize,
             flipped=view.flipped,
@@ -130,10 +130,10 @@ KINDS = ("faster_rcnn", "mask_rcnn", "retinanet")
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
 def test_one_view_is_plain_detection_and_seeing_it_twice_changes_nothing(kind: str) -> None:
     detector = small_detector(kind, num_classes=2)
-    plain, metrics = evaluate(detector, PICTURES, loaders()[0], device="cpu")
+    plain, metrics = evaluate(detector, IMAGES, loaders()[0], device="cpu")
     assert len(plain) > 20
     for num_views in (1, 2):
-        results, theirs = evaluate_views(detector, PICTURES, [loaders()[0]] * num_views, device="cpu")
+        results, theirs = evaluate_views(detector, IMAGES, [loaders()[0]] * num_views, device="cpu")
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(results, name), getattr(plain, name))
         assert theirs.summary == metrics.summary
@@ -142,8 +142,8 @@ def test_one_view_is_plain_detection_and_seeing_it_twice_changes_nothing(kind: s
             assert results.masks.to_coco() == plain.masks.to_coco()
 
 
-class Mirrored(Pictures):
-    """The same pictures with left and right swapped."""
+class Mirrored(GeneratedImages):
+    """The same images with left and right swapped."""
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
@@ -151,15 +151,15 @@ class Mirrored(Pictures):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mirrored_view_of_a_mirrored_picture_gives_the_mirrored_detections(kind: str) -> None:
+def test_a_mirrored_view_of_a_mirrored_image_gives_the_mirrored_detections(kind: str) -> None:
     detector = small_detector(kind, num_classes=2)
     common = {"batch_size": 2, "native": True, "num_workers": 0}
-    plain = detect_dataset(detector, EvaluationLoader(PICTURES, **common), device="cpu")
+    plain = detect_dataset(detector, EvaluationLoader(IMAGES, **common), device="cpu")
     turned = detect_dataset(detector, EvaluationLoader(Mirrored(11), flipped=True, **common), device="cpu")
     assert len(plain) > 20
     for name in ("image_ids", "labels", "scores", "evaluated"):
         np.testing.assert_array_equal(getattr(turned, name), getattr(plain, name))
-    widths = np.array([PICTURES[image_id - 100].image.shape[1] for image_id in plain.image_ids])
+    widths = np.array([IMAGES[image_id - 100].image.shape[1] for image_id in plain.image_ids])
     np.testing.assert_allclose(turned.boxes[:, 0] + turned.boxes[:, 2], widths - plain.boxes[:, 0], atol=2e-3)
     np.testing.assert_allclose(turned.boxes[:, 1:], plain.boxes[:, 1:], atol=2e-3)
     if kind == "mask_rcnn":
@@ -169,24 +169,24 @@ def test_a_mirrored_view_of_a_mirrored_picture_gives_the_mirrored_detections(kin
 
 
 def test_what_one_view_misses_another_finds() -> None:
-    _, alone = evaluate(HalfBlind(), PICTURES, loaders()[0], device="cpu")
-    _, together = evaluate_views(HalfBlind(), PICTURES, loaders(), device="cpu")
+    _, alone = evaluate(HalfBlind(), IMAGES, loaders()[0], device="cpu")
+    _, together = evaluate_views(HalfBlind(), IMAGES, loaders(), device="cpu")
     assert alone.summary["AP"] < 0.6
     assert together.summary["AP"] == pytest.approx(1)
 
 
 def _on_rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    results, _ = evaluate_views(HalfBlind(), PICTURES, loaders(rank, world_size), device="cpu")
-    write_results(Path(folder) / f"results_{rank}.json", results, PICTURES.categories)
+    results, _ = evaluate_views(HalfBlind(), IMAGES, loaders(rank, world_size), device="cpu")
+    write_results(Path(folder) / f"results_{rank}.json", results, IMAGES.categories)
     dist.destroy_process_group()
 
 
 def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
-    results, _ = evaluate_views(HalfBlind(), PICTURES, loaders(), device="cpu")
+    results, _ = evaluate_views(HalfBlind(), IMAGES, loaders(), device="cpu")
     for rank in range(2):
-        theirs = read_results(tmp_path / f"results_{rank}.json", PICTURES.categories, results.evaluated)
+        theirs = read_results(tmp_path / f"results_{rank}.json", IMAGES.categories, results.evaluated)
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(theirs, name), getattr(results, name))
 

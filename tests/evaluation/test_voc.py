@@ -225,7 +225,7 @@ def test_is_near_cocos_ap50(data_dir: Path, tmp_path: Path) -> None:
     voc = voc_metrics(dataset, results, interpolation="voc12")
     assert voc.num_objects.tolist() == coco.num_objects.tolist()
     assert voc.mean == pytest.approx(coco.summary["AP50"], abs=0.01)
-    # COCO reads precision at 101 recalls; in dense pictures it lets a detection have the second best object too, and
+    # COCO reads precision at 101 recalls; in dense images it lets a detection have the second best object too, and
     # in crowd regions it ignores whatever lies inside.
     crowded = np.isin(np.arange(80), dataset.index.labels[dataset.index.crowd])
     measured = (voc.num_objects > 0) & ~crowded

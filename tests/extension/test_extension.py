@@ -30,7 +30,7 @@ from extension.stranger.dataset import Discs
 from extension.stranger.fcos import fcos_r18_fpn_small
 from extension.stranger.heads import CosineBoxHead, faster_rcnn_with_gn_rpn, log_iou_loss
 from factory import SMALL_BOX, SMALL_MASK, SMALL_RPN
-from training.fakes import Pictures
+from training.fakes import FakeImages
 from training.runs import start_python
 
 BOX = replace(SMALL_BOX, score_threshold=0.0)
@@ -72,7 +72,7 @@ def experiment_for(model: Callable[..., nn.Module]) -> Experiment:
 
 def train_two_steps(model: Callable[..., nn.Module], out: Path) -> nn.Module:
     """Train and return the detector; `out` holds the run."""
-    training = Training(experiment_for(model), Pictures(4), out, num_workers=0)
+    training = Training(experiment_for(model), FakeImages(4), out, num_workers=0)
     training.run()
     assert training.step == 2
     return training.detector
@@ -131,7 +131,7 @@ def test_forward_hooks_of_a_hand_written_backbone_fire_in_training_and_predictio
     tmp_path: Path, image: np.ndarray
 ) -> None:
     calls: list[str] = []
-    training = Training(experiment_for(MODELS["hand-written backbone"]), Pictures(4), tmp_path, num_workers=0)
+    training = Training(experiment_for(MODELS["hand-written backbone"]), FakeImages(4), tmp_path, num_workers=0)
     leaves = {name: layer for name, layer in training.detector.named_modules() if not list(layer.children())}
     backbone = {
         name: layer

@@ -9,11 +9,11 @@ To be run by hand:
 DATA is what `BOXWRIGHT_DATA` names. The committed ones come from commit 04155a0 (October 2023). Caffe2, which is gone,
 ran the layers of Detectron's nets; `Workspace` runs them in torch instead, after `ResNet.py`, `FPN.py`,
 `fast_rcnn_heads.py`, `mask_rcnn_heads.py` and `retinanet_heads.py` of `modeling/`. All else is Detectron's: how a
-picture becomes a blob, anchors, proposals, their levels, boxes, thresholds and suppression, in `utils/blob.py`, `ops`,
-`core/test.py`, `test_retinanet.py` and `rpn_generator.py`. Of its compiled parts only NMS is wanted, which stands
+pixels becomes a blob, anchors, proposals, their levels, boxes, thresholds and suppression, in `utils/blob.py`, `ops`,
+`core/test.py`, `test_retinanet.py` and `rpn_generator.py`. Of its compiled parts only NMS is expected, which stands
 below, after `utils/cython_nms.pyx`.
 
-Models are those of its baselines but for narrower layers and, of the ResNeXt, fewer of them; pictures are not resized.
+Models are those of its baselines but for narrower layers and, of the ResNeXt, fewer of them; images are not resized.
 DEDUP_BOXES is off: Fast R-CNN else looks at one alone of the proposals that agree when rounded to 16 pixels.
 """
 
@@ -34,7 +34,7 @@ import yaml
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from importers.reference import Found, Reference, fill, pictures, proposals, thinned
+from importers.reference import Found, Reference, fill, images_of, proposals, thinned
 
 MISSING = [
     "caffe2",
@@ -82,7 +82,7 @@ GAINS = {
     "fpn_6_w": 0.4,
     "fpn_7_w": 1.0,
     "fpn_*_w": 0.3,
-    # Scores that spread, several classes in a picture, and boxes that stay near their anchors.
+    # Scores that spread, several classes in a image, and boxes that stay near their anchors.
     "rpn_bbox_pred_fpn2_w": 0.16,
     "rpn_cls_logits_fpn2_w": 0.7,
     "fc6_b": 10.0,
@@ -327,14 +327,14 @@ def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def found_by(kind: str, cfg: Any, picture: np.ndarray) -> Found:
-    """What Detectron's functions of testing find in a picture, its masks before they are pasted."""
+def found_by(kind: str, cfg: Any, pixels: np.ndarray) -> Found:
+    """What Detectron's functions of testing find in a image, its masks before they are pasted."""
     from detectron.core import rpn_generator, test, test_retinanet
 
     nets = {name: SimpleNamespace(Proto=lambda name=name: SimpleNamespace(name=name)) for name in ("detect", "masks")}
     model = SimpleNamespace(net=nets["detect"], mask_net=nets["masks"])
-    cfg.TEST.SCALE, cfg.TEST.MAX_SIZE = min(picture.shape[:2]), 10**6
-    image = picture[:, :, ::-1].copy()
+    cfg.TEST.SCALE, cfg.TEST.MAX_SIZE = min(pixels.shape[:2]), 10**6
+    image = pixels[:, :, ::-1].copy()
     masks = None
     if kind == "proposal_network":
         boxes, scores = rpn_generator.im_proposals(model, image)
@@ -347,7 +347,7 @@ def found_by(kind: str, cfg: Any, picture: np.ndarray) -> Found:
     if kind == "retinanet":
         by_class = test_retinanet.im_detect_bbox(model, image)
     else:
-        given = proposals(picture) if kind == "fast_rcnn" else None
+        given = proposals(pixels) if kind == "fast_rcnn" else None
         scores, boxes, scale = test.im_detect_bbox(model, image, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE, boxes=given)
         _, boxes, by_class = test.box_results_with_nms_and_limit(scores, boxes)
         assert scale == 1
@@ -378,8 +378,8 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         workspace = Workspace(cfg, fill(shapes, GAINS))
         for module in (rpn_generator, test, test_retinanet):
             module.workspace = workspace
-        found = [found_by(name, cfg, picture) for picture in pictures(data)]
-        changes = {"DEDUP_BOXES": 0, "TEST.SCALE": "the picture's short side"}
+        found = [found_by(name, cfg, pixels) for pixels in images_of(data)]
+        changes = {"DEDUP_BOXES": 0, "TEST.SCALE": "the image's short side"}
         about = {"peer": "Detectron", "commit": commit, "config": MODELS[name], "changes": changes}
         Reference(about=about, shapes=shapes, gains=GAINS, found=found).save(f"detectron_{name}")
         for one in found:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 from torchvision.ops import boxes as box_ops
 
-from importers.reference import Found, Reference, fill, pictures, proposals, thinned
+from importers.reference import Found, Reference, fill, images_of, proposals, thinned
 
 NARROW = {"MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ROI_BOX_HEAD.FC_DIM": 128, "MODEL.ROI_MASK_HEAD.CONV_DIM": 32}
 R50 = {**NARROW, "MODEL.RESNETS.WIDTH_PER_GROUP": 16}
@@ -89,12 +89,12 @@ KEPT_MASKS = 10
 
 
 @torch.inference_mode()
-def found_by(model: Any, picture: np.ndarray, wants_proposals: bool) -> Found:
-    """What a model finds in a picture at its own size, its masks before they are pasted."""
-    size = picture.shape[:2]
-    given: dict[str, Any] = {"image": torch.from_numpy(picture[:, :, ::-1].copy()).permute(2, 0, 1)}
+def found_by(model: Any, pixels: np.ndarray, wants_proposals: bool) -> Found:
+    """What a model finds in a image at its own size, its masks before they are pasted."""
+    size = pixels.shape[:2]
+    given: dict[str, Any] = {"image": torch.from_numpy(pixels[:, :, ::-1].copy()).permute(2, 0, 1)}
     if wants_proposals:
-        boxes = torch.from_numpy(proposals(picture))
+        boxes = torch.from_numpy(proposals(pixels))
         given["proposals"] = Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes)))
     kind = type(model).__name__
     if kind == "ProposalNetwork":
@@ -145,7 +145,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         if name in IN_FLOAT64:
             model.double()
             box_ops.batched_nms = _batched_nms
-        found = [found_by(model, picture, cfg.MODEL.LOAD_PROPOSALS) for picture in pictures(data)]
+        found = [found_by(model, pixels, cfg.MODEL.LOAD_PROPOSALS) for pixels in images_of(data)]
         about = {"peer": "detectron2", "commit": commit, "config": config, "changes": changes}
         Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"detectron2_{name}")
         for one in found:

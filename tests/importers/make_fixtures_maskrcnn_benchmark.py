@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from importers.reference import Found, Reference, fill, pictures, thinned
+from importers.reference import Found, Reference, fill, images_of, thinned
 
 
 class _Compiled(ModuleType):
@@ -104,7 +104,7 @@ GAINS = {
     "rpn.head.bbox_pred.weight": 0.15,
     "rpn.head.cls_logits.weight": 0.7,
     "roi_heads.box.predictor.cls_score.weight": 0.45,
-    # Several classes in a picture: units that are on for some boxes alone.
+    # Several classes in a image: units that are on for some boxes alone.
     "*.fc6.bias": 24.0,
     "*.fc7.bias": 10.0,
 }
@@ -122,12 +122,12 @@ KEPT_MASKS = 10
 
 
 @torch.inference_mode()
-def found_by(model: Any, cfg: Any, picture: np.ndarray) -> Found:
-    """What a model finds in a picture at its own size, its masks before they are pasted."""
+def found_by(model: Any, cfg: Any, pixels: np.ndarray) -> Found:
+    """What a model finds in a image at its own size, its masks before they are pasted."""
     from maskrcnn_benchmark.data.transforms import transforms
     from maskrcnn_benchmark.structures.image_list import to_image_list
 
-    image, _ = transforms.ToTensor()(picture, None)
+    image, _ = transforms.ToTensor()(pixels, None)
     normalize = transforms.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, to_bgr255=cfg.INPUT.TO_BGR255)
     (found,) = model(to_image_list([normalize(image)], cfg.DATALOADER.SIZE_DIVISIBILITY))
     only_proposals = not found.has_field("scores")
@@ -169,7 +169,7 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         missing, unexpected = model.load_state_dict(fill(shapes, gains), strict=False)
         assert not unexpected, unexpected
         assert all("anchor_generator" in name for name in missing), missing
-        found = [found_by(model, cfg, picture) for picture in pictures(data)]
+        found = [found_by(model, cfg, pixels) for pixels in images_of(data)]
         about = {"peer": "maskrcnn-benchmark", "commit": commit, "config": config, "changes": changes}
         Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"maskrcnn_benchmark_{name}")
         for one in found:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from importers.mmdetection_on_cpu import import_peer
-from importers.reference import Found, Reference, fill, pictures, proposals, thinned
+from importers.reference import Found, Reference, fill, images_of, proposals, thinned
 
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
@@ -131,13 +131,13 @@ def build_model(config: Any, major: int) -> Any:
     return build_detector(config.model, test_cfg=config.get("test_cfg"))
 
 
-def normalized(config: Any, picture: np.ndarray, version: str) -> Tensor:
-    """[1, 3, H, W], the picture as the version's own pipeline for tests makes it, but for the resize."""
-    bgr = np.ascontiguousarray(picture[:, :, ::-1])
+def normalized(config: Any, pixels: np.ndarray, version: str) -> Tensor:
+    """[1, 3, H, W], the image as the version's own pipeline for tests makes it, but for the resize."""
+    bgr = np.ascontiguousarray(pixels[:, :, ::-1])
     if version.startswith("0."):
         from mmdet.datasets.transforms import ImageTransform
 
-        sides = sorted(picture.shape[:2], reverse=True)
+        sides = sorted(pixels.shape[:2], reverse=True)
         image, _, _, scale = ImageTransform(size_divisor=32, **config.img_norm_cfg)(bgr, tuple(sides), False)
         assert scale == 1
         return torch.from_numpy(image)[None]
@@ -149,14 +149,14 @@ def normalized(config: Any, picture: np.ndarray, version: str) -> Tensor:
 
 
 @torch.inference_mode()
-def found_by(model: Any, config: Any, picture: np.ndarray, version: str, given: np.ndarray | None) -> Found:
-    """What a model finds in a picture at its own size."""
+def found_by(model: Any, config: Any, pixels: np.ndarray, version: str, given: np.ndarray | None) -> Found:
+    """What a model finds in a image at its own size."""
     maps: list[tuple[Tensor, Tensor | None]] = []
     _listen_to_masks(model, maps)
     if version.startswith("3."):
-        boxes, scores, labels = _found_by_3(model, picture, given)
+        boxes, scores, labels = _found_by_3(model, pixels, given)
     else:
-        boxes, scores, labels = _found_by_earlier(model, config, picture, version, given)
+        boxes, scores, labels = _found_by_earlier(model, config, pixels, version, given)
     masks = None
     if maps:
         masks = _own_class(*maps[-1], first=1 if version < "2" else 0)
@@ -204,25 +204,25 @@ def _own_class(maps: Tensor, labels: Any, first: int) -> np.ndarray:
     return maps[torch.arange(len(maps)), labels + first].numpy()
 
 
-def _found_by_3(model: Any, picture: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, ...]:
+def _found_by_3(model: Any, pixels: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, ...]:
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    size = picture.shape[:2]
+    size = pixels.shape[:2]
     sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
     if given is not None:
         sample.proposals = InstanceData(bboxes=torch.from_numpy(given))
-    bgr = torch.from_numpy(picture[:, :, ::-1].copy()).permute(2, 0, 1)
+    bgr = torch.from_numpy(pixels[:, :, ::-1].copy()).permute(2, 0, 1)
     found = model.test_step({"inputs": [bgr], "data_samples": [sample]})[0].pred_instances
     return found.bboxes.numpy(), found.scores.numpy(), found.labels.numpy()
 
 
 def _found_by_earlier(
-    model: Any, config: Any, picture: np.ndarray, version: str, given: np.ndarray | None
+    model: Any, config: Any, pixels: np.ndarray, version: str, given: np.ndarray | None
 ) -> tuple[np.ndarray, ...]:
-    image = normalized(config, picture, version)
+    image = normalized(config, pixels, version)
     scale: Any = 1.0 if version < "2" else np.ones(4, np.float32)
-    meta = {"img_shape": picture.shape, "ori_shape": picture.shape, "scale_factor": scale, "flip": False}
+    meta = {"img_shape": pixels.shape, "ori_shape": pixels.shape, "scale_factor": scale, "flip": False}
     meta |= {"pad_shape": (*image.shape[2:], 3), "batch_input_shape": tuple(image.shape[2:])}
     if given is None:
         result = model.simple_test(image, [meta])
@@ -250,7 +250,7 @@ def main(configs: Path, data: Path, names: list[str]) -> None:
         gains |= {pattern: gain for pattern, gain in GAINS.items() if pattern not in gains}
         model.load_state_dict(fill(shapes, gains))
         wants = name == "fast_rcnn"
-        found = [found_by(model, config, one, version, proposals(one) if wants else None) for one in pictures(data)]
+        found = [found_by(model, config, one, version, proposals(one) if wants else None) for one in images_of(data)]
         # As the version's own runner writes it.
         meta = {"mmengine_version": "0.10.7", "cfg": text} if major == 3 else {"mmdet_version": version, "config": text}
         about = {"peer": f"mmdetection {version}", "meta": meta}

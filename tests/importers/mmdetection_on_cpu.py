@@ -61,14 +61,14 @@ def nms_later(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: in
 
 
 def roi_align_2018(layer: Any, features: Tensor, rois: Tensor) -> Tensor:
-    """RoIAlign of 0.x and 1.x for one picture, as their kernel has it: the end at (x2 + 1) * scale, no half pixel.
+    """RoIAlign of 0.x and 1.x for one image, as their kernel has it: the end at (x2 + 1) * scale, no half pixel.
 
     Sampling is bilinear, so that a row of weights for each axis and cell does it.
 
     Args:
         layer: the peer's, with `out_size`, `sample_num` and `spatial_scale`.
         features: [1, C, H, W].
-        rois: [R, 5] index of the picture, and xyxy in its pixels.
+        rois: [R, 5] index of the pixels, and xyxy in its pixels.
 
     Returns:
         [R, C, out_size, out_size].

@@ -2,7 +2,7 @@
 
 No weights are kept: a tensor's values follow from its name and shape, the same on every machine, so that the peer
 (once, by hand, in a `make_fixtures_*.py`) and the test (each time) fill the same model. A file in `fixtures/` holds the
-names and shapes of the peer's tensors, and what the peer found in two real pictures.
+names and shapes of the peer's tensors, and what the peer found in two real images.
 
 n detections, S cells a side of a mask.
 """
@@ -39,10 +39,10 @@ MASK_STEP = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was found in one picture, best first."""
+    """What was found in one image, best first."""
 
     boxes: np.ndarray
-    """[n, 4] float32 xyxy in pixels of the picture; n may be fewer than `count`."""
+    """[n, 4] float32 xyxy in pixels of the image; n may be fewer than `count`."""
     scores: np.ndarray
     """[n] float32."""
     labels: np.ndarray
@@ -146,8 +146,8 @@ def _filled(name: str, shape: tuple[int, ...], gains: Mapping[str, float]) -> Te
     return torch.from_numpy(values * np.float32(gain)).reshape(shape)
 
 
-def pictures(folder: Path) -> list[np.ndarray]:
-    """The two pictures, uint8 [height, width, 3] RGB.
+def images_of(folder: Path) -> list[np.ndarray]:
+    """The two images, uint8 [height, width, 3] RGB.
 
     Args:
         folder: with `coco_mini` in it.
@@ -161,9 +161,9 @@ def pictures(folder: Path) -> list[np.ndarray]:
     return parts
 
 
-def proposals(picture: np.ndarray) -> np.ndarray:
-    """[NUM_PROPOSALS, 4] float32 boxes of all sizes in the picture, for detectors that are given some."""
-    height, width = picture.shape[:2]
+def proposals(pixels: np.ndarray) -> np.ndarray:
+    """[NUM_PROPOSALS, 4] float32 boxes of all sizes in the image, for detectors that are given some."""
+    height, width = pixels.shape[:2]
     draws = (np.random.PCG64(7).random_raw(NUM_PROPOSALS * 4) >> np.uint64(40)).astype(np.float64) / 2**24
     x, y, w, h = draws.reshape(NUM_PROPOSALS, 4).T
     w, h = 8 * (width / 8) ** w, 8 * (height / 8) ** h
@@ -172,18 +172,18 @@ def proposals(picture: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = None, *, multiple: int = 32) -> Found:
-    """What one of our detectors finds in a picture at its own size.
+def detect(detector: nn.Module, pixels: np.ndarray, given: np.ndarray | None = None, *, multiple: int = 32) -> Found:
+    """What one of our detectors finds in a image at its own size.
 
     Args:
         detector: in eval mode.
-        picture: uint8 [height, width, 3] RGB.
+        pixels: uint8 [height, width, 3] RGB.
         given: [n, 4] proposals, for a detector that wants some.
         multiple: of what the sides of the canvas are multiples, as the peer has it.
     """
-    size = (picture.shape[0], picture.shape[1])
+    size = (pixels.shape[0], pixels.shape[1])
     sample = Sample(
-        image=picture,
+        image=pixels,
         image_id=0,
         file_name="",
         boxes=np.zeros((0, 4), np.float32),
@@ -208,7 +208,7 @@ def detect(detector: nn.Module, picture: np.ndarray, given: np.ndarray | None = 
 
 
 def found_in(tensors: Mapping[str, Tensor], first_label: int = 0) -> Found:
-    """One picture's detections as torchvision gives them, or ours by the same names.
+    """One image's detections as torchvision gives them, or ours by the same names.
 
     Args:
         tensors: `boxes` [n, 4], `scores` [n], `labels` [n] and maybe `masks` [n, S, S] or [n, 1, S, S].
@@ -231,7 +231,7 @@ def thinned(masks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest differences between what two detectors found in a picture."""
+    """The largest differences between what two detectors found in a image."""
 
     boxes: float
     """In pixels."""
@@ -240,36 +240,36 @@ class Differences:
     """Of probabilities; 0 where there are no masks."""
 
 
-def compare(given: Found, wanted: Found) -> Differences:
+def compare(given: Found, expected: Found) -> Differences:
     """Match the detections that are alike, one to one, and measure what is left between them.
 
     Args:
         given: ours, all of them.
-        wanted: the peer's, all or the best of them. Detections whose scores are nearly the same may stand in another
+        expected: the peer's, all or the best of them. Detections whose scores are nearly the same may stand in another
             order.
 
     Raises:
         AssertionError: there are not as many, or one of the peer's has no counterpart of the same class within a pixel
             and a hundredth of score.
     """
-    assert given.count == wanted.count, f"{given.count} detections, the peer has {wanted.count}"
+    assert given.count == expected.count, f"{given.count} detections, the peer has {expected.count}"
     free = np.ones(len(given.scores), bool)
     largest = [0.0, 0.0, 0.0]
-    for index in range(len(wanted.scores)):
-        gaps = np.abs(given.boxes - wanted.boxes[index]).max(axis=1)
-        score_gaps = np.abs(given.scores - wanted.scores[index])
-        alike = free & (given.labels == wanted.labels[index]) & (gaps < 1) & (score_gaps < 0.01)
+    for index in range(len(expected.scores)):
+        gaps = np.abs(given.boxes - expected.boxes[index]).max(axis=1)
+        score_gaps = np.abs(given.scores - expected.scores[index])
+        alike = free & (given.labels == expected.labels[index]) & (gaps < 1) & (score_gaps < 0.01)
         assert alike.any(), (
-            f"detection {index} of the peer, {wanted.boxes[index]} {wanted.scores[index]:.5f} of class "
-            f"{wanted.labels[index]}, is not among ours"
+            f"detection {index} of the peer, {expected.boxes[index]} {expected.scores[index]:.5f} of class "
+            f"{expected.labels[index]}, is not among ours"
         )
         own = int(np.where(alike, gaps + score_gaps, np.inf).argmin())
         free[own] = False
         mask_gap = 0.0
-        if wanted.masks is not None and given.masks is not None and index < len(wanted.masks):
-            mask_gap = float(np.abs(given.masks[own] - wanted.masks[index]).max())
+        if expected.masks is not None and given.masks is not None and index < len(expected.masks):
+            mask_gap = float(np.abs(given.masks[own] - expected.masks[index]).max())
         largest = [
             max(*pair) for pair in zip(largest, (float(gaps[own]), float(score_gaps[own]), mask_gap), strict=True)
         ]
-    assert (given.masks is None) == (wanted.masks is None), "one has masks, the other has none"
+    assert (given.masks is None) == (expected.masks is None), "one has masks, the other has none"
     return Differences(*largest)

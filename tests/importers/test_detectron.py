@@ -202,8 +202,8 @@ def test_imagenet_pickle_becomes_a_body_whose_norms_are_scale_and_bias(
     net.load_state_dict({name.removeprefix("backbone.body."): tensor for name, tensor in given.tensors.items()})
     assert not has_untrained_statistics(net)
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    wanted = torch.conv2d(x, blobs["conv1_w"].double(), blobs["conv1_b"].double(), stride=2, padding=3)
+    expected = torch.conv2d(x, blobs["conv1_w"].double(), blobs["conv1_b"].double(), stride=2, padding=3)
     scale, bias = (blobs[f"res_conv1_bn_{part}"].double().view(1, -1, 1, 1) for part in "sb")
     with torch.no_grad():
         found = net.bn1(net.conv1(x.float())).double()
-    assert (found - wanted * scale - bias).abs().max() < 1e-4
+    assert (found - expected * scale - bias).abs().max() < 1e-4

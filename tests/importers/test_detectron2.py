@@ -205,7 +205,7 @@ def test_what_cannot_be_built_is_told() -> None:
     theirs = detector("faster_rcnn")
     for name, why in {
         "roi_heads.keypoint_head.conv_fcn1.weight": "keypoints",
-        "head.cls_subnet.1.weight": "have biases",
+        "head.cls_subnet.1.weight": "after convolutions with biases",
         "backbone.bottom_up.res3.0.conv2_offset.weight": "deformable",
     }.items():
         with pytest.raises(ValueError, match=why):

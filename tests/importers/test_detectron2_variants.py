@@ -16,7 +16,7 @@ from boxwright.importers.convert import Imported, convert
 from boxwright.importers.detectron2 import MSRA
 from boxwright.training.experiment import arguments_of, call_name
 from boxwright.weights.foreign import read_foreign
-from importers.reference import Found, Reference, compare, detect, pictures
+from importers.reference import Found, Reference, compare, detect, images_of
 
 
 def converted(reference: Reference, folder: Path, without: str | None = None, changes: Sequence[str] = ()) -> Imported:
@@ -27,13 +27,13 @@ def converted(reference: Reference, folder: Path, without: str | None = None, ch
 
 
 def compare_all(
-    imported: Imported, wanted: Sequence[Found], folder: Path, data: Path, dtype: torch.dtype = torch.float32
+    imported: Imported, expected: Sequence[Found], folder: Path, data: Path, dtype: torch.dtype = torch.float32
 ) -> None:
     imported.save(folder / "ours.safetensors")
     detector = boxwright.load(folder / "ours.safetensors").detector.to(dtype)
-    for picture, found in zip(pictures(data), wanted, strict=True):
+    for pixels, found in zip(images_of(data), expected, strict=True):
         assert found.count > 50, "a check of few detections proves little"
-        different = compare(detect(detector, picture), found)
+        different = compare(detect(detector, pixels), found)
         assert different.boxes < 1e-2
         assert different.scores < 1e-4
         assert different.masks < 1e-3
@@ -89,7 +89,7 @@ def test_batch_norm_everywhere_and_an_rpn_of_two_convolutions(data_dir: Path, tm
 
 def test_a_box_head_that_lacks_a_layer_is_no_other_head(tmp_path: Path) -> None:
     reference = Reference.load("detectron2_cascade_mask_rcnn")
-    with pytest.raises(ValueError, match=r"6 tensors are missing: box_heads\.0\.fc2\.bias"):
+    with pytest.raises(ValueError, match=r"6 missing tensors: box_heads\.0\.fc2\.bias"):
         converted(reference, tmp_path, without=".fc2.")
 
 

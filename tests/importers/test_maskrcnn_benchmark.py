@@ -157,16 +157,16 @@ def test_norms_without_eps_come_to_the_same() -> None:
     weight, bias, mean, variance = (
         theirs[prefix + part].double().view(1, -1, 1, 1) for part in ("weight", "bias", "running_mean", "running_var")
     )
-    wanted = (x - mean) * weight / variance.sqrt() + bias
-    assert torch.allclose(ours(x.float()).double(), wanted, rtol=1e-5, atol=1e-4)
+    expected = (x - mean) * weight / variance.sqrt() + bias
+    assert torch.allclose(ours(x.float()).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_retinanets_boxes_are_those_of_divided_deltas() -> None:
     theirs = detector("retinanet")["rpn.head.bbox_pred.bias"]
     given = convert(file_of(detector("retinanet"))).tensors["head.box_deltas.bias"]
     anchors = torch.tensor([[10.0, 20.0, 49.0, 80.0]]).expand(9, 4)
-    wanted = decode(theirs.view(9, 4), anchors, (0.1, 0.1, 0.2, 0.2), plus_one=1.0)
-    assert torch.allclose(decode(given.view(9, 4), anchors, (1.0, 1.0, 1.0, 1.0), plus_one=1.0), wanted)
+    expected = decode(theirs.view(9, 4), anchors, (0.1, 0.1, 0.2, 0.2), plus_one=1.0)
+    assert torch.allclose(decode(given.view(9, 4), anchors, (1.0, 1.0, 1.0, 1.0), plus_one=1.0), expected)
 
 
 def test_numbers() -> None:

@@ -236,7 +236,7 @@ def test_the_numbers_of_later_versions() -> None:
 @pytest.mark.parametrize("kind", ["rpn", "retinanet"])
 def test_single_stage_files_that_do_not_say_their_version_must_be_told(kind: str) -> None:
     tensors = detector(kind, first=False)
-    with pytest.raises(ValueError, match="give --source mmdetection1 or --source mmdetection2"):
+    with pytest.raises(ValueError, match="Choose one with --source mmdetection1 or --source mmdetection2"):
         convert(file_of(tensors))
     for source, geometry in (("mmdetection1", DETECTRON), ("mmdetection2", MODERN)):
         given = convert(file_of(tensors), source=source)
@@ -296,9 +296,9 @@ def test_classes_are_the_files_or_cocos() -> None:
 def test_proposal_networks_have_the_classes_of_their_data() -> None:
     theirs = detector("rpn", first=True)
     own = ["a", "b"]
-    for given, wanted in ((None, [c.name for c in COCO]), (named(own), own)):
+    for given, expected in ((None, [c.name for c in COCO]), (named(own), own)):
         found = convert(file_of(theirs), source="mmdetection1", categories=given)
-        assert [c.name for c in found.categories] == wanted
+        assert [c.name for c in found.categories] == expected
 
 
 def test_what_cannot_be_built_is_told() -> None:
@@ -306,7 +306,7 @@ def test_what_cannot_be_built_is_told() -> None:
     for name, why in {
         "bbox_head.cls_convs.0.bn.weight": "BatchNorm",
         "backbone.layer2.0.conv2.conv_offset.weight": "deformable convolutions",
-        "bbox_head.fcos_cls.weight": "1 tensors are no part",
+        "bbox_head.fcos_cls.weight": "1 unknown tensor",
     }.items():
         with pytest.raises(ValueError, match=why):
             convert(file_of({**theirs, name: torch.ones(1)}), source="mmdetection2")

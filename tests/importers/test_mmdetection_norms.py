@@ -126,5 +126,5 @@ def test_retinanet_with_norms_everywhere() -> None:
 
 def test_standardised_weights_are_refused_though_their_tensors_are_the_same() -> None:
     theirs = filled({**body(), **pyramid(retina=False), **two_stages("roi_head.", 0)})
-    with pytest.raises(ValueError, match="standardise their weights"):
+    with pytest.raises(ValueError, match="weight standardisation"):
         convert(file_of(theirs, meta={"config": "conv_cfg = dict(type='ConvWS')\n"}))

@@ -1,4 +1,4 @@
-"""Checkpoints in other code bases' layouts give the detections of those code bases' own models, on real pictures."""
+"""Checkpoints in other code bases' layouts give the detections of those code bases' own models, on real images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import boxwright
 from boxwright.data.buckets import Resize
 from boxwright.importers.convert import convert
 from boxwright.weights.foreign import read_foreign
-from importers.reference import Reference, compare, detect, pictures, proposals
+from importers.reference import Reference, compare, detect, images_of, proposals
 
 
 def write_arrays(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -59,19 +59,19 @@ def test_detections_are_the_peers(source: str, model: str, data_dir: Path, tmp_p
     assert imported.source.name == source
     imported.save(tmp_path / "ours.safetensors")
     detector = boxwright.load(tmp_path / "ours.safetensors").detector
-    for picture, wanted in zip(pictures(data_dir), reference.found, strict=True):
-        assert wanted.count > 50, "a check of few detections proves little"
-        boxes = proposals(picture) if model == "fast_rcnn" else None
-        # Detectron pads pictures for RetinaNet by its coarsest stride, and what lies beyond the edge is convolved, too.
+    for pixels, expected in zip(images_of(data_dir), reference.found, strict=True):
+        assert expected.count > 50, "a check of few detections proves little"
+        boxes = proposals(pixels) if model == "fast_rcnn" else None
+        # Detectron pads images for RetinaNet by its coarsest stride, and what lies beyond the edge is convolved, too.
         multiple = 128 if source == "detectron" and model == "retinanet" else 32
-        given = detect(detector, picture, boxes, multiple=multiple)
-        different = compare(given, wanted)
+        given = detect(detector, pixels, boxes, multiple=multiple)
+        different = compare(given, expected)
         assert different.boxes < 1e-2
         assert different.scores < 1e-4
         assert different.masks < 1e-3
 
 
-# (height, width) of a picture, and what Detectron2, maskrcnn-benchmark and Detectron make of it.
+# (height, width) of a image, and what Detectron2, maskrcnn-benchmark and Detectron make of it.
 RESIZED = {
     (480, 640): ((800, 1067), (800, 1066), (800, 1067)),
     (640, 427): ((1199, 800), (1199, 800), (1199, 800)),
@@ -85,8 +85,8 @@ RESIZED = {
 
 
 @pytest.mark.parametrize("size", RESIZED)
-def test_pictures_are_resized_to_detectron2s_size_and_within_a_pixel_of_the_others(size: tuple[int, int]) -> None:
+def test_images_are_resized_to_detectron2s_size_and_within_a_pixel_of_the_others(size: tuple[int, int]) -> None:
     given = Resize(800, 1333).size(*size)
     assert given == RESIZED[size][0]
-    for wanted in RESIZED[size]:
-        assert max(abs(given[0] - wanted[0]), abs(given[1] - wanted[1])) <= 1
+    for expected in RESIZED[size]:
+        assert max(abs(given[0] - expected[0]), abs(given[1] - expected[1])) <= 1

@@ -47,8 +47,8 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def picture_of(batch: Batch) -> np.ndarray:
-    """The first picture without its padding."""
+def image_of(batch: Batch) -> np.ndarray:
+    """The first image without its padding."""
     height, width = batch.image_sizes[0].tolist()
     return batch.images[0, :, :height, :width].permute(1, 2, 0).numpy()
 
@@ -60,11 +60,11 @@ def names_in(folder: Path, count: int) -> Path:
 
 
 @torch.inference_mode()
-def detections_of(peer: Any, picture: np.ndarray) -> dict[str, Tensor]:
-    """Of the picture at its own size."""
-    peer.transform.min_size = (min(picture.shape[:2]),)
+def detections_of(peer: Any, image: np.ndarray) -> dict[str, Tensor]:
+    """Of the image at its own size."""
+    peer.transform.min_size = (min(image.shape[:2]),)
     peer.eval()
-    return peer([torch.from_numpy(picture).permute(2, 0, 1).float()])[0]
+    return peer([torch.from_numpy(image).permute(2, 0, 1).float()])[0]
 
 
 @pytest.mark.parametrize("kind", PEERS)
@@ -72,26 +72,26 @@ def detections_of(peer: Any, picture: np.ndarray) -> dict[str, Tensor]:
 def test_the_command_gives_torchvisions_detections(kind: str, batch: Batch, tmp_path: Path) -> None:
     peer = PEERS[kind](batch)
     torch.save(peer.state_dict(), tmp_path / "theirs.pth")
-    picture = picture_of(batch)
+    image = image_of(batch)
     names = names_in(tmp_path, NUM_CLASSES)
     run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
     model = boxwright.load(tmp_path / "ours.safetensors")
-    given = model.predict(picture, native=True)
-    wanted = detections_of(peer, picture)
-    assert len(given) == len(wanted["scores"]) > 50, "a check of few detections proves little"
+    given = model.predict(image, native=True)
+    expected = detections_of(peer, image)
+    assert len(given) == len(expected["scores"]) > 50, "a check of few detections proves little"
     assert len(set(given.labels)) > 3
     ours = {name: torch.from_numpy(getattr(given, name)) for name in ("boxes", "scores", "labels")}
-    wanted.pop("masks", None)  # They are compared below, before they are pasted, which torchvision does otherwise.
-    different = compare(found_in(ours), found_in(wanted, 0 if kind == "retinanet" else 1))
+    expected.pop("masks", None)  # They are compared below, before they are pasted, which torchvision does otherwise.
+    different = compare(found_in(ours), found_in(expected, 0 if kind == "retinanet" else 1))
     assert different.boxes < 1e-2
     assert different.scores < 1e-4
     if kind == "mask_rcnn":
         peer.transform.postprocess = lambda found, *_: found
         found = map_tensors(model.detector.detect(map_tensors(batch, lambda t: t[:1])), lambda t: t[0])
-        wanted = detections_of(peer, picture)
-        assert wanted["masks"].std() > 0.1, "nor does one of masks that are alike"
+        expected = detections_of(peer, image)
+        assert expected["masks"].std() > 0.1, "nor does one of masks that are alike"
         ours = {name: getattr(found, name)[found.valid] for name in ("boxes", "scores", "labels", "masks")}
-        assert compare(found_in(ours), found_in(wanted, 1)).masks < 1e-3
+        assert compare(found_in(ours), found_in(expected, 1)).masks < 1e-3
 
 
 def test_round_trip_is_bit_identical(batch: Batch, tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_round_trip_is_bit_identical(batch: Batch, tmp_path: Path) -> None:
     names = names_in(tmp_path, NUM_CLASSES)
     run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
     model = boxwright.load(tmp_path / "ours.safetensors")
-    first = model.predict(picture_of(batch), native=True)
+    first = model.predict(image_of(batch), native=True)
     converted, page = load_weights(tmp_path / "ours.safetensors")
     for name, tensor in model.detector.state_dict().items():
         assert torch.equal(tensor, converted[name]), name
-    again = boxwright.load(tmp_path / "ours.safetensors").predict(picture_of(batch), native=True)
+    again = boxwright.load(tmp_path / "ours.safetensors").predict(image_of(batch), native=True)
     assert len(first) > 50
     assert np.array_equal(first.boxes, again.boxes)
     assert np.array_equal(first.scores, again.scores)
@@ -170,7 +170,7 @@ def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
 
 def test_a_backbone_has_neither_settings_nor_classes(tmp_path: Path) -> None:
     file = ForeignFile(path=tmp_path / "x.pth", sha256="00", tensors=resnet18().state_dict(), about={})
-    with pytest.raises(ValueError, match="a backbone alone"):
+    with pytest.raises(ValueError, match="a backbone has neither"):
         convert(file, changes=["resize.short=600"])
 
 

@@ -90,15 +90,15 @@ def converted(model: nn.Module, kind: str, folder: Path) -> Detector:
 def test_detections_are_torchvisions(kind: str, batch: Batch, tmp_path: Path) -> None:
     peer = second_model(kind, batch)
     detections = converted(peer, kind, tmp_path).detect(batch)
-    for image, wanted in enumerate(peer(peer_inputs(batch, dtype=torch.float32)[0])):
+    for image, expected in enumerate(peer(peer_inputs(batch, dtype=torch.float32)[0])):
         found = detections.valid[image]
-        assert found.sum() == len(wanted["scores"]) > 50, "a check of few detections proves little"
-        assert len(set(wanted["labels"].tolist())) > 3
+        assert found.sum() == len(expected["scores"]) > 50, "a check of few detections proves little"
+        assert len(set(expected["labels"].tolist())) > 3
         given = {name: getattr(detections, name)[image, found] for name in ("boxes", "scores", "labels")}
         if kind == "mask_rcnn":
-            assert wanted["masks"].std() > 0.1, "nor does one of masks that are alike"
+            assert expected["masks"].std() > 0.1, "nor does one of masks that are alike"
             given["masks"] = detections.masks[image, found]
-        different = compare(found_in(given), found_in(wanted, FIRST_LABEL[kind]))
+        different = compare(found_in(given), found_in(expected, FIRST_LABEL[kind]))
         assert different.boxes < 1e-2
         assert different.scores < 1e-4
         assert different.masks < 1e-3

@@ -28,17 +28,17 @@ def test_a_folded_norm_is_the_norm_and_so_are_its_gradients(norm: type[nn.Module
     x, add = torch.randn(2, 4, 9, 7, dtype=torch.float64), torch.randn(2, 6, 5, 4, dtype=torch.float64)
     inputs = [x.requires_grad_(), add.requires_grad_(), *convolution.parameters(), *behind.parameters()]
     given = conv_norm(convolution, behind, x, add, relu=True)
-    wanted = (
+    expected = (
         nn.functional.batch_norm(
             convolution(x), behind.running_mean, behind.running_var, behind.weight, behind.bias, eps=behind.eps
         )
         + add
     ).relu()
-    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(wanted)
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(expected)
     torch.testing.assert_close(
         torch.autograd.grad((given * weight).sum(), inputs),
-        torch.autograd.grad((wanted * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
         rtol=1e-10,
         atol=1e-10,
     )
@@ -104,9 +104,9 @@ def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
     assert ours[0].dtype == dtype
     # A product near 0 may round to the other side of the ReLU: one in some hundreds in bfloat16.
     tolerance = 1e-5 if dtype == torch.float32 else 0.1 if relu else 0.01
-    for given, wanted in zip(ours, answer_and_gradients(torch.float64), strict=True):
-        assert given.shape == wanted.shape
-        assert (given - wanted).norm() < tolerance * wanted.norm()
+    for given, expected in zip(ours, answer_and_gradients(torch.float64), strict=True):
+        assert given.shape == expected.shape
+        assert (given - expected).norm() < tolerance * expected.norm()
     assert add is None or torch.equal(add, before), "what is added is not written to"
 
 

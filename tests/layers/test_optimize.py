@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from boxwright.backbones.resnet import ResNet
-from boxwright.layers.conv_norm import conv_norm
+from boxwright.layers.conv_norm import ConvNorm, conv_norm
 from boxwright.layers.fused import blocks_are_faster, can_fuse
 from boxwright.layers.optimize import optimize_for_cpu
 from boxwright.layers.packed import PackedConv2d
@@ -33,10 +33,10 @@ def test_packed_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: s
     with autocast(torch.device("cpu"), precision):
         ours = packed.backbone(packed.normalize(batch.images, batch.image_sizes))
         plain = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
-        found, wanted = packed.detect(batch), detector.detect(batch)
+        found, expected = packed.detect(batch), detector.detect(batch)
     if precision == "float32":
         for name in ("boxes", "scores", "valid"):
-            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
     for level, plain_level, exact_level in zip(ours, plain, exact, strict=True):
         error, allowed = (level.float() - exact_level).norm(), (plain_level.float() - exact_level).norm()
         assert error < 1.1 * allowed + 1e-5 * exact_level.norm(), "as near as without packing"
@@ -54,11 +54,11 @@ def test_norms_of_a_resnet_are_folded_in(precision: Precision, groups: int) -> N
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.weight, 0.2, 0.5)
     x = torch.randn(1, 3, 64, 64)
-    wanted = body.double()(x.double())
+    expected = body.double()(x.double())
     optimize_for_cpu(body.float())
     with autocast(torch.device("cpu"), precision):
         maps = body(x)
-    for ours, exact in zip(maps, wanted, strict=True):
+    for ours, exact in zip(maps, expected, strict=True):
         assert (ours - exact).norm() < (1e-5 if precision == "float32" else 0.02) * exact.norm()
 
 
@@ -90,9 +90,9 @@ def test_statistics_that_changed_alone_are_read_anew() -> None:
     optimize_for_cpu(body.eval())
     body(x)
     body.train()(x)
-    wanted = ResNet(18, norm="bn").eval()
-    wanted.load_state_dict(body.state_dict())
-    torch.testing.assert_close(body.eval()(x), wanted(x))
+    expected = ResNet(18, norm="bn").eval()
+    expected.load_state_dict(body.state_dict())
+    torch.testing.assert_close(body.eval()(x), expected(x))
 
 
 @pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")

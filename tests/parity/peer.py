@@ -34,22 +34,22 @@ EVERYTHING = 10**7
 
 
 def real_batch(folder: Path, num_images: int = 2) -> Batch:
-    """The first landscape pictures of `coco_mini`'s val2017 on one canvas, with made-up objects that overlap."""
+    """The first landscape images of `coco_mini`'s val2017 on one canvas, with made-up objects that overlap."""
     generator = torch.Generator().manual_seed(5)
-    pictures = []
+    resized = []
     for file in sorted((folder / "coco_mini" / "val2017").glob("*.jpg")):
-        picture = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
-        height, width = picture.shape[:2]
+        pixels = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        height, width = pixels.shape[:2]
         if height < width < 1.5 * height:
             size = (round(width * SHORT_SIDE / height), SHORT_SIDE)
-            pictures.append(torch.from_numpy(cv2.resize(picture, size)).permute(2, 0, 1))
-        if len(pictures) == num_images:
+            resized.append(torch.from_numpy(cv2.resize(pixels, size)).permute(2, 0, 1))
+        if len(resized) == num_images:
             break
-    sizes = torch.tensor([picture.shape[1:] for picture in pictures])
+    sizes = torch.tensor([pixels.shape[1:] for pixels in resized])
     canvas = [-(-int(side) // 32) * 32 for side in sizes.max(0).values]
     images = torch.zeros(num_images, 3, *canvas, dtype=torch.uint8)
-    for image, picture in zip(images, pictures, strict=True):
-        image[:, : picture.shape[1], : picture.shape[2]] = picture
+    for image, pixels in zip(images, resized, strict=True):
+        image[:, : pixels.shape[1], : pixels.shape[2]] = pixels
     corners = torch.rand(num_images, 6, 2, generator=generator, dtype=torch.float64) * 200
     boxes = torch.cat([corners, corners + 20 + 100 * torch.rand(num_images, 6, 2, generator=generator)], -1)
     valid = torch.ones(num_images, 8, dtype=torch.bool)
@@ -71,7 +71,7 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
 
 
 def real_objects(folder: Path, num_images: int = 2) -> Batch:
-    """Landscape pictures of `coco_mini`'s val2017 on one canvas, with their real objects and masks, several on each."""
+    """Landscape resized of `coco_mini`'s val2017 on one canvas, with their real objects and masks, several on each."""
     dataset = IndexedDataset(*find_layout(folder / "coco_mini")["val"])
     placed = []
     for row in range(len(dataset)):
@@ -90,7 +90,7 @@ def real_objects(folder: Path, num_images: int = 2) -> Batch:
 def peer_inputs(
     batch: Batch, first_label: int = 1, dtype: torch.dtype = torch.float64
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The batch as torchvision wants it: float pictures (here in 0..255) without padding, labels from 1 or so."""
+    """The batch as torchvision wants it: float resized (here in 0..255) without padding, labels from 1 or so."""
     images = [
         image[:, :height, :width].to(dtype)
         for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Fast R-CNN equals torchvision's box head with the same weights on the same real pictures and the same proposals."""
+"""Fast R-CNN equals torchvision's box head with the same weights on the same real images and the same proposals."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def peer_features(batch: Batch, peer: FasterRCNN) -> tuple[dict[str, Tensor], li
 @torch.inference_mode()
 def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.eval()
-    wanted, _ = peer.roi_heads(*peer_features(batch, peer))
+    expected, _ = peer.roi_heads(*peer_features(batch, peer))
     given = detector.detect(batch)
-    for index, theirs in enumerate(wanted):
+    for index, theirs in enumerate(expected):
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
@@ -84,13 +84,13 @@ def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> Non
 def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.train().backbone.eval()
     features, proposals, sizes = peer_features(batch, peer)
-    _, wanted = peer.roi_heads(features, proposals, sizes, peer_inputs(batch)[1])
+    _, expected = peer.roi_heads(features, proposals, sizes, peer_inputs(batch)[1])
     given = detector.losses(batch)
     assert set(given) == {"box_class", "box_regression"}
     for ours, theirs in {"box_class": "loss_classifier", "box_regression": "loss_box_reg"}.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
+        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
-    sum(wanted.values()).backward()
+    sum(expected.values()).backward()
     sum(given.values()).backward()
     parameters = dict(peer.named_parameters())
     gradients = converted(
@@ -104,6 +104,6 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             if name.startswith("backbone.output.3"):
-                continue  # these pictures are too small for boxes of the coarsest level, so that it learns nothing
+                continue  # these images are too small for boxes of the coarsest level, so that it learns nothing
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
             assert error < 1e-6, f"{name}: {error:.1e}"

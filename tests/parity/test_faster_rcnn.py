@@ -1,4 +1,4 @@
-"""Faster R-CNN equals torchvision's with the same weights on the same real pictures."""
+"""Faster R-CNN equals torchvision's with the same weights on the same real images."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def detector(peer: FasterRCNN) -> RCNN:
 
 @torch.inference_mode()
 def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
-    wanted = peer.eval()(peer_inputs(batch)[0])
+    expected = peer.eval()(peer_inputs(batch)[0])
     given = detector.detect(batch)
-    for index, theirs in enumerate(wanted):
+    for index, theirs in enumerate(expected):
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert len(theirs["labels"].unique()) > 3
@@ -72,7 +72,7 @@ def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> Non
 
 def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.train().backbone.eval()
-    wanted = peer(*peer_inputs(batch))
+    expected = peer(*peer_inputs(batch))
     given = detector.losses(batch)
     names = {
         "rpn_objectness": "loss_objectness",
@@ -81,9 +81,9 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
         "box_regression": "loss_box_reg",
     }
     for ours, theirs in names.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
+        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
-    sum(wanted.values()).backward()
+    sum(expected.values()).backward()
     sum(given.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():

@@ -1,4 +1,4 @@
-"""Mask R-CNN equals torchvision's with the same weights, on real pictures with their real objects and masks.
+"""Mask R-CNN equals torchvision's with the same weights, on real images with their real objects and masks.
 
 One thing differs and is not meant to be equal: torchvision's mask targets are shares of a cell, which RoIAlign reads
 off the whole bitmap half a pixel beside it; ours are yes or no at the cell's centre, as in Detectron2, and are held to
@@ -52,19 +52,19 @@ def batch(data_dir: Path) -> Batch:
 
 @pytest.fixture(scope="module")
 def bitmaps(data_dir: Path, batch: Batch) -> list[Tensor]:
-    """Each picture's masks as pixels of the canvas, drawn by pycocotools from the polygons of the file."""
+    """Each image's masks as pixels of the canvas, drawn by pycocotools from the polygons of the file."""
     index = IndexedDataset(*find_layout(data_dir / "coco_mini")["val"]).index
     drawn = []
     for image_id, matrix, (height, width) in zip(
         batch.image_ids.tolist(), batch.transforms.numpy(), batch.image_sizes.tolist(), strict=True
     ):
         objects = index.objects(int(np.flatnonzero(index.image_ids == image_id)[0]))
-        picture = []
+        masks = []
         for row in range(objects.start, objects.stop):
             polygons = [(p @ matrix[:, :2].T + matrix[:, 2]).ravel().tolist() for p in index.polygons(row)]
             runs = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-            picture.append(torch.from_numpy(coco_mask.decode(runs)))
-        drawn.append(torch.stack(picture))
+            masks.append(torch.from_numpy(coco_mask.decode(runs)))
+        drawn.append(torch.stack(masks))
     return drawn
 
 
@@ -101,9 +101,9 @@ def test_masks_of_detections_equal(
     batch: Batch, peer: MaskRCNN, detector: RCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer.transform, "postprocess", lambda detections, *_: detections)  # before pasting
-    wanted = peer.eval()(peer_inputs(batch)[0])
+    expected = peer.eval()(peer_inputs(batch)[0])
     given = detector.detect(batch)
-    for index, theirs in enumerate(wanted):
+    for index, theirs in enumerate(expected):
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert len(theirs["labels"].unique()) > 3
@@ -128,7 +128,7 @@ def test_losses_and_gradients_equal(
     monkeypatch.setattr(roi_heads, "project_masks_on_boxes", our_targets)
     peer.train().backbone.eval()
     images, targets = peer_inputs(batch)
-    wanted = peer(images, [{**target, "masks": masks} for target, masks in zip(targets, bitmaps, strict=True)])
+    expected = peer(images, [{**target, "masks": masks} for target, masks in zip(targets, bitmaps, strict=True)])
     given = detector.losses(batch)
     assert len(num_positive) == 2
     num_objects = batch.targets.valid.sum(1).tolist()
@@ -141,9 +141,9 @@ def test_losses_and_gradients_equal(
         "mask": "loss_mask",
     }
     for ours, theirs in names.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
+        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
-    sum(wanted.values()).backward()
+    sum(expected.values()).backward()
     sum(given.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():

@@ -1,4 +1,4 @@
-"""RetinaNet equals torchvision's with the same weights on the same real pictures."""
+"""RetinaNet equals torchvision's with the same weights on the same real images."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def detector(peer: TorchvisionRetinaNet) -> RetinaNet:
 
 @torch.inference_mode()
 def test_detections_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: RetinaNet) -> None:
-    wanted = peer.eval()(peer_inputs(batch)[0])
+    expected = peer.eval()(peer_inputs(batch)[0])
     given = detector.detect(batch)
-    for index, theirs in enumerate(wanted):
+    for index, theirs in enumerate(expected):
         valid = given.valid[index]
         assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
         assert len(theirs["labels"].unique()) > 3
@@ -57,16 +57,16 @@ def test_detections_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: Re
 
 
 def test_losses_and_gradients_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: RetinaNet) -> None:
-    """Theirs is the mean of ours of one picture each: we divide by the batch's positives, they by each picture's."""
+    """Theirs is the mean of ours of one image each: we divide by the batch's positives, they by each image's."""
     peer.train().backbone.eval()
-    wanted = peer(*peer_inputs(batch, first_label=0))
-    pictures = [map_tensors(batch, lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(batch.images))]
-    separate = [detector.losses(picture) for picture in pictures]
+    expected = peer(*peer_inputs(batch, first_label=0))
+    images = [map_tensors(batch, lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(batch.images))]
+    separate = [detector.losses(image) for image in images]
     given = {name: torch.stack([losses[name] for losses in separate]).mean() for name in separate[0]}
     for ours, theirs in {"retina_class": "classification", "retina_box": "bbox_regression"}.items():
-        assert given[ours].item() == pytest.approx(wanted[theirs].item(), rel=1e-6), ours
+        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
         assert given[ours] > 0
-    sum(wanted.values()).backward()
+    sum(expected.values()).backward()
     sum(given.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():

@@ -61,10 +61,10 @@ def test_names_are_the_2018_toolbox_s_and_small_ones() -> None:
         "r101_caffe_fpn_1x",
         "r18_fpn_small",
     )
-    wanted = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
+    expected = [f"{family}_{rest}" for family in FAMILIES for rest in rests]
     cascades = ("r50_fpn_1x", "r50_fpn_20e", "r50_caffe_fpn_1x", "r101_fpn_1x", "r101_fpn_20e", "r18_fpn_small")
-    wanted += [f"{family}_{rest}" for family in ("cascade_rcnn", "cascade_mask_rcnn") for rest in cascades]
-    assert sorted(RECIPES) == sorted([*wanted, "mask_rcnn_r18_fpn_dense"])
+    expected += [f"{family}_{rest}" for family in ("cascade_rcnn", "cascade_mask_rcnn") for rest in cascades]
+    assert sorted(RECIPES) == sorted([*expected, "mask_rcnn_r18_fpn_dense"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,4 +1,4 @@
-"""Every recipe learns: one step at the recipe's own depth and width, on a small picture with few samples."""
+"""Every recipe learns: one step at the recipe's own depth and width, on a small image with few samples."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_report_of_real_detections(data_dir: Path, tmp_path: Path) -> None:
         {"kind": "evaluation", "step": 2, "metrics": {"AP": 0.3, "AP50": 0.5}},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write_report(tmp_path, dataset, results, metrics, title="run <1>", num_pictures=3).read_text()
+    page = write_report(tmp_path, dataset, results, metrics, title="run <1>", num_images=3).read_text()
 
     assert "run &lt;1&gt;" in page
     assert f"<b>{100 * metrics.summary['AP']:.1f}</b>" in page
@@ -61,7 +61,7 @@ def test_report_of_masks(data_dir: Path, tmp_path: Path) -> None:
     assert metrics.masks.summary["AP"] == pytest.approx(metrics.summary["AP"], abs=0.02)
     line = {"kind": "evaluation", "step": 2, "metrics": metrics.numbers}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    page = write_report(tmp_path, dataset, results, metrics, num_pictures=2).read_text()
+    page = write_report(tmp_path, dataset, results, metrics, num_images=2).read_text()
     assert "<h3>Masks</h3>" in page
     assert page.count(f"<b>{100 * metrics.masks.summary['AR1']:.1f}</b>") >= 1
     assert "<th>mask AP50</th>" in page
@@ -112,7 +112,7 @@ def test_a_class_without_masks_is_excluded_from_the_mask_curve(data_dir: Path, t
     metrics = coco_metrics(truth, results)
     assert metrics.masks is not None
     assert metrics.masks.per_class[0, 0] == -1
-    page = write_report(tmp_path, dataset, results, metrics, num_pictures=0).read_text()
+    page = write_report(tmp_path, dataset, results, metrics, num_images=0).read_text()
     chart = page.split("mean over the classes: masks")[-1].split("</svg>")[0]
     for points in re.findall(r'points="([^"]*)"', chart):
         assert {point.split(",")[1] for point in points.split()} == {"8.0"}, "precision should be 1 at every recall"

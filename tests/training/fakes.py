@@ -15,7 +15,7 @@ CATEGORIES = [Category(id=3, name="square"), Category(id=7, name="circle")]
 
 
 class TinyDetector(nn.Module):
-    """Guesses one box and one class a picture; has what real ones have: norm, chance, frozen parts."""
+    """Guesses one box and one class a image; has what real ones have: norm, chance, frozen parts."""
 
     def __init__(self, num_classes: int, *, dropout: float, width: int = 8) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TinyDetector(nn.Module):
         present = (labels * weight[..., None]).amax(1)
         logits = self.classify(features)
         errors = (self.regress(features)[:, None] - boxes).abs().sum(-1)
-        # Means over pictures, which halves of a batch and ranks share out evenly.
+        # Means over images, which halves of a batch and ranks share out evenly.
         return {
             "class": nn.functional.binary_cross_entropy_with_logits(logits, present),
             "box": torch.where(batch.image_ids == self.bad_image, torch.nan, (errors * weight).sum(1)).mean(),
@@ -97,8 +97,8 @@ def masked_detector(num_classes: int) -> MaskedDetector:
     return MaskedDetector(num_classes, dropout=0.0)
 
 
-class Pictures:
-    """Random pictures with an object each; those whose position is in `empty` have none, and ids start at 100."""
+class FakeImages:
+    """Random images with an object each; those whose position is in `empty` have none, and ids start at 100."""
 
     categories = CATEGORIES
 

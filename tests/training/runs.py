@@ -35,7 +35,7 @@ TIMES = {
 
 
 def tiny_experiment(**changes: Any) -> Experiment:
-    """Four steps an epoch on sixteen pictures, flips and all."""
+    """Four steps an epoch on sixteen images, flips and all."""
     settings: dict[str, Any] = {
         "model": MODEL,
         "resize": Resize(32, 32),

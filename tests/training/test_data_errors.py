@@ -17,10 +17,10 @@ import os
 from pathlib import Path
 from boxwright.training.distributed import process_group
 from boxwright.training.loop import train
-from training.fakes import Pictures
+from training.fakes import FakeImages
 from training.runs import tiny_experiment
 
-class Faulty(Pictures):
+class Faulty(FakeImages):
     def __getitem__(self, position):
         if position % 2 and os.environ.get("RANK", "1") == "1":
             raise KeyError("no such column")

@@ -67,12 +67,12 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs=0"),
+        ({"epochs": 0}, "epochs: expected"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
         ({"cuda_graphs": True}, "compile=true as well"),
-        ({"scale_mode": "range"}, "scale_mode=range: give the ends"),
+        ({"scale_mode": "range"}, "scale_mode: 'range' needs the two ends"),
     ],
 )
 def test_impossible_numbers_are_refused(settings: dict, message: str) -> None:

@@ -24,7 +24,7 @@ from boxwright.training.interrupt import TrainingInterrupted
 from boxwright.training.loop import Training, train
 from boxwright.training.non_finite import NonFiniteError, load_batches
 from boxwright.weights.ours import save_weights
-from training.fakes import Pictures, float64_detector, masked_detector, stumbling_detector, tiny_detector
+from training.fakes import FakeImages, float64_detector, masked_detector, stumbling_detector, tiny_detector
 from training.runs import (
     FLOAT32_LOG,
     assert_same_run,
@@ -49,17 +49,17 @@ EXPERIMENTS = {
 def test_resumed_run_is_the_uninterrupted_one(experiment: Experiment, stop: int, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = {"num_workers": 0, "checkpoint_every": stop, "evaluate": _count_parameters}
-    train(experiment, Pictures(), whole, **options)
+    train(experiment, FakeImages(), whole, **options)
     shutil.copytree(whole / "checkpoints" / f"step_{stop}", resumed / "checkpoints" / f"step_{stop}")
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines of the future, which must go
-    train(experiment, Pictures(), resumed, resume=True, **options)
+    train(experiment, FakeImages(), resumed, resume=True, **options)
     assert_same_run(whole, resumed)
 
 
 def test_interval_cut_by_a_checkpoint_is_logged_whole(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for out, resume in ((whole, False), (resumed, True)):
-        train(tiny_experiment(), Pictures(), out, num_workers=0, log_every=5, checkpoint_every=7, resume=resume)
+        train(tiny_experiment(), FakeImages(), out, num_workers=0, log_every=5, checkpoint_every=7, resume=resume)
         if out == whole:
             shutil.copytree(whole / "checkpoints" / "step_7", resumed / "checkpoints" / "step_7")
             shutil.copy(whole / "metrics.jsonl", resumed)
@@ -70,8 +70,8 @@ def test_interval_cut_by_a_checkpoint_is_logged_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_resumes(number: signal.Signals, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(tiny_experiment(), Pictures(), whole, num_workers=0)
-    run = Training(tiny_experiment(), Pictures(), stopped, num_workers=0)
+    train(tiny_experiment(), FakeImages(), whole, num_workers=0)
+    run = Training(tiny_experiment(), FakeImages(), stopped, num_workers=0)
     one_step = run._one_step
 
     def one_step_with_signal(batches: object) -> None:
@@ -84,7 +84,7 @@ def test_signal_saves_and_resumes(number: signal.Signals, tmp_path: Path) -> Non
         run.run()
     assert caught.value.signal_number == number
     assert caught.value.checkpoint.is_dir()
-    train(tiny_experiment(), Pictures(), stopped, num_workers=0, resume=True)
+    train(tiny_experiment(), FakeImages(), stopped, num_workers=0, resume=True)
     assert_same_run(whole, stopped)
 
 
@@ -92,13 +92,13 @@ def test_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
     """SIGKILL at a random moment, often within a save, since there is one at every other step."""
     code = """
 from pathlib import Path
-from training.fakes import Pictures
+from training.fakes import FakeImages
 from training.runs import tiny_experiment
 from boxwright.training.loop import train
-train(tiny_experiment(epochs=8), Pictures(), Path({out!r}), num_workers=0, checkpoint_every=2, resume=True)
+train(tiny_experiment(epochs=8), FakeImages(), Path({out!r}), num_workers=0, checkpoint_every=2, resume=True)
 """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(tiny_experiment(epochs=8), Pictures(), whole, num_workers=0, checkpoint_every=2)
+    train(tiny_experiment(epochs=8), FakeImages(), whole, num_workers=0, checkpoint_every=2)
     process = start_python(code.format(out=str(killed)))
     while process.poll() is None and not (killed / "checkpoints" / "step_4").is_dir():
         time.sleep(0.02)
@@ -106,7 +106,7 @@ train(tiny_experiment(epochs=8), Pictures(), Path({out!r}), num_workers=0, check
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    train(tiny_experiment(epochs=8), Pictures(), killed, num_workers=0, checkpoint_every=2, resume=True)
+    train(tiny_experiment(epochs=8), FakeImages(), killed, num_workers=0, checkpoint_every=2, resume=True)
     assert_same_run(whole, killed)
     assert not list((killed / "checkpoints").glob(".*"))
 
@@ -116,18 +116,18 @@ def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
 from functools import partial
-from training.fakes import Pictures, float64_detector
+from training.fakes import FakeImages, float64_detector
 from training.runs import tiny_experiment
 from boxwright.training.distributed import process_group
 from boxwright.training.loop import train
 experiment = tiny_experiment(model=partial(float64_detector), images_per_device=1, accumulate=2)
 with process_group("cpu") as device:
-    train(experiment, Pictures(empty=frozenset(range(0, 16, 2))), Path({out!r}), device=device, num_workers=0)
+    train(experiment, FakeImages(empty=frozenset(range(0, 16, 2))), Path({out!r}), device=device, num_workers=0)
 """
     one, two = tmp_path / "one", tmp_path / "two"
     model = partial(float64_detector)
-    pictures = Pictures(empty=frozenset(range(0, 16, 2)))
-    train(tiny_experiment(model=model, accumulate=2, images_per_device=2), pictures, one, num_workers=0)
+    images = FakeImages(empty=frozenset(range(0, 16, 2)))
+    train(tiny_experiment(model=model, accumulate=2, images_per_device=2), images, one, num_workers=0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -144,17 +144,17 @@ with process_group("cpu") as device:
     moved = tmp_path / "moved"
     shutil.copytree(two / "checkpoints" / "step_4", moved / "checkpoints" / "step_4")
     experiment = tiny_experiment(model=model, accumulate=2, images_per_device=2)
-    train(experiment, pictures, moved, num_workers=0, resume=True)
+    train(experiment, images, moved, num_workers=0, resume=True)
     for line, other in zip(curve(moved), curve(two)[-len(curve(moved)) :], strict=True):
         assert line["losses"] == pytest.approx(other["losses"], rel=FLOAT32_LOG)
     with pytest.raises(ValueError, match="processes x accumulate: 4 -> 2"):
-        train(replace(experiment, images_per_device=1), pictures, moved, num_workers=0, resume=True)
+        train(replace(experiment, images_per_device=1), images, moved, num_workers=0, resume=True)
 
 
 @pytest.mark.parametrize("stop_after", [0, 2])
 def test_non_finite_step_is_named_kept_and_repeatable(stop_after: int, tmp_path: Path) -> None:
     experiment = tiny_experiment(model=partial(stumbling_detector, bad_image=103))
-    run = Training(experiment, Pictures(), tmp_path, num_workers=0, log_every=10, allowed_non_finite=stop_after)
+    run = Training(experiment, FakeImages(), tmp_path, num_workers=0, log_every=10, allowed_non_finite=stop_after)
     with pytest.raises(NonFiniteError, match=r"the loss is not finite on images \[.*103.*\]"):
         run.run()
     kept = sorted((tmp_path / "non_finite").glob("step_*.safetensors"))
@@ -167,49 +167,49 @@ def test_non_finite_step_is_named_kept_and_repeatable(stop_after: int, tmp_path:
 
 def test_steps_that_may_be_left_out_are(tmp_path: Path) -> None:
     experiment = tiny_experiment(model=partial(stumbling_detector, bad_image=103))
-    weights = train(experiment, Pictures(), tmp_path, num_workers=0, allowed_non_finite=5)
+    weights = train(experiment, FakeImages(), tmp_path, num_workers=0, allowed_non_finite=5)
     assert [line["step"] for line in curve(tmp_path)] == list(range(1, 21))
     assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
 def test_resuming_with_another_experiment_names_the_fields(tmp_path: Path) -> None:
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.5), flip=0.0)
     with pytest.raises(ValueError, match=r"flip: 0.5 -> 0.0; optimizer.lr: 0.01 -> 0.5"):
-        train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
+        train(changed, FakeImages(), tmp_path, num_workers=0, resume=True)
 
 
 def test_resuming_on_another_data_set_is_refused(tmp_path: Path) -> None:
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     with pytest.raises(ValueError, match=r"steps_per_epoch: 4 -> 5"):
-        train(tiny_experiment(epochs=1), Pictures(20), tmp_path, num_workers=0, resume=True)
+        train(tiny_experiment(epochs=1), FakeImages(20), tmp_path, num_workers=0, resume=True)
 
 
 def test_run_that_was_killed_before_its_last_weights_gets_them(tmp_path: Path) -> None:
-    weights = train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    weights = train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     kept = weights.rename(tmp_path / "kept.safetensors")
-    assert train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True) == weights
+    assert train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0, resume=True) == weights
     assert_same_tensors(kept, weights)
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="run is a file"):
-        train(tiny_experiment(epochs=1), Pictures(), tmp_path / "run", num_workers=0)
+        train(tiny_experiment(epochs=1), FakeImages(), tmp_path / "run", num_workers=0)
 
 
 def test_resuming_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True).is_file()
+    assert train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0, resume=True).is_file()
     assert "already finished" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_new_run_does_not_overwrite_another(tmp_path: Path) -> None:
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     with pytest.raises(ValueError, match="--resume"):
-        train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+        train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
 
 
 def test_evaluates_every_so_many_epochs_and_once_after_a_stop(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_evaluates_every_so_many_epochs_and_once_after_a_stop(tmp_path: Path) ->
         return {"AP": run.step / 100}
 
     experiment = tiny_experiment(evaluate_every=2)
-    run = Training(experiment, Pictures(), tmp_path, num_workers=0, evaluate=evaluate)
+    run = Training(experiment, FakeImages(), tmp_path, num_workers=0, evaluate=evaluate)
     run.run()
     assert steps == [8, 16, 20]
     lines = [line for line in curve(tmp_path) if line["kind"] == "evaluation"]
@@ -228,7 +228,7 @@ def test_evaluates_every_so_many_epochs_and_once_after_a_stop(tmp_path: Path) ->
     # Killed while it evaluated for the last time: the checkpoint is there, the line is not.
     text = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(text[:-1]) + '{"kind": "eval')
-    run = Training(experiment, Pictures(), tmp_path, num_workers=0, evaluate=evaluate, resume=True)
+    run = Training(experiment, FakeImages(), tmp_path, num_workers=0, evaluate=evaluate, resume=True)
     run.run()
     assert steps == [8, 16, 20, 20]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1] == text[:-1]
@@ -241,14 +241,14 @@ def test_evaluation_sees_averaged_weights_which_are_what_is_saved(tmp_path: Path
         seen.update({name: tensor.clone() for name, tensor in detector.state_dict().items()})
         return {}
 
-    run = Training(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, evaluate=evaluate)
+    run = Training(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0, evaluate=evaluate)
     weights = load_file(run.run())
     assert all(torch.equal(weights[name], seen[name]) for name in seen)
     assert not torch.equal(run.detector.body.weight, weights["body.weight"])
 
 
 def test_metrics_line_holds_what_the_loop_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(replace(tiny_experiment(epochs=1), images_per_device=2), Pictures(), tmp_path, num_workers=0)
+    train(replace(tiny_experiment(epochs=1), images_per_device=2), FakeImages(), tmp_path, num_workers=0)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["total"] == pytest.approx(sum(line["losses"].values()))
     assert set(line) == TRAIN_KEYS
@@ -260,10 +260,10 @@ def test_metrics_line_holds_what_the_loop_promises(tmp_path: Path, capsys: pytes
 
 
 def test_init_takes_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = train(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", num_workers=0)
+    weights = train(tiny_experiment(epochs=1, ema_decay=None), FakeImages(), tmp_path / "first", num_workers=0)
     other = tiny_experiment(epochs=1, model=partial(tiny_detector, norm=False))
-    run = Training(other, Pictures(), tmp_path / "second", num_workers=0, init=weights)
-    trained = Training(tiny_experiment(epochs=1, ema_decay=None), Pictures(), tmp_path / "first", resume=True)
+    run = Training(other, FakeImages(), tmp_path / "second", num_workers=0, init=weights)
+    trained = Training(tiny_experiment(epochs=1, ema_decay=None), FakeImages(), tmp_path / "first", resume=True)
     assert torch.equal(run.detector.body.weight, trained.detector.body.weight)
 
 
@@ -273,28 +273,28 @@ def test_init_by_the_classes_names(tmp_path: Path) -> None:
     tensors = build(experiment.model, num_classes=1).state_dict()
     weights = tmp_path / "circles.safetensors"
     save_weights(weights, tensors, {"categories": [{"id": 1, "name": "circle"}]})
-    run = Training(experiment, Pictures(), tmp_path / "run", num_workers=0, init=weights, init_classes=True)
+    run = Training(experiment, FakeImages(), tmp_path / "run", num_workers=0, init=weights, init_classes=True)
     rows = run.detector.state_dict()["box_head.class_logits.weight"]
     assert torch.equal(rows[1:], tensors["box_head.class_logits.weight"])
     assert not torch.equal(rows[0], tensors["box_head.class_logits.weight"][0])
 
 
 def test_masks_are_read_where_the_detector_needs_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures, experiment = Pictures(), tiny_experiment(epochs=1, model=partial(masked_detector))
-    pictures.num_masks, pictures.num_without_mask = 12, 3
-    train(experiment, pictures, tmp_path / "some", num_workers=0)
+    images, experiment = FakeImages(), tiny_experiment(epochs=1, model=partial(masked_detector))
+    images.num_masks, images.num_without_mask = 12, 3
+    train(experiment, images, tmp_path / "some", num_workers=0)
     assert "3 objects without a mask: used for the box losses only" in capsys.readouterr().out
-    pictures.num_masks = 0
-    train(tiny_experiment(epochs=1), pictures, tmp_path / "boxes", num_workers=0)
+    images.num_masks = 0
+    train(tiny_experiment(epochs=1), images, tmp_path / "boxes", num_workers=0)
     assert "no mask" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Pictures: no object has a mask"):
-        train(experiment, pictures, tmp_path / "none", num_workers=0)
+    with pytest.raises(ValueError, match="Images: no object has a mask"):
+        train(experiment, images, tmp_path / "none", num_workers=0)
     assert not (tmp_path / "none").exists()
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path / "none", num_workers=0)
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path / "two", num_workers=2)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path / "none", num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path / "two", num_workers=2)
     assert_same_tensors(tmp_path / "none" / "weights.safetensors", tmp_path / "two" / "weights.safetensors")
 
 
@@ -312,22 +312,22 @@ def _count_parameters(detector: nn.Module) -> dict[str, float]:
 
 def test_resuming_a_run_saved_before_a_setting_existed(tmp_path: Path) -> None:
     """A setting that the checkpoint does not have counts as its default."""
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0)
     state = tmp_path / "checkpoints" / "step_4" / "state.json"
     page = json.loads(state.read_text())
     arguments = page["experiment"]["arguments"]
     del arguments["cuda_graphs"], arguments["optimizer"]["arguments"]["momentum"]
     del arguments["model"]["arguments"]["dropout"]
     state.write_text(json.dumps(page))
-    train(tiny_experiment(epochs=1), Pictures(), tmp_path, num_workers=0, resume=True)
+    train(tiny_experiment(epochs=1), FakeImages(), tmp_path, num_workers=0, resume=True)
     changed = tiny_experiment(epochs=1, optimizer=SGD(lr=0.01, momentum=0.8))
     with pytest.raises(ValueError, match=r"optimizer\.momentum: 0\.9 -> 0\.8"):
-        train(changed, Pictures(), tmp_path, num_workers=0, resume=True)
+        train(changed, FakeImages(), tmp_path, num_workers=0, resume=True)
 
 
 def test_training_leaves_the_settings_of_the_program_as_they_were(tmp_path: Path) -> None:
     before = process_settings()
-    train(tiny_experiment(epochs=1, precision="bfloat16"), Pictures(), tmp_path, num_workers=0)
+    train(tiny_experiment(epochs=1, precision="bfloat16"), FakeImages(), tmp_path, num_workers=0)
     assert process_settings() == before
 
 

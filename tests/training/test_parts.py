@@ -32,7 +32,7 @@ from boxwright.training.loop import train
 from boxwright.training.parts import arguments_of, build, modules_of, not_pretrained, replaced_parts, to_json
 from boxwright.training.settings import describe, with_settings
 from factory import CASCADE_BOX, SMALL_BOX, SMALL_MASK, SMALL_RETINA, SMALL_RPN
-from training.fakes import Pictures, tiny_detector
+from training.fakes import FakeImages, tiny_detector
 from training.own_parts import Body, Doubled, PlainDetector, PlainRPN, ScaledBoxHead, doubled_detector, rcnn_of_parts
 from training.runs import assert_same_run, start_python, tiny_experiment
 
@@ -166,7 +166,7 @@ def test_experiments_written_before_heads_could_be_replaced_load() -> None:
 
 def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(tmp_path: Path) -> None:
     experiment = tiny_experiment(model=PlainDetector, epochs=2)
-    train(experiment, Pictures(8), tmp_path, num_workers=0)
+    train(experiment, FakeImages(8), tmp_path, num_workers=0)
     checkpoints = tmp_path / "checkpoints"
     shutil.rmtree(checkpoints / "step_4")
     (file,) = (path for path in (checkpoints / "step_2").iterdir() if path.suffix == ".json")
@@ -176,12 +176,12 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(t
     with pytest.raises(ValueError, match=r"model\.width: 4 -> 5"):
         train(
             replace(experiment, model=partial(PlainDetector, width=5)),
-            Pictures(8),
+            FakeImages(8),
             tmp_path,
             num_workers=0,
             resume=True,
         )
-    train(experiment, Pictures(8), tmp_path, num_workers=0, resume=True)
+    train(experiment, FakeImages(8), tmp_path, num_workers=0, resume=True)
     assert (checkpoints / "step_4").is_dir()
 
 
@@ -222,7 +222,7 @@ def test_json_calls_no_class_outside_the_model_modules_and_the_trusted_ones() ->
 )
 def test_what_could_not_be_rebuilt_is_refused_before_the_first_step(model: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train(tiny_experiment(model=model), Pictures(), tmp_path / "run", num_workers=0)
+        train(tiny_experiment(model=model), FakeImages(), tmp_path / "run", num_workers=0)
     assert not (tmp_path / "run").exists()
 
 

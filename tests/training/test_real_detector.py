@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from boxwright.training.loop import train
-from training.fakes import Pictures
+from training.fakes import FakeImages
 from training.runs import FLOAT32_LOG, curve, float64_experiments, start_python
 
 EMPTY = frozenset({0, 1, 2, 3, 5})
 RANK = """
 from pathlib import Path
-from training.fakes import Pictures
+from training.fakes import FakeImages
 from training.runs import float64_experiments
 from training.test_real_detector import EMPTY
 from boxwright.training.distributed import process_group
 from boxwright.training.loop import train
 with process_group("cpu") as device:
     for name, experiment in float64_experiments(images_per_device=1).items():
-        train(experiment, Pictures(8, empty=EMPTY), Path({out!r}) / name, device=device, num_workers=0)
+        train(experiment, FakeImages(8, empty=EMPTY), Path({out!r}) / name, device=device, num_workers=0)
 """
 
 
@@ -34,7 +34,7 @@ def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     experiments = float64_experiments(images_per_device=2)
     for name, experiment in experiments.items():
-        train(experiment, Pictures(8, empty=EMPTY), one / name, num_workers=0)
+        train(experiment, FakeImages(8, empty=EMPTY), one / name, num_workers=0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

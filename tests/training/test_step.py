@@ -16,12 +16,12 @@ from boxwright.structures import Batch, map_tensors
 from boxwright.training.experiment import SGD, AdamW
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.step import TrainStep
-from training.fakes import Pictures, stumbling_detector
+from training.fakes import FakeImages, stumbling_detector
 
 
 def batches(number: int, size: int = 4) -> list[Batch]:
     loader = TrainingLoader(
-        Pictures(), augmentation=Augmentation(resize=Resize(32, 32)), batch_size=size, seed=1, num_workers=0
+        FakeImages(), augmentation=Augmentation(resize=Resize(32, 32)), batch_size=size, seed=1, num_workers=0
     )
     iterator = loader.batches()
     return [next(iterator) for _ in range(number)]

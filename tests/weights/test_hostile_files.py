@@ -164,8 +164,8 @@ PAGES: dict[str, Any] = {
     "a billion groups": body(depth=50, groups=10**9),
     "groups a billion wide": body(depth=50, groups=1, width_per_group=10**9),
     "a pyramid a billion wide": body(depth=18, channels=10**9),
-    "a billion sizes of pictures": scales("range", [1, 1], [10**12, 10**12]),
-    "a picture a billion wide": resize(10**9),
+    "a billion sizes of images": scales("range", [1, 1], [10**12, 10**12]),
+    "a image a billion wide": resize(10**9),
     "a detector's class without its parts": experiment(part("detectors.rcnn.RCNN")),
     "a module that is no detector": experiment(part("backbones.fpn.resnet_fpn", depth=18)),
     "a class of a billion blocks": experiment(

@@ -42,36 +42,36 @@ def write(folder: Path, data: bytes) -> Path:
     return path
 
 
-def assert_same(given: Any, wanted: Any) -> None:
-    assert type(given) is type(wanted)
-    if isinstance(wanted, np.ndarray):
-        assert given.dtype == wanted.dtype
-        assert given.shape == wanted.shape
-        np.testing.assert_array_equal(given, wanted)
+def assert_same(given: Any, expected: Any) -> None:
+    assert type(given) is type(expected)
+    if isinstance(expected, np.ndarray):
+        assert given.dtype == expected.dtype
+        assert given.shape == expected.shape
+        np.testing.assert_array_equal(given, expected)
         assert given.flags.writeable
-    elif isinstance(wanted, dict):
-        assert list(given) == list(wanted)
-        for key in wanted:
-            assert_same(given[key], wanted[key])
-    elif isinstance(wanted, (list, tuple)):
-        assert len(given) == len(wanted)
-        for one, two in zip(given, wanted, strict=True):
+    elif isinstance(expected, dict):
+        assert list(given) == list(expected)
+        for key in expected:
+            assert_same(given[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(given) == len(expected)
+        for one, two in zip(given, expected, strict=True):
             assert_same(one, two)
     else:
-        assert given == wanted
+        assert given == expected
 
 
 @pytest.mark.parametrize("old_names", [True, False])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_plain_data_comes_back(protocol: int, old_names: bool, tmp_path: Path) -> None:
     data = pickle.dumps(PLAIN, protocol)
-    wanted = pickle.loads(data)
+    expected = pickle.loads(data)
     if old_names:  # as numpy before 2 wrote them; a length stands before the name in protocols from 4 on
         for module in (b"multiarray", b"numeric"):
             old, new = b"numpy.core." + module, b"numpy._core." + module
             data = data.replace(bytes([len(new)]) + new, bytes([len(old)]) + old).replace(new, old)
     given = read_pickle(write(tmp_path, data))
-    assert_same(given, wanted)
+    assert_same(given, expected)
     assert given["arrays"][0] is given["arrays"][1]
 
 

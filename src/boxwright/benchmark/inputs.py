@@ -18,7 +18,7 @@ from boxwright.data.formats import find_layout
 from boxwright.data.indexed_dataset import IndexedDataset
 from boxwright.data.loader import EvaluationLoader, TrainingLoader
 from boxwright.data.proposals import ImageProposals, ProposalFile, write_proposals
-from boxwright.data.shapes import draw_picture
+from boxwright.data.shapes import draw_image
 from boxwright.structures import Batch
 from boxwright.training.experiment import Experiment
 
@@ -49,7 +49,7 @@ class GeneratedDataset:
         self._labels: list[np.ndarray] = []
         self._polygons: list[list[np.ndarray]] = []
         for index in range(_NUM_FILES):
-            image, shapes = draw_picture(0, 0, index)
+            image, shapes = draw_image(0, 0, index)
             scale = np.array([width / image.shape[1], height / image.shape[0]])
             resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
             encoded, data = cv2.imencode(".jpg", resized[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])

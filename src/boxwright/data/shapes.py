@@ -59,7 +59,7 @@ def write_shapes(folder: Path, *, train: int = 400, val: int = 100, seed: int = 
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(count):
-            image, objects = draw_picture(seed, number, index)
+            image, objects = draw_image(seed, number, index)
             file_name = f"{index:06d}.png"
             _write_png(folder / split / file_name, image)
             height, width = image.shape[:2]
@@ -74,7 +74,7 @@ def write_shapes(folder: Path, *, train: int = 400, val: int = 100, seed: int = 
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), "utf-8")
 
 
-def draw_picture(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int, Polygon]]]:
+def draw_image(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int, Polygon]]]:
     """Draw an image, [H, W, 3] RGB, and its shapes from back to front: index in `NAMES` and polygon [points, 2]."""
     rng = np.random.Generator(np.random.PCG64([seed, split, index]))
     long, short = int(rng.integers(288, 353)), int(rng.integers(208, 273))
@@ -103,7 +103,7 @@ def draw_picture(seed: int, split: int, index: int) -> tuple[Image, list[tuple[i
         shapes.append((category, polygon, covered))
     if not shapes:
         # No shape was drawn: draw the image again with a different index.
-        return draw_picture(seed, split, index + 1_000_000_007)
+        return draw_image(seed, split, index + 1_000_000_007)
     return image, [(category, polygon) for category, polygon, _ in shapes]
 
 

@@ -128,9 +128,7 @@ def convert(
         experiment, classes = None, list[Category]()
         if is_backbone(tensors):
             if changes or categories is not None:
-                raise ValueError(
-                    "a backbone has neither settings nor classes. Leave out --set and --categories."
-                )
+                raise ValueError("a backbone has neither settings nor classes. Leave out --set and --categories.")
         else:
             experiment = with_settings(Experiment(model=model_of(tensors, settings)), changes)
             classes = _categories(known, file, categories, num_classes_of(tensors), require_names)

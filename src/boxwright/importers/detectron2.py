@@ -1,8 +1,8 @@
 """Detectron2: detectors with a ResNet-FPN, and ImageNet weights under the same names.
 
 Most models of the model zoo start from Caffe-trained ResNets: BGR pixels, mean without standard deviation, stride in
-the first 1x1 convolution. Models with ResNeXt and with torchvision's ResNets divide by a standard deviation and have the
-stride in the 3x3 convolution. Models with GroupNorm only differ in the stride.
+the first 1x1 convolution. Models with ResNeXt and with torchvision's ResNets divide by a standard deviation and have
+the stride in the 3x3 convolution. Models with GroupNorm only differ in the stride.
 """
 
 from __future__ import annotations

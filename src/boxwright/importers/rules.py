@@ -28,7 +28,7 @@ class Rule:
     theirs: str
     """Pattern of the name in the file: `{i}` matches an integer, `*` matches any text."""
     ours: str | None
-    """Boxwright's name, with integers (`{i}`, `{i*2}`, `{i-1}`, `{i*3+1}`) and text filled in; None for an unused tensor."""
+    """Boxwright's name, with integers (`{i}`, `{i*2}`, `{i-1}`, `{i*3+1}`) and text filled in; None if not used."""
     change: Change | None = None
     """Change of the tensor; None for no change."""
 

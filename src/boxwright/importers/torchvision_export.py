@@ -1,7 +1,7 @@
 """Export weights to torchvision: the state dict of its detector, and the Python code that builds the detector.
 
-The names go back through the table of `torchvision.py`. What torchvision's constructors take is told in the Python;
-what they cannot be told is an error, so that the model detects there what it detects here.
+The names are renamed back by the rules of `torchvision.py`. The Python code passes all settings to torchvision's
+constructors. A setting that they do not support is an error, so that the exported model gives the same detections.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ class Exported:
 
 
 def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Category]) -> Exported:
-    """Bring a detector into torchvision's form.
+    """Export a detector to torchvision.
 
     Args:
-        detector: With its weights.
-        experiment: What it was built from.
-        categories: The classes by label.
+        detector: Detector with its weights.
+        experiment: Experiment of the detector.
+        categories: Classes by label.
 
     Raises:
-        ValueError: torchvision has no such model; all that stands in the way is named.
+        ValueError: torchvision has no such model; the message lists all reasons.
     """
     kind = _CLASSES.get(call_name(experiment.model))
     if kind is None:

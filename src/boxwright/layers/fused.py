@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 def fused_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
     """The dtype that a convolution of `x` computes in here and now; None if oneDNN cannot be called for it."""
-    # Fake and traced tensors have no memory, and the compiler fuses by itself.
+    # Fake and traced tensors have no memory, and the compiler fuses on its own.
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):

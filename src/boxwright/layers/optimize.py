@@ -18,8 +18,8 @@ from boxwright.layers.stock import is_stock, is_unhooked
 def optimize_for_cpu(model: nn.Module) -> None:
     """Make a model detect faster on a CPU, in place.
 
-    Every stock `nn.Conv2d` caches its weights in the form that the CPU computes with, with the batch norm folded in that
-    `conv_norm` applies to its output; its repr names that norm. A linear layer that reads RoI features caches its
+    Every stock `nn.Conv2d` caches its weights in the form that the CPU computes with. A batch norm that `conv_norm`
+    applies to its output is folded in, and its repr names that norm. A linear layer that reads RoI features caches its
     weights in the order of these features. Parameters, their names and their precision do not change, and the model can
     still be trained. Modules with hooks, subclasses and parametrized modules are not changed, and hooks that are
     registered later are called as usual.

@@ -16,8 +16,8 @@ def linear_on_grid(linear: nn.Module, grid: Tensor) -> Tensor:
     """`linear(grid.flatten(1))`.
 
     Args:
-        linear: any module that maps [N, C * S * S] to [N, outputs]. A stock `PackedLinear` reads the grid as it lies in
-            memory when no gradient is needed.
+        linear: any module that maps [N, C * S * S] to [N, outputs]. Without gradients, a stock `PackedLinear` reads the
+            grid in its memory order.
         grid: [N, C, S, S].
 
     Returns:
@@ -26,7 +26,7 @@ def linear_on_grid(linear: nn.Module, grid: Tensor) -> Tensor:
     detects = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and grid.device.type == "cpu"
     if detects and is_stock(linear, PackedLinear):
         assert isinstance(linear, PackedLinear)
-        # Nothing tells of changes to a weight that was made in inference mode.
+        # A weight created in inference mode has no version counter, so its changes cannot be detected.
         if not linear.weight.is_inference():
             return F.linear(grid.permute(0, 2, 3, 1).flatten(1), linear.weight_like(grid), linear.bias)
     y: Tensor = linear(grid.flatten(1))
@@ -67,5 +67,5 @@ class PackedLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        """Those of a linear layer."""
+        """Arguments of the linear layer."""
         return f"{super().extra_repr()}, packed"

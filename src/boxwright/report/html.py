@@ -37,7 +37,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     voc: VocMetrics | None = None,
     score: float = 0.3,
-    num_pictures: int = 24,
+    num_images: int = 24,
 ) -> Path:
     """Write `report.html` into a folder, atomically.
 
@@ -51,13 +51,13 @@ def write_report(
         facts: other information below the title (model, data, command), by name.
         voc: Pascal VOC metrics of the same results; None leaves their section out.
         score: score threshold of the confusion matrix and the worst images; detections below it are ignored.
-        num_pictures: number of worst images to show.
+        num_images: number of worst images to show.
 
     Returns:
         Path of the page.
     """
     check_number("score", score, 0, 1)
-    check_count("num_pictures", num_pictures, least=0)
+    check_count("num_images", num_images, least=0)
     run = folder if run is None else run
     title = title or run.resolve().name
     history = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
@@ -71,7 +71,7 @@ def write_report(
         truth = GroundTruth(dataset)
         mistakes = find_mistakes(truth, results, score=score)
         body += [_classes(metrics), _precision_recall(metrics), _confusion(mistakes, metrics)]
-        body.append(worst_images(dataset, truth, mistakes, num_pictures))
+        body.append(worst_images(dataset, truth, mistakes, num_images))
     style = resources.files("boxwright.report").joinpath("report.css").read_text(encoding="utf-8")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -19,9 +19,9 @@ NEUTRAL: Colour = (105, 105, 105)
 IMAGE_SIDE = 640
 
 
-def worst_images(dataset: Dataset, truth: GroundTruth, mistakes: Mistakes, num_pictures: int) -> str:
+def worst_images(dataset: Dataset, truth: GroundTruth, mistakes: Mistakes, num_images: int) -> str:
     """HTML section with the worst images, ground truth and predictions side by side."""
-    worst = mistakes.images[:num_pictures]
+    worst = mistakes.images[:num_images]
     positions = _positions(dataset, {image.image_id for image in worst})
     rows_of: dict[int, list[int]] = {image.image_id: [] for image in worst}
     for row, image_id in enumerate(mistakes.results.image_ids.tolist()):

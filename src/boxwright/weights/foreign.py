@@ -1,7 +1,7 @@
-"""Reads the weights files of other code bases without running anything that they hold.
+"""Read the weights files of other libraries without executing code in them.
 
-Three kinds, told apart by their first bytes: torch's own (through its weights-only loader), plain pickles of arrays
-(through `restricted_pickle`), and safetensors.
+Three formats, recognised by the first bytes: torch files (read by torch's weights-only loader), plain pickles of arrays
+(read by `restricted_pickle`), and safetensors.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class ForeignFile:
     path: Path
     """Of the file."""
     sha256: str
-    """Of its bytes, in hex."""
+    """SHA-256 of the file, in hexadecimal digits."""
     tensors: dict[str, Tensor]
-    """By the file's own names, on the CPU."""
+    """Tensors by their names in the file, on the CPU."""
     about: dict[str, Any]
-    """What else stands beside the tensors: plain data."""
+    """Metadata of the file: plain data."""
 
 
 def read_foreign(path: Path, *, sha256: str | None = None) -> ForeignFile:
@@ -119,7 +119,7 @@ def _read_torch(path: Path) -> Any:
             f"{path} is refused: it holds {what} is neither a tensor nor plain data and may be a program. If you trust "
             "it, write it again with its own code base as torch.save({'state_dict': model.state_dict()}, FILE)"
         ) from None
-    except Exception as error:  # torch raises whatever a damaged file makes it stumble over, AssertionError included
+    except Exception as error:  # Damaged files raise many types of errors in torch, AssertionError among them.
         text = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or no torch file ({text}): copy or fetch it again") from None
 
@@ -146,7 +146,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _split(path: Path, page: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint, and what stands beside them."""
+    """Split a checkpoint into its tensors and its metadata."""
     if not isinstance(page, Mapping):
         raise ValueError(f"{path} holds a {type(page).__name__}, not tensors by name")
     inside = next((page[key] for key in _INSIDE if isinstance(page.get(key), Mapping)), page)
