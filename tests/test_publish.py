@@ -196,9 +196,9 @@ def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_published_is_told(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Use a run folder"):
+    with pytest.raises(ValueError, match="Use the folder of a run"):
         publish(tmp_path, tmp_path / "out", ABOUT)
-    with pytest.raises(ValueError, match="name: expected letters"):
+    with pytest.raises(ValueError, match="name: expected only letters"):
         publish(run, tmp_path / "out", About(name="a/b", licence="MIT", data="x"))
     (run / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a valid safetensors file"):

@@ -67,8 +67,8 @@ class Results:
             if len(faulty):
                 row = faulty[0]
                 raise ValueError(
-                    f"detection {row} has the label {self.labels[row]} ({len(faulty)} of {len(self)} detections are "
-                    f"of no category): labels are rows of the categories, 0 to {num_categories - 1}"
+                    f"detection {row}: label: expected an index of a category, 0 to {num_categories - 1}, got "
+                    f"{self.labels[row]} (invalid labels: {len(faulty)} of {len(self)}). Correct the detector's labels."
                 )
         for name, values in (("score", self.scores[:, None]), ("box", self.boxes)):
             faulty = np.flatnonzero(~np.isfinite(values).all(axis=1))
@@ -209,8 +209,8 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     unknown = sorted({row.category_id for row in rows} - set(labels))
     if unknown:
         raise ValueError(
-            f"{path} has detections of category ids {unknown[:10]}, which the data set does not have: "
-            "it belongs to another data set"
+            f"{path}: category ids {unknown[:10]} are not in the data set, so the file belongs to another data set. "
+            "Evaluate it on the data set that it comes from."
         )
     image_ids = np.array([row.image_id for row in rows], dtype=np.int64)
     masks = _masks(path, rows)
