@@ -101,6 +101,8 @@ class Module:
         name = _last_name(node.func)
         if name == "plural":
             return [_piece(node)]
+        if name == "join":
+            return []
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Constant | ast.JoinedStr):
             return self.texts(node.func.value, scope, seen)  # "...".format(...)
         function = self.functions.get(name)
@@ -114,10 +116,15 @@ class Module:
         values = [node]
         if isinstance(node, ast.Name):
             values = self.assigned[scope].get(node.id, [])
-        for field in (n for value in values for n in ast.walk(value) if isinstance(n, ast.FormattedValue)):
-            for text in self.texts(field.value, scope) if isinstance(field.value, ast.Name | ast.Call) else ():
-                if " " in text.strip() and _last_name(field.value) != "plural":
-                    yield _field(field.value).strip("{}"), text
+        nodes = [inner for value in values for inner in ast.walk(value)]
+        fields = [node.value for node in nodes if isinstance(node, ast.FormattedValue)]
+        joins = [node for node in nodes if isinstance(node, ast.Call) and _last_name(node) == "join"]
+        for field in [*fields, *joins]:
+            part = field.args[0] if field in joins else field
+            if isinstance(part, ast.Name | ast.Call) and _last_name(part) != "plural":
+                for text in self.texts(part, scope):
+                    if " " in text.strip():
+                        yield _field(field).strip("{}"), text
 
 
 def _nodes(scope: ast.AST) -> Iterator[ast.AST]:
@@ -131,11 +138,13 @@ def _nodes(scope: ast.AST) -> Iterator[ast.AST]:
 
 
 def _assignments(scope: ast.AST) -> dict[str, list[ast.expr]]:
-    """Values that are assigned to each name."""
+    """Values that are assigned to each name, or appended to the list of this name."""
     values: dict[str, list[ast.expr]] = {}
     for node in _nodes(scope):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr) else None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
+            targets, value = [node.func.value], node.args[0]
         for target in targets if value is not None else ():
             pairs = [(target, value)]
             if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
@@ -240,11 +249,64 @@ def snapshot() -> str:
     )
 
 
-def test_messages_are_those_of_the_list() -> None:
-    expected, actual = SNAPSHOT.read_text("utf-8"), snapshot()
+def check_snapshot(expected: str, actual: str) -> None:
+    """Fail with a diff and the command that writes the list, if the messages changed."""
     if actual != expected:
         diff = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "messages.txt", "src", lineterm="", n=0)
         pytest.fail("\n".join([f"Messages changed. Review the changes, then run: {COMMAND}", *diff]), pytrace=False)
+
+
+def test_messages_equal_the_list() -> None:
+    check_snapshot(SNAPSHOT.read_text("utf-8"), snapshot())
+
+
+def test_a_changed_message_fails_with_a_diff_and_the_command() -> None:
+    with pytest.raises(pytest.fail.Exception) as caught:
+        check_snapshot(
+            "hub.py\n    error | no file\n    log | done\n", "hub.py\n    error | no folder\n    log | done\n"
+        )
+    lines = str(caught.value).splitlines()
+    assert COMMAND in lines[0]
+    assert {"-    error | no file", "+    error | no folder"} <= set(lines)
+    assert not any("done" in line for line in lines)
+
+
+SOURCE = '''
+HINT = "Use a file."
+
+def read(path, count):
+    message = f"{path}: {plural(count, 'image')}" if count else "no images"
+    reasons = []
+    reasons.append(f"{path} is a folder")
+    log(f"read {count:,} " + "rows")
+    warnings.warn("old file", DeprecationWarning)
+    if reasons:
+        raise ValueError(f"cannot read: {', '.join(reasons)}. {HINT}")
+    raise OSError(message)
+
+@app.command()
+def check(folder: Annotated[str, typer.Option("--folder", help="Folder to check.", metavar="DIR NAME")]):
+    """Check a folder.
+
+    Prints all
+    faults.
+    """
+'''
+
+
+def test_messages_are_found_in_the_source() -> None:
+    assert [" ".join(line.split()) for line in messages_of(SOURCE)] == [
+        "error | {HINT} = Use a file.",
+        "error | {list of reasons} = {path} is a folder",
+        "error | cannot read: {list of reasons}. {HINT}",
+        "error | no images",
+        "error | {path}: {count} images",
+        "help | Check a folder.",
+        "help | Folder to check.",
+        "help | Prints all faults.",
+        "log | read {count:,} rows",
+        "warning | old file",
+    ]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class InvalidLabel(WholeImage):
 
 def test_labels_out_of_range_are_an_error() -> None:
     predictor = Predictor(InvalidLabel(), experiment=small(InvalidLabel), categories=CATEGORIES)
-    with pytest.raises(ValueError, match=r"InvalidLabel.detect: label -1.*0 to 1"):
+    with pytest.raises(ValueError, match=r"InvalidLabel\.detect: label of a detection: expected 0 to 1 .*, got -1"):
         predictor.predict(np.zeros((90, 130, 3), dtype=np.uint8))
 
 
