@@ -232,7 +232,10 @@ def faults(model: Any) -> str:
     ("model", "messages"),
     [
         (partial(faster_rcnn, backbone=R18), ["conventions.roi_align_aligned is True, expected False (train with"]),
-        (partial(faster_rcnn, backbone=R18, conventions=DETECTRON), ["plus_one is 1.0", "rounded as in detectron"]),
+        (
+            partial(faster_rcnn, backbone=R18, conventions=DETECTRON),
+            ["plus_one is 1.0", "anchor_rounding is detectron"],
+        ),
         (partial(faster_rcnn, backbone=R18, pixel_stats=CAFFE), ["BGR"]),
         (partial(faster_rcnn, backbone=R18, box=BoxConfig(class_agnostic=True)), ["box.class_agnostic is True"]),
         (partial(faster_rcnn, backbone=R18, box=BoxConfig(nms="linear")), ["box.nms is linear, expected hard"]),
@@ -243,7 +246,7 @@ def faults(model: Any) -> str:
         ),
         (
             partial(faster_rcnn, backbone=partial(resnet_fpn, norm="gn", extra=None)),
-            ["the norm of the backbone is gn", "above the last"],
+            ["the norm of the backbone is gn", "no extra level"],
         ),
         (
             partial(faster_rcnn, backbone=partial(resnet_fpn, depth=101, groups=32, width_per_group=4)),

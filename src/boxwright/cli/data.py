@@ -57,7 +57,7 @@ def shapes(
     val: Annotated[int, typer.Option(help="Number of validation images.", min=1)] = 100,
     seed: Annotated[int, typer.Option(help="Random seed of the images.", min=0)] = 0,
 ) -> None:
-    """Write a generated data set: coloured circles, squares and triangles that overlap on textured ground."""
+    """Write a generated data set of circles, squares and triangles with boxes and masks."""
     from boxwright.data.shapes import write_shapes
     from boxwright.text import plural
 

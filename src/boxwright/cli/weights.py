@@ -104,7 +104,7 @@ def inspect(
     trust: Trust = None,
 ) -> None:
     """Print the source, the settings and the tensors of a weights file."""
-    from boxwright.importers.describe import model_line, numbers_of, summary_of
+    from boxwright.importers.describe import model_line, settings_of, summary_of
     from boxwright.predictor import load
     from boxwright.weights.ours import is_ours, load_weights
 
@@ -114,7 +114,7 @@ def inspect(
         if "experiment" in metadata:
             predictor = load(file, trusted_modules=trust or ())
             typer.echo(model_line(predictor.experiment, len(predictor.categories)))
-            typer.echo("\n".join(f"  {line}" for line in numbers_of(predictor.experiment)))
+            typer.echo("\n".join(f"  {line}" for line in settings_of(predictor.experiment)))
         for name in ("source", "versions", "step"):
             if name in metadata:
                 typer.echo(f"{name}: {metadata[name]}")
@@ -174,7 +174,7 @@ def _imported(
 
 
 def _about(imported: Imported) -> list[str]:
-    from boxwright.importers.describe import model_line, numbers_of
+    from boxwright.importers.describe import model_line, settings_of
     from boxwright.text import plural
 
     lines = [f"{imported.file.path}: {imported.source.title}, sha256 {imported.file.sha256}"]
@@ -184,7 +184,7 @@ def _about(imported: Imported) -> list[str]:
         names = [category.name for category in imported.categories]
         lines.append(f"{model_line(imported.experiment, len(names))}: {', '.join(names)}")
         lines.append("settings that the file does not contain:")
-        lines += [f"  {line}" for line in numbers_of(imported.experiment)]
+        lines += [f"  {line}" for line in settings_of(imported.experiment)]
     lines.append(f"  epsilon of the backbone's norm layers: {imported.settings.norm_eps:g} (--norm-eps)")
     if imported.unused:
         lines.append(f"{plural(len(imported.unused), 'unused tensor')}: {', '.join(imported.unused)}")

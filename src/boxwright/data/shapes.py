@@ -1,8 +1,8 @@
-"""Generated data set of coloured circles, squares and triangles, on which a small detector trains in minutes.
+"""Generated data set of circles, squares and triangles, on which a small detector trains in minutes.
 
-Shapes overlap, are cut by the border, and are drawn on a textured background. Circles are reddish, squares greenish and
-triangles bluish, because learning outlines from random weights takes hours. Every image is a function of seed, split
-and index only.
+Shaded shapes with soft shadows overlap on a muted background, are cut by the border, and differ in size and rotation.
+Circles are reddish, squares greenish and triangles bluish, because learning outlines from random weights takes hours.
+Faint pentagons and blurred discs are not annotated. Every image is a function of seed, split and index only.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ _CORNERS = {"circle": 32, "square": 4, "triangle": 3}
 _UPRIGHT = {"circle": 0.0, "square": np.pi / 4, "triangle": -np.pi / 2}
 _LARGEST_LEAN = np.pi / 12
 _SPLITS = ("train", "val")
-_RADII = (12.0, 80.0)
-_MAX_OBJECTS = 8
+_RADII = (9.0, 80.0)
+_MAX_OBJECTS = 12
 # Minimum visible part of a shape, in pixels and as a fraction of the part inside the image.
 _MIN_PIXELS = 60
 _MIN_VISIBLE = 0.35
-_MIN_CONTRAST = 64
+# Minimum difference between a shape and the background in one colour channel.
+_MIN_CONTRAST = 40
+_SHADOW = {"offset": 0.09, "softness": 0.16, "strength": 0.35}
+"""Shadow of a shape: offset to the lower right and width of its soft edge, relative to the radius; opacity."""
 
 
 def write_shapes(folder: Path, *, train: int = 400, val: int = 100, seed: int = 0) -> None:
@@ -79,18 +82,18 @@ def draw_image(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int
     rng = np.random.Generator(np.random.PCG64([seed, split, index]))
     long, short = int(rng.integers(288, 353)), int(rng.integers(208, 273))
     height, width = (short, long) if rng.random() < 0.6 else (long, short)
-    ground = rng.integers(40, 216, 3)
-    image = _texture(rng, height, width, ground, contrast=int(rng.integers(16, 64)))
+    canvas, ground = _background(rng, height, width)
     owner = np.full((height, width), -1)
     shapes: list[tuple[int, Polygon, NDArray[np.bool_]]] = []
     for _ in range(int(rng.integers(1, _MAX_OBJECTS + 1))):
         category = int(rng.integers(len(NAMES)))
-        polygon = _cut(_outline(rng, category, height, width), height, width)
+        centre, radius = _place(rng, height, width)
+        whole = _outline(rng, NAMES[category], centre, radius)
+        polygon = _cut(whole, height, width)
         covered = _fill(polygon, height, width)
         # The strongest of red, green and blue identifies the class.
-        colour = rng.integers(0, 160, 3)
-        colour[category] = rng.integers(160, 256)
-        surface = _texture(rng, height, width, colour, contrast=int(rng.integers(0, 33)))
+        colour = rng.integers(50, 165, 3).astype(np.float32)
+        colour[category] = rng.integers(175, 250)
         after = np.where(covered, len(shapes), owner)
         counts = np.bincount(after[after >= 0], minlength=len(shapes) + 1)
         wholes = np.array([int(mask.sum()) for *_, mask in shapes] + [int(covered.sum())])
@@ -98,13 +101,67 @@ def draw_image(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int
         vanishes = (counts < np.maximum(_MIN_PIXELS, _MIN_VISIBLE * wholes)).any()
         if vanishes or np.abs(colour - ground).max() < _MIN_CONTRAST:
             continue
-        image = np.where(covered[..., None], surface, image)
+        _paint(canvas, whole, radius, colour)
         owner = after
         shapes.append((category, polygon, covered))
     if not shapes:
         # No shape was drawn: draw the image again with a different index.
         return draw_image(seed, split, index + 1_000_000_007)
+    grain = rng.integers(-4, 5, (height, width, 1)).astype(np.float32)
+    image = (canvas + grain).round().clip(0, 255).astype(np.uint8)
     return image, [(category, polygon) for category, polygon, _ in shapes]
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Muted background [H, W, 3] with blurred discs and faint pentagons, and its mean colour."""
+    brightness = rng.integers(40, 110) if rng.random() < 0.4 else rng.integers(150, 225)
+    ground = (brightness + rng.integers(-18, 19, 3)).astype(np.float32)
+    slope = (rng.random(2).astype(np.float32) - 0.5) * 70
+    y, x = np.arange(height, dtype=np.float32) / height - 0.5, np.arange(width, dtype=np.float32) / width - 0.5
+    canvas = ground + (slope[0] * y[:, None] + slope[1] * x)[..., None]
+    for corners, strength, softness in (
+        (32, 0.3, 0.5),
+        (32, 0.3, 0.5),
+        (32, 0.2, 0.9),
+        (5, 0.45, 0.02),
+        (5, 0.3, 0.02),
+    ):
+        centre, radius = _place(rng, height, width)
+        tint = ground + rng.integers(-60, 61, 3).astype(np.float32)
+        if rng.random() < 0.7:
+            polygon = _regular(corners, centre, radius, 2 * np.pi * rng.random())
+            rows, columns, alpha = _coverage(canvas.shape, polygon, max(1.0, softness * radius))
+            canvas[rows, columns] += strength * alpha[..., None] * (tint - canvas[rows, columns])
+    return canvas, ground
+
+
+def _paint(canvas: NDArray[np.float32], polygon: Polygon, radius: float, colour: NDArray[np.float32]) -> None:
+    """Draw the shadow of a convex polygon, then the polygon with light from the upper left."""
+    shadow = polygon + _SHADOW["offset"] * radius
+    rows, columns, alpha = _coverage(canvas.shape, shadow, max(2.0, _SHADOW["softness"] * radius))
+    canvas[rows, columns] *= 1 - _SHADOW["strength"] * alpha[..., None]
+    rows, columns, alpha = _coverage(canvas.shape, polygon, 1.0)
+    x, y = np.arange(columns.start, columns.stop), np.arange(rows.start, rows.stop)[:, None]
+    centre = polygon.mean(0)
+    light = 1 - 0.16 * ((x - centre[0]) + (y - centre[1])).astype(np.float32) / np.float32(radius)
+    canvas[rows, columns] += alpha[..., None] * (light[..., None] * colour - canvas[rows, columns])
+
+
+def _coverage(shape: tuple[int, ...], polygon: Polygon, softness: float) -> tuple[slice, slice, NDArray[np.float32]]:
+    """Rows and columns around a convex polygon, and the opacity there: 0 outside to 1 inside.
+
+    The edge is `softness` pixels wide; a width of 1 is an antialiased edge.
+    """
+    (left, top), (right, bottom) = polygon.min(0) - softness / 2, polygon.max(0) + softness / 2
+    rows = slice(max(0, int(top)), min(shape[0], int(bottom) + 1))
+    columns = slice(max(0, int(left)), min(shape[1], int(right) + 1))
+    x, y = np.arange(columns.start, columns.stop) + 0.5, np.arange(rows.start, rows.stop)[:, None] + 0.5
+    inside = np.full((max(0, rows.stop - rows.start), max(0, columns.stop - columns.start)), np.inf, np.float32)
+    for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
+        length = np.sqrt((x2 - x1) ** 2 + (y2 - y1) ** 2)
+        distance = (x2 - x1) / length * (y - y1) - (y2 - y1) / length * (x - x1)
+        np.minimum(inside, distance, out=inside, casting="same_kind")
+    return rows, columns, (inside / np.float32(softness) + np.float32(0.5)).clip(0, 1)
 
 
 def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
@@ -122,14 +179,21 @@ def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
     }
 
 
-def _outline(rng: np.random.Generator, category: int, height: int, width: int) -> Polygon:
-    """[points, 2] x, y of a rotated shape around a centre inside the image, by ascending angle."""
-    name = NAMES[category]
-    corners = _CORNERS[name]
+def _place(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.float64], float]:
+    """Random centre (x, y) inside the image, and radius in pixels."""
     centre = rng.random(2) * (width, height)
-    radius = _RADII[0] * (_RADII[1] / _RADII[0]) ** rng.random()
+    return centre, _RADII[0] * (_RADII[1] / _RADII[0]) ** rng.random()
+
+
+def _outline(rng: np.random.Generator, name: str, centre: NDArray[np.float64], radius: float) -> Polygon:
+    """[points, 2] x, y of a slightly rotated shape, by ascending angle."""
     lean = _LARGEST_LEAN * (2 * rng.random() - 1)
-    angles = _UPRIGHT[name] + lean + 2 * np.pi * np.arange(corners) / corners
+    return _regular(_CORNERS[name], centre, radius, _UPRIGHT[name] + lean)
+
+
+def _regular(corners: int, centre: NDArray[np.float64], radius: float, first: float) -> Polygon:
+    """[corners, 2] regular polygon whose first corner is in the direction `first`."""
+    angles = first + 2 * np.pi * np.arange(corners) / corners
     return centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
@@ -161,21 +225,6 @@ def _fill(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
     for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         inside &= (x2 - x1) * (y - y1) >= (y2 - y1) * (x - x1)
     return covered
-
-
-def _texture(rng: np.random.Generator, height: int, width: int, colour: NDArray[np.int64], *, contrast: int) -> Image:
-    """[H, W, 3] texture of one colour with blotches and grain."""
-    cell = int(rng.integers(8, 40))
-    coarse = rng.integers(-contrast, contrast + 1, (height // cell + 2, width // cell + 2, 3)).astype(np.int16)
-    # INTER_LINEAR_EXACT gives the same pixels on every machine.
-    size = (coarse.shape[1] * cell, coarse.shape[0] * cell)
-    blotches = cv2.resize((coarse + 128).astype(np.uint8), size, interpolation=cv2.INTER_LINEAR_EXACT)
-    grain = rng.integers(-2, 3, (height, width, 1), np.int16) * 3
-    return (
-        (blotches[:height, :width].astype(np.int16) - 128 + grain + colour.astype(np.int16))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
 
 
 def _write_png(path: Path, image: Image) -> None:

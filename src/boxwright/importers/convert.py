@@ -170,7 +170,7 @@ def _renamed(file: ForeignFile, source: Source, settings: Settings) -> tuple[dic
 def _categories(
     source: Source, file: ForeignFile, categories: Sequence[Category] | None, count: int | None, require_names: bool
 ) -> list[Category]:
-    if count is None:  # An RPN has no classes of its own.
+    if count is None:  # An RPN has no classes.
         return list(categories or source.categories(file, len(COCO)) or COCO)
     named = source.categories(file, count) if categories is None else categories
     if named is None and not require_names:

@@ -40,7 +40,7 @@ def model_line(experiment: Experiment, num_classes: int) -> str:
     return f"{call_name(experiment.model).rpartition('.')[2]}{body}{groups}, {num_classes} classes"
 
 
-def numbers_of(experiment: Experiment) -> Iterator[str]:
+def settings_of(experiment: Experiment) -> Iterator[str]:
     """`name = value` lines of the settings that tensors do not determine, for `--set`."""
     model = arguments_of(experiment.model)
     backbone = arguments_of(model["backbone"])

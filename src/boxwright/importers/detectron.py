@@ -112,7 +112,11 @@ SETTINGS = Settings(
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """Settings of a file: style of ResNeXts, more proposals of an RPN alone, unscaled deltas of the oldest models."""
+    """Settings of a file.
+
+    ResNeXts have the pytorch style, an RPN without box head keeps 2000 proposals, and the oldest models have unscaled
+    deltas.
+    """
     weight = file.tensors.get("res2_0_branch2b_w")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     rpn, box = SETTINGS.rpn, SETTINGS.box

@@ -2,7 +2,8 @@
 
 Most models of the model zoo start from Caffe-trained ResNets: BGR pixels, mean without standard deviation, stride in
 the first 1x1 convolution. Models with ResNeXt and with torchvision's ResNets divide by a standard deviation and have
-the stride in the 3x3 convolution. Models with GroupNorm only differ in the stride.
+the stride in the 3x3 convolution. Models with GroupNorm have the pixel statistics of the first group and the
+stride of the second.
 """
 
 from __future__ import annotations
@@ -139,7 +140,10 @@ SETTINGS = Settings(
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """Settings of a file: its pixel statistics, if any, as in the first versions; more proposals of an RPN alone."""
+    """Settings of a file.
+
+    Files of the first versions contain their pixel statistics. An RPN without box head keeps 2000 proposals.
+    """
     mean, std = (file.tensors.get(f"pixel_{name}") for name in ("mean", "std"))
     if mean is not None and std is not None:
         means = _three(mean)

@@ -28,7 +28,7 @@ from boxwright.importers.source import Settings, Source, any_starts
 from boxwright.weights.foreign import ForeignFile
 
 
-def undivided(rows: Tensor) -> Tensor:
+def unscale_deltas(rows: Tensor) -> Tensor:
     """[A * 4, ...] RetinaNet's last layer for deltas in units of 0.1, 0.1, 0.2, 0.2 -> for unscaled deltas."""
     stds = torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=rows.dtype).repeat(rows.shape[0] // 4)
     return rows * stds.view(-1, *(1,) * (rows.ndim - 1))
@@ -42,7 +42,7 @@ def rules(names: Set[str]) -> Sequence[Rule | Unsupported]:
         Rule("rpn.head.cls_tower.{i}.*", "head.class_convs.{i}.*"),
         Rule("rpn.head.bbox_tower.{i}.*", "head.box_convs.{i}.*"),
         Rule("rpn.head.cls_logits.*", "head.class_logits.*"),
-        Rule("rpn.head.bbox_pred.*", "head.box_deltas.*", undivided),
+        Rule("rpn.head.bbox_pred.*", "head.box_deltas.*", unscale_deltas),
     )
     proposals = (
         Rule("rpn.head.conv.*", "rpn.conv.*"),
@@ -79,15 +79,16 @@ SETTINGS = Settings(
     train_norm_affine=False,
     # maskrcnn-benchmark keeps the best 2000 proposals of the two images of a GPU, about 1000 per image.
     rpn=RPNConfig(low_quality=0.0, num_proposals=1000, test_pre_nms_per_level=1000, test_num_proposals=1000),
-    # Its deltas are divided by 0.1, 0.1, 0.2, 0.2, its beta is 0.11, and its box loss is divided by 4. For plain deltas
-    # that is beta 0.011 and weight 2.5 for centres, 0.022 and 1.25 for sizes; these are the means.
+    # maskrcnn-benchmark divides deltas by 0.1, 0.1, 0.2, 0.2 and the box loss by 4, with beta 0.11. For unscaled deltas
+    # this is beta 0.011 and weight 2.5 for centres, beta 0.022 and weight 1.25 for sizes. Boxwright has one beta and
+    # one weight, which are set to the means.
     retina=RetinaConfig(nms_iou=0.4, smooth_l1_beta=0.0165, box_loss_weight=1.875),
     norm_eps=0.0,
 )
 
 
 def _settings(file: ForeignFile) -> Settings:
-    """Settings of a file: style of ResNeXts, more proposals of an RPN alone."""
+    """Settings of a file. ResNeXts have the pytorch style, and an RPN without box head keeps 2000 proposals."""
     weight = file.tensors.get("backbone.body.layer1.0.conv2.weight")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     rpn = SETTINGS.rpn

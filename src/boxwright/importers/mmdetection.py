@@ -152,20 +152,20 @@ def _version(file: ForeignFile) -> int | None:
     return None
 
 
-def _is_one(names: Set[str]) -> bool:
+def _is_mmdetection(names: Set[str]) -> bool:
     return any_starts(names, "neck.lateral_convs.") and any_starts(names, "rpn_head.", "bbox_head.", "roi_head.")
 
 
 def _recognises_first(names: Set[str], file: ForeignFile) -> bool:
     version = _version(file)
-    if not _is_one(names) or any_starts(names, "roi_head.", "bbox_head.rpn_conv."):
+    if not _is_mmdetection(names) or any_starts(names, "roi_head.", "bbox_head.rpn_conv."):
         return False
     return version in (None, 0, 1)
 
 
 def _recognises_later(names: Set[str], file: ForeignFile) -> bool:
     version = _version(file)
-    if not _is_one(names) or any_starts(names, "bbox_head.shared_fcs.", "bbox_head.0.shared_fcs."):
+    if not _is_mmdetection(names) or any_starts(names, "bbox_head.shared_fcs.", "bbox_head.0.shared_fcs."):
         return False
     if "bbox_head.cls_convs.0.weight" in names:
         return False
@@ -206,11 +206,11 @@ def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -
     if "ConvWS" in text:
         raise ValueError("convolutions with weight standardisation (ConvWS) are not supported")
     style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
-    numbers = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
+    matches = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
     reverse = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
     caffe = style is not None and style[1] == "caffe"
     stats = CAFFE if caffe else PYTORCH
-    mean, std = (_three(match) for match in numbers.values())
+    mean, std = (_three(match) for match in matches.values())
     if mean is not None and std is not None and reverse is not None:
         stats = PixelStats(mean=mean, std=std, order="rgb" if reverse[1] == "True" else "bgr")
     settings = replace(settings, pixel_stats=stats, style=cast(Style, style[1] if style else "pytorch"))

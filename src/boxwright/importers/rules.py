@@ -145,12 +145,12 @@ def _origin(rule: Rule | Unsupported, ours: str) -> str | None:
     """Name in the file that a rule renames to this name; None if there is none or the change is not invertible."""
     if isinstance(rule, Unsupported) or rule.ours is None or rule.change not in (None, *_UNDO):
         return None
-    numbers: list[tuple[str, int, int]] = []
+    placeholders: list[tuple[str, int, int]] = []
 
     def part(place: re.Match[str]) -> str:
         if place[0] == "*":
             return "(?P<rest>.+)"
-        numbers.append((place[1], int(place[2] or 1), int(place[3] or 0)))
+        placeholders.append((place[1], int(place[2] or 1), int(place[3] or 0)))
         return rf"(?P<{place[1]}>\d+)"
 
     pieces = re.split(r"(\*|\{[^}]*\})", rule.ours)
@@ -160,7 +160,7 @@ def _origin(rule: Rule | Unsupported, ours: str) -> str | None:
     if match is None:
         return None
     name = rule.theirs.replace("*", match["rest"]) if "*" in rule.theirs else rule.theirs
-    for key, times, plus in numbers:
+    for key, times, plus in placeholders:
         number, rest = divmod(int(match[key]) - plus, times)
         if rest or number < 0:
             return None

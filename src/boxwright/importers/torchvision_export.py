@@ -42,7 +42,7 @@ _CHANNELS = 256
 _NORMALISED = {"head.classification_head.conv.0.1.weight"}
 """Tensor by which the rules recognise norm layers in RetinaNet's head."""
 
-_TOLD = {
+_SUPPORTED = {
     "conventions": {"anchor_rounding", "anchor_strides_from_canvas", "roi_align_plus_one"},
     "rpn": {"anchor_scale", "ratios", "test_pre_nms_per_level", "test_num_proposals", "nms_iou"},
     "box": {"width", "output_size", "sampling_ratio", "num_levels", "stds"}
@@ -51,7 +51,7 @@ _TOLD = {
     "retina": {"norm", "anchor_scale", "scales_per_octave", "ratios"}
     | {"pre_nms_per_level", "score_threshold", "nms_iou", "max_detections"},
 }
-"""Settings that torchvision's model supports, or that have no effect if the others are torchvision's."""
+"""Settings that torchvision's model supports with any value."""
 _TRAINING = {
     "rpn": {"positive_iou", "negative_iou", "low_quality", "border", "num_sampled", "positive_fraction"}
     | {"smooth_l1_beta", "box_loss", "objectness_loss_weight", "box_loss_weight", "pre_nms_per_level", "num_proposals"},
@@ -61,7 +61,7 @@ _TRAINING = {
     "retina": {"positive_iou", "negative_iou", "low_quality", "prior", "focal_alpha", "focal_gamma", "smooth_l1_beta"}
     | {"box_loss", "class_loss_weight", "box_loss_weight"},
 }
-"""Settings that do not affect detections, or not with the other required settings."""
+"""Settings for training, which do not affect detections."""
 _FIXES = {
     "roi_align_aligned": "train with --set model.conventions.roi_align_aligned=false to export",
     "extra_relu": "train with --set model.backbone.extra_relu=true to export",
@@ -108,18 +108,20 @@ def export(detector: nn.Module, experiment: Experiment, categories: Sequence[Cat
     replaced = replaced_parts(experiment.model)
     if replaced:
         raise ValueError(
-            f"torchvision's model does not support {', '.join(replaced.values())} instead of Boxwright's own heads"
+            f"torchvision's model does not support {', '.join(replaced.values())} instead of Boxwright's tensors heads"
         )
     model = {name: arguments_of(value) for name, value in arguments_of(experiment.model).items()}
     faults = _faults(call_name(arguments_of(experiment.model)["backbone"]), model, kind)
     if faults:
         raise ValueError("torchvision's model does not support these settings: " + "; ".join(faults))
-    own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith(".num_batches_tracked")}
+    tensors = {
+        name: tensor for name, tensor in detector.state_dict().items() if not name.endswith(".num_batches_tracked")
+    }
     normalised = kind == "RetinaNet" and model["retina"]["norm"] is not None
     names = [category.name for category in categories]
     return Exported(
-        tensors=rename_back(own, rules(_NORMALISED if normalised else set())),
-        code=_code(kind, model, experiment, own, len(names)),
+        tensors=rename_back(tensors, rules(_NORMALISED if normalised else set())),
+        code=_code(kind, model, experiment, tensors, len(names)),
         names=names if kind == "RetinaNet" else ["__background__", *names],
     )
 
@@ -133,22 +135,22 @@ def _faults(backbone: str, model: dict[str, dict[str, Any]], kind: str) -> list[
     if (body["depth"], body["groups"], body["width_per_group"]) not in _BODIES:
         faults.append(f"torchvision has no ResNet with {body['groups']} groups of width {body['width_per_group']}")
     if body["style"] != "pytorch" and body["depth"] >= 50:
-        faults.append("its bottlenecks have their stride in the first convolution (style caffe)")
+        faults.append("the style of the backbone is caffe, expected pytorch")
     if body["norm"] not in ("frozen_bn", "bn", "sync_bn"):
-        faults.append(f"the norm of the backbone is {body['norm']}")
+        faults.append(f"the norm of the backbone is {body['norm']}, expected a batch norm")
     if body["fpn_norm"] is not None:
-        faults.append("its pyramid has norms")
+        faults.append("the pyramid has norm layers, expected none")
     if body["channels"] != _CHANNELS:
         faults.append(f"the pyramid has {body['channels']} channels, expected {_CHANNELS}")
     if body["extra"] is None:
-        faults.append("its pyramid has no level above the last map's")
+        faults.append("the pyramid has no extra level, expected P6")
     elif body["extra"] != "pool" and not body["extra_relu"]:
         faults.append(f"there is no ReLU between P6 and P7 ({_FIXES['extra_relu']})")
     if model["pixel_stats"]["order"] != "rgb":
-        faults.append("it takes BGR pixels")
-    for part, told in _TOLD.items():
+        faults.append("the order of the pixels is bgr, expected rgb")
+    for part, supported in _SUPPORTED.items():
         theirs = arguments_of(getattr(SETTINGS, part))
-        free = told | _TRAINING.get(part, set())
+        free = supported | _TRAINING.get(part, set())
         if part == "conventions" and kind == "RetinaNet":
             free = free | {"roi_align_aligned", "level_epsilon"}  # Settings of RoIAlign, which RetinaNet does not have.
         for name, value in model.get(part, {}).items():
@@ -157,12 +159,12 @@ def _faults(backbone: str, model: dict[str, dict[str, Any]], kind: str) -> list[
                 faults.append(f"{part}.{name} is {value}, expected {theirs[name]}{fix}")
     rounding = model["conventions"]["anchor_rounding"]
     if rounding not in ("none", "torchvision"):
-        faults.append(f"anchors are rounded as in {rounding}")
+        faults.append(f"conventions.anchor_rounding is {rounding}, expected none or torchvision")
     return faults
 
 
 def _code(
-    kind: str, model: dict[str, dict[str, Any]], experiment: Experiment, own: dict[str, Tensor], num_classes: int
+    kind: str, model: dict[str, dict[str, Any]], experiment: Experiment, tensors: dict[str, Tensor], num_classes: int
 ) -> str:
     """Python code that builds torchvision's model. Values are written by `repr`, so that a file cannot inject code."""
     body, conventions, pixels = model["backbone"], model["conventions"], model["pixel_stats"]
@@ -178,7 +180,7 @@ def _code(
     }
     extra = "torchvision.ops.feature_pyramid_network.LastLevelMaxPool()"
     if body["extra"] != "pool":
-        inputs = own["backbone.extra_output.0.weight"].shape[1]
+        inputs = tensors["backbone.extra_output.0.weight"].shape[1]
         extra = f"torchvision.ops.feature_pyramid_network.LastLevelP6P7({inputs}, {_CHANNELS})"
     grid = model["retina" if kind == "RetinaNet" else "rpn"]
     rounding = conventions["anchor_rounding"]
@@ -222,7 +224,7 @@ def _box_loss(retina: dict[str, Any]) -> list[str]:
 
 
 def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
-    """Lines of a class of anchors that differ from torchvision's; without strides if these are equal."""
+    """Lines of an anchor generator class. Strides are None if torchvision's are equal."""
     lines = ["", "class Anchors(AnchorGenerator):"]
     if rounding == "none":
         lines += [
@@ -236,7 +238,7 @@ def _anchor_class(rounding: str, strides: Sequence[int] | None) -> list[str]:
     if strides is not None:
         lines += [
             "    def grid_anchors(self, grid_sizes, strides):",
-            "        # torchvision divides the image size by the map size, which is smaller if it does not divide.",
+            "        # torchvision divides the image size by the map size, which gives other strides after padding.",
             f"        return super().grid_anchors(grid_sizes, {[(stride, stride) for stride in strides]!r})",
             "",
         ]
