@@ -234,7 +234,7 @@ def load(
     if missing:
         raise ValueError(
             f"{file}: metadata has no {' and '.join(missing)}, so the model cannot be rebuilt. Use a weights file "
-            "that Boxwright wrote"
+            "that Boxwright wrote."
         )
     try:
         categories = msgspec.convert(metadata["categories"], list[Category])
@@ -336,7 +336,7 @@ def weights_file(place: str | Path) -> Path:
         if str(place) in zoo:
             return fetch_weights(zoo[str(place)])
         raise FileNotFoundError(
-            f"{path} does not exist. Use a run folder, a weights file, or a name that boxwright zoo list prints"
+            f"{path} does not exist. Use a run folder, a weights file, or a name that boxwright zoo list prints."
         )
     if not path.is_dir():
         return path
@@ -345,7 +345,7 @@ def weights_file(place: str | Path) -> Path:
         return file
     others = sorted(path.glob("*.safetensors"))
     if not others:
-        raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file")
+        raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file.")
     if len(others) > 1:
         raise ValueError(
             f"{path} contains several weights files: {', '.join(other.name for other in others)}. Use the path of one."

@@ -80,7 +80,7 @@ def require_proposals(detector: Detector, has_proposals: bool) -> None:
     if detector.needs_proposals and not has_proposals:
         raise ValueError(
             "this model has no RPN and needs proposals. Write them with boxwright propose, then pass the file with "
-            "--proposals (in Python: proposals=)"
+            "--proposals (in Python: proposals=)."
         )
     if has_proposals and not detector.needs_proposals:
         raise ValueError("proposals were passed, but this model has its own RPN: remove them, or use a Fast R-CNN")

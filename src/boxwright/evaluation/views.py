@@ -103,7 +103,7 @@ def view_suppression(detector: nn.Module) -> Suppression:
     if suppression is None:
         raise ValueError(
             f"{type(detector).__name__} has no `suppression`, so detections of several views cannot be merged. Test it "
-            "without test-time augmentation"
+            "without test-time augmentation."
         )
     return suppression
 
