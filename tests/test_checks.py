@@ -178,14 +178,14 @@ def test_numpy_numbers_pass_and_truth_values_do_not() -> None:
 
 
 DEVICES = {
-    "mps": "device 'mps' is not supported: Boxwright runs on cpu and cuda; use --device cpu",
+    "mps": "device: expected cpu, cuda or cuda:N, got 'mps', which is not supported. Use --device cpu",
     "xpu": "is not supported",
     "meta": "is not supported",
     "gpu": "device: expected cpu, cuda or cuda:N, got 'gpu'",
     "CPU": "device: expected cpu, cuda or cuda:N, got 'CPU'",
     "": "device: expected cpu, cuda or cuda:N, got ''",
-    "cpu:3": "there is one CPU device",
-    "cuda": "PyTorch finds no CUDA device on this machine; use --device cpu",
+    "cpu:3": "there is only one CPU device",
+    "cuda": "PyTorch finds no CUDA device on this machine. Use --device cpu",
     "cuda:9": "PyTorch finds no CUDA device",
 }
 
@@ -202,7 +202,7 @@ def test_a_gpu_that_is_not_there_names_those_that_are(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="'cuda:9': this machine has 2 CUDA devices, cuda:0 to cuda:1"):
+    with pytest.raises(ValueError, match=r"'cuda:9': this machine has 2 CUDA devices\. Use cuda:0 to cuda:1"):
         check_device("cuda:9")
 
 
@@ -220,5 +220,5 @@ def test_every_way_in_refuses_a_device_that_is_not_supported(tmp_path: Path) -> 
         lambda: Bench(Plan(recipe="faster_rcnn_r18_fpn_small", device="mps")),
     ]
     for way_in in ways_in:
-        with pytest.raises(ValueError, match="device 'mps' is not supported"):
+        with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'mps', which is not supported"):
             way_in()

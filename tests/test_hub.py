@@ -106,7 +106,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
     server.RequestHandlerClass = type("HubHandler", (Handler,), {"hub": fake})
     monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setenv("HF_TOKEN", "of the environment")
+    monkeypatch.setenv("HF_TOKEN", "token-from-environment")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield fake
@@ -134,7 +134,7 @@ def test_the_folder_is_pushed_in_one_commit_and_loads_by_the_printed_url(hub: Fa
     assert hub.commits == [{Path(file).name: Path(file).read_bytes() for file in files}]
     assert {path.name for path in run.with_name("out").iterdir()} == set(hub.commits[0])
     assert hub.messages == ["Publish out"]
-    assert hub.tokens == {"Bearer of the environment"}
+    assert hub.tokens == {"Bearer token-from-environment"}
     assert hub.private == {"owner/cells": False}
     assert url == f"{hub.url}/owner/cells/resolve/main/{Path(files[0]).name}"
     assert boxwright.load(url).metadata["name"] == "cells"
@@ -165,7 +165,7 @@ def test_after_a_denied_push_the_folder_remains_and_the_error_has_the_next_comma
     assert f"{out} was written but not pushed to owner/cells" in result.stderr
     assert "401" in result.stderr
     assert f"hf upload owner/cells {out}" in result.stderr
-    assert "of the environment" not in result.stderr
+    assert "token-from-environment" not in result.stderr
     assert (out / "README.md").is_file()
     assert hub.commits == []
 
@@ -183,7 +183,7 @@ def test_an_unreachable_hub_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
         (("--to", "hf:cells"), "cannot push to 'hf:cells'"),
         (("--to", "hf:owner/cells/more"), "cannot push to 'hf:owner/cells/more'"),
         (("--to", "hf:owner/a--b"), "'hf:owner/a--b' is not a valid repository name"),
-        (("--private",), "give --to too"),
+        (("--private",), "--private needs --to"),
     ],
 )
 def test_an_invalid_repository_is_rejected_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""What is published loads back and gives the same detections, and its card says what the run measured."""
+"""A published model loads with equal detections, and its model card has the metrics of the run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FIGURES = {"AP": 0.41234, "AP50": 0.7, "AP_large": -1.0}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was evaluated at its last step, 12, and before."""
+    """A run that was evaluated at steps 6 and 12, its last."""
     folder = small_run(tmp_path / "cells", [Category(id=4, name="cell"), Category(id=2, name="größe")])
-    page = {"experiment": {}, "command": COMMAND, "versions": {"boxwright": "0"}}
-    (folder / "experiment.json").write_text(json.dumps(page), "utf-8")
+    experiment = {"experiment": {}, "command": COMMAND, "versions": {"boxwright": "0"}}
+    (folder / "experiment.json").write_text(json.dumps(experiment), "utf-8")
     lines = [
         {"kind": "evaluation", "step": 6, "metrics": {"AP": 0.1}},
         {"kind": "evaluation", "step": 12, "metrics": FIGURES},
@@ -55,13 +55,13 @@ def test_names_and_contents(run: Path, tmp_path: Path) -> None:
     files = publish(run, tmp_path / "out", ABOUT)
     weights, results, log, card = files
     assert sorted((tmp_path / "out").iterdir()) == sorted(files)
-    found = re.fullmatch(r"cells_(20\d{6})-([0-9a-f]{8})\.safetensors", weights.name)
-    assert found
+    match = re.fullmatch(r"cells_(20\d{6})-([0-9a-f]{8})\.safetensors", weights.name)
+    assert match
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert sha256.startswith(found[2])
-    assert results.name == f"cells_{found[1]}_results.json"
+    assert sha256.startswith(match[2])
+    assert results.name == f"cells_{match[1]}_results.json"
     assert results.read_text() == "[]"
-    assert log.name == f"cells_{found[1]}_log.jsonl"
+    assert log.name == f"cells_{match[1]}_log.jsonl"
     assert log.read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert sha256 in card.read_text("utf-8")
     with safe_open(weights, "pt") as file:
@@ -83,21 +83,21 @@ def test_loads_back_by_path_folder_and_url(run: Path, tmp_path: Path, monkeypatc
         url = host.answer(weights.name, whole(weights.read_bytes()))
         for place in (weights, weights.parent, url):
             model = boxwright.load(place)
-            found = model.predict(image)
-            np.testing.assert_array_equal(found.boxes, expected.boxes)
-            np.testing.assert_array_equal(found.scores, expected.scores)
-            assert found.names == expected.names
+            actual = model.predict(image)
+            np.testing.assert_array_equal(actual.boxes, expected.boxes)
+            np.testing.assert_array_equal(actual.scores, expected.scores)
+            assert actual.names == expected.names
             assert model.metadata["metrics"] == FIGURES
             assert (model.metadata["licence"], model.metadata["data"]) == (ABOUT.licence, ABOUT.data)
             assert model.metadata["step"] == 12
-        # A file that was changed on the way is refused by the hash that its name carries.
+        # A file that was changed by the host does not have the hash in its name.
         host.answer(weights.name, whole(weights.read_bytes()[:-1] + b"?"))
         monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "other"))
         with pytest.raises(OSError, match="SHA-256 mismatch"):
             boxwright.load(url)
 
 
-def test_the_card_says_what_was_measured_on_what_and_how(run: Path, tmp_path: Path) -> None:
+def test_the_card_has_metrics_data_and_command(run: Path, tmp_path: Path) -> None:
     card = publish(run, tmp_path / "out", ABOUT)[-1]
     header = header_of(card)
     assert header["license"] == "cc-by-4.0"
@@ -107,13 +107,13 @@ def test_the_card_says_what_was_measured_on_what_and_how(run: Path, tmp_path: Pa
     assert entry["name"] == "cells"
     assert entry["results"][0]["dataset"]["name"] == f"{ABOUT.data} (val)"
     measured = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
-    assert measured == {"AP": 41.2, "AP50": 70.0}  # of large objects there were none
+    assert measured == {"AP": 41.2, "AP50": 70.0}  # AP_large is undefined without large objects
     text = card.read_text("utf-8")
     for part in (COMMAND, ABOUT.data, "CC-BY-4.0", "| AP | 41.2 |", "cell, größe", "12 steps", "boxwright 0"):
         assert part in text
 
 
-def test_the_hubs_own_reader_takes_the_card(run: Path, tmp_path: Path) -> None:
+def test_huggingface_hub_reads_the_card(run: Path, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard.load(publish(run, tmp_path / "out", ABOUT)[-1]).data
     assert data.model_name == "cells"
@@ -121,7 +121,7 @@ def test_the_hubs_own_reader_takes_the_card(run: Path, tmp_path: Path) -> None:
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {"AP": 41.2, "AP50": 70.0}
 
 
-def test_figures_and_results_of_other_weights_are_left_out(run: Path, tmp_path: Path) -> None:
+def test_metrics_and_results_of_other_weights_are_omitted(run: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 6, "metrics": {"AP": 0.1}}\n', "utf-8")
     os.utime(run / "results.json", (1, 1))
     files = publish(run, tmp_path / "out", ABOUT)
@@ -132,18 +132,18 @@ def test_figures_and_results_of_other_weights_are_left_out(run: Path, tmp_path: 
 
 
 def evaluate(run: Path, name: str, split: str, ap: float, weights: str | None = None) -> None:
-    """Put an evaluation into a run."""
+    """Write an evaluation into a run."""
     folder = run / "evaluation" / name
     folder.mkdir(parents=True)
-    own = hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest()
+    actual = hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest()
     Evaluation(
-        data="streets", split=split, annotations=f"/{name}.json", step=12, weights=weights or own, metrics={"AP": ap}
+        data="streets", split=split, annotations=f"/{name}.json", step=12, weights=weights or actual, metrics={"AP": ap}
     ).write(folder)
     (folder / "results.json").write_text(json.dumps([name]))
 
 
 def test_every_evaluation_is_published_under_its_own_name(run: Path, tmp_path: Path) -> None:
-    """Those of other weights are not; the validation's comes first, whatever was measured last."""
+    """The validation comes first. Evaluations of other weights are omitted."""
     evaluate(run, "test", "test", 0.25)
     evaluate(run, "val", "val", 0.5)
     evaluate(run, "old", "old", 0.75, weights="0" * 64)
@@ -172,21 +172,21 @@ def test_a_test_of_a_run_by_an_earlier_version_does_not_replace_its_validation(r
     assert text.index(f"On {ABOUT.data} (val):") < text.index("| AP | 41.2 |") < text.index("On streets (test):")
 
 
-def test_results_that_an_earlier_version_tested_on_some_split_are_left_out(run: Path, tmp_path: Path) -> None:
+def test_results_of_an_unknown_split_from_an_earlier_version_are_omitted(run: Path, tmp_path: Path) -> None:
     (run / "report.html").write_text("<dl><div><dt>data</dt><dd>instances_test.json</dd></div></dl>")
     files = publish(run, tmp_path / "out", ABOUT)
     assert [path.suffix for path in files] == [".safetensors", ".jsonl", ".md"]
     assert "| AP | 41.2 |" in files[-1].read_text("utf-8")
 
 
-def test_a_damaged_evaluation_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_evaluation_is_an_error(run: Path, tmp_path: Path) -> None:
     evaluate(run, "val", "val", 0.5)
     (run / "evaluation" / "val" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
         publish(run, tmp_path / "out", ABOUT)
 
 
-def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     publish(run, tmp_path / "out", ABOUT)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -195,10 +195,10 @@ def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_what_cannot_be_published_is_told(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Use a run folder"):
+def test_incomplete_runs_and_invalid_names_are_errors(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Use the folder of a run"):
         publish(tmp_path, tmp_path / "out", ABOUT)
-    with pytest.raises(ValueError, match="name: expected letters"):
+    with pytest.raises(ValueError, match="name: expected only letters"):
         publish(run, tmp_path / "out", About(name="a/b", licence="MIT", data="x"))
     (run / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a valid safetensors file"):
@@ -206,7 +206,7 @@ def test_what_cannot_be_published_is_told(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_as_training_leaves_it(tmp_path: Path) -> None:
+def test_publishes_a_run_of_boxwright_train(tmp_path: Path) -> None:
     write_shapes(tmp_path / "shapes", train=8, val=4)
     out = tmp_path / "run"
     words = ["training.runs:tiny_experiment", "--data", str(tmp_path / "shapes"), "--out", str(out), "--workers", "0"]

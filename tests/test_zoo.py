@@ -50,7 +50,7 @@ def default_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_zoo(folder: Path, second: str = 'file = "second-1a1b2c3d.pth"') -> Path:
-    path = folder / "own.toml"
+    path = folder / "zoo.toml"
     path.write_text(ZOO.format(second=second), "utf-8")
     return path
 
@@ -195,7 +195,7 @@ def test_the_example_on_the_publish_page_is_valid(tmp_path: Path) -> None:
 
 def test_a_zoo_is_loaded_from_a_url(tmp_path: Path) -> None:
     with serve() as host:
-        url = host.answer("own.toml", whole(write_zoo(tmp_path).read_bytes()))
+        url = host.answer("zoo.toml", whole(write_zoo(tmp_path).read_bytes()))
         assert list(load_zoo(url)) == ["first", "second"]
         with pytest.raises(OSError, match="HTTP 500"):
             load_zoo(host.answer("broken.toml", status(500)))

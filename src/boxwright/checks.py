@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from boxwright.text import plural
+
 
 def check_choice(name: str, value: object, choices: Collection[Any]) -> None:
     """Check that a value is one of `choices`.
@@ -89,19 +91,22 @@ def check_device(device: torch.device | str | int) -> torch.device:
     Raises:
         ValueError: `device` is not a device, is not supported, or does not exist on this machine.
     """
-    fix = 'use --device cpu (device="cpu")'
+    fix = 'Use --device cpu (in Python: device="cpu").'
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device '{chosen}' is not supported: Boxwright runs on cpu and cuda; {fix}")
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got '{chosen}', which is not supported. {fix}")
     if chosen.type == "cpu" and chosen.index:
-        raise ValueError(f"device '{chosen}': there is one CPU device; {fix}")
+        raise ValueError(f"device '{chosen}': there is only one CPU device. {fix}")
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            raise ValueError(f"device '{chosen}': PyTorch finds no CUDA device on this machine; {fix}")
+            raise ValueError(f"device '{chosen}': PyTorch finds no CUDA device on this machine. {fix}")
         if (chosen.index or 0) >= count:
-            raise ValueError(f"device '{chosen}': this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+            raise ValueError(
+                f"device '{chosen}': this machine has {plural(count, 'CUDA device')}. Use cuda:0"
+                + (f" to cuda:{count - 1}." if count > 1 else ".")
+            )
     return chosen

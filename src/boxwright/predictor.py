@@ -81,8 +81,8 @@ class Predictor:
             metadata: Other metadata of the weights file (versions, step).
 
         Raises:
-            ValueError: `detector` is no detector, the device is not available, or the number of categories differs from
-                the detector's number of classes.
+            ValueError: `detector` is not a detector, the device is not available, or the number of categories differs
+                from the detector's number of classes.
         """
         self.device = check_device(device)
         self.detector = as_detector(detector).to(self.device).eval()
@@ -183,7 +183,9 @@ class Predictor:
 def _check_image(image: np.ndarray) -> np.ndarray:
     """Return the array if it is an RGB image, else raise."""
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"image: expected a path or an array of pixels, got an object of type {type(image).__name__}")
+        raise ValueError(
+            f"image: expected a path or an array uint8 [height, width, 3], got an object of type {type(image).__name__}"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
             f"image: expected uint8 [height, width, 3] in RGB order, got {image.dtype} {list(image.shape)}"
@@ -232,7 +234,7 @@ def load(
     if missing:
         raise ValueError(
             f"{file}: metadata has no {' and '.join(missing)}, so the model cannot be rebuilt. Use a weights file "
-            "that Boxwright wrote"
+            "that Boxwright wrote."
         )
     try:
         categories = msgspec.convert(metadata["categories"], list[Category])
@@ -334,7 +336,7 @@ def weights_file(place: str | Path) -> Path:
         if str(place) in zoo:
             return fetch_weights(zoo[str(place)])
         raise FileNotFoundError(
-            f"{path} does not exist. Use a run folder, a weights file, or a name that boxwright zoo list prints"
+            f"{path} does not exist. Use a run folder, a weights file, or a name that boxwright zoo list prints."
         )
     if not path.is_dir():
         return path
@@ -343,7 +345,9 @@ def weights_file(place: str | Path) -> Path:
         return file
     others = sorted(path.glob("*.safetensors"))
     if not others:
-        raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file")
+        raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file.")
     if len(others) > 1:
-        raise ValueError(f"{path} contains {', '.join(other.name for other in others)}. Use the path of one of them")
+        raise ValueError(
+            f"{path} contains several weights files: {', '.join(other.name for other in others)}. Use the path of one."
+        )
     return others[0]

@@ -56,12 +56,14 @@ def publish(run: Path, out: Path, about: About, *, trusted_modules: Collection[s
         OSError: A file cannot be read or written.
     """
     if not is_file_name(about.name):
-        raise ValueError(f"name: expected letters, digits, _, -, + and dots (used in file names), got {about.name!r}")
+        raise ValueError(f"name: expected only letters, digits, _, -, + and dots, got {about.name!r}. Use --name NAME.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty. Use another folder")
+        raise ValueError(f"{out} exists and is not empty. Use another folder.")
     folder = RunFolder(run)
     if not folder.experiment.is_file() or not folder.weights.is_file():
-        raise ValueError(f"{run} contains no experiment.json and weights.safetensors. Use a run folder")
+        raise ValueError(
+            f"{run} is not a run folder: it needs experiment.json and weights.safetensors. Use the folder of a run."
+        )
     # Load the weights instead of copying the file, to publish only weights that can be loaded.
     predictor = load(run, trusted_modules=trusted_modules)
     command = _command(folder.experiment)
@@ -110,7 +112,7 @@ def _command(path: Path) -> str:
         experiment = json.loads(path.read_text("utf-8"))
         return str(experiment.get("command", ""))
     except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Restore the file that training wrote") from None
+        raise ValueError(f"{path} is damaged ({error}). Restore the file that training wrote.") from None
 
 
 def model_card(

@@ -104,7 +104,7 @@ def load_zoo(source: str | Path | None = None) -> dict[str, Entry]:
     try:
         document = msgspec.toml.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+        raise ValueError(f"{path} is not a TOML file: {error}. Correct the file.") from None
     try:
         zoo = msgspec.convert(document, _Zoo)
     except msgspec.ValidationError as error:
@@ -113,7 +113,9 @@ def load_zoo(source: str | Path | None = None) -> dict[str, Entry]:
     for collection in zoo.collections:
         _check_mirrors(path, collection)
         for model in collection.models:
-            error_text = _model_error(model) or ("duplicate name" if model.name in entries else "")
+            error_text = _model_error(model) or (
+                "duplicate name. Give each model a different name." if model.name in entries else ""
+            )
             if error_text:
                 raise ValueError(f"{path}: model {model.name!r}: {error_text}")
             entries[model.name] = Entry(model, collection)

@@ -150,7 +150,7 @@ def test_the_error_of_a_failed_process_is_reported(tmp_path: Path, monkeypatch: 
         ({"peer_python": "python3"}, "Remove --peer-python"),
         ({"peer": "", "peer_precision": "bfloat16"}, "Name it with --against"),
         ({"recipe": "fast_rcnn_r18_fpn_small"}, "no equivalent of fast_rcnn"),
-        ({"weights": "missing.safetensors"}, "weights file not found: missing.safetensors"),
+        ({"weights": "missing.safetensors"}, "missing.safetensors: weights file not found"),
         ({"recipe": "faster"}, "there is no recipe 'faster'"),
     ],
 )

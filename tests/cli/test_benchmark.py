@@ -1,4 +1,4 @@
-"""`boxwright benchmark` measures and writes, and tells faults in one line; `zoo page` writes the page."""
+"""`boxwright benchmark` prints tables and writes files, errors are one line; `zoo page` writes the page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_prints_tables_and_writes_files(tmp_path: Path) -> None:
         (("--set", "optimizer.speed=3"), "speed"),
     ],
 )
-def test_faults_are_told_in_one_line(words: tuple[str, ...], message: str) -> None:
+def test_errors_are_one_line(words: tuple[str, ...], message: str) -> None:
     code, _, error = run("benchmark", "rpn_r18_fpn_small", *words)
     assert code == 1
     assert error.startswith("boxwright: ")
@@ -63,7 +63,7 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path: Path, monkeypat
     )
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     code, _, error = run("zoo", "page", "--out", str(tmp_path / "x.md"), "--measured", str(tmp_path / "none"))
     assert code == 1
     assert "folder not found" in error

@@ -1,4 +1,4 @@
-"""Names that users choose are printed as they are, whatever they mean to rich or HTML."""
+"""Names that users choose are printed literally, even if they are markup of rich or HTML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_class_names_are_printed_and_reported_as_they_are(tmp_path: Path) -> Non
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(images / "[red].png")
-    page = {
+    annotations = {
         "images": [{"id": 1, "file_name": "[red].png", "width": 64, "height": 48}],
         "annotations": [
             {"id": i, "image_id": 1, "category_id": i, "bbox": [i, i, 20, 20], "area": 400, "iscrowd": 0}
@@ -36,7 +36,7 @@ def test_class_names_are_printed_and_reported_as_they_are(tmp_path: Path) -> Non
         ],
         "categories": [{"id": category.id, "name": category.name} for category in categories],
     }
-    (tmp_path / "[val].json").write_text(json.dumps(page))
+    (tmp_path / "[val].json").write_text(json.dumps(annotations))
     arguments = ["test", str(run), "--annotations", str(tmp_path / "[val].json"), "--images", str(images)]
     result = CliRunner().invoke(app, [*arguments, "--workers", "0", "--device", "cpu"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""`boxwright data`, and what all commands share."""
+"""`boxwright data`, and options and errors of all commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coco_files import document, write
 run = CliRunner().invoke
 
 
-def test_check_of_a_sound_folder(tmp_path: Path) -> None:
+def test_check_of_a_valid_folder(tmp_path: Path) -> None:
     write(tmp_path)
     result = run(app, ["data", "check", str(tmp_path)])
     assert result.exit_code == 0
@@ -26,7 +26,7 @@ def test_check_of_a_sound_folder(tmp_path: Path) -> None:
     assert "no faults" in result.stdout
 
 
-def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
+def test_check_lists_faults_with_file_id_and_fix(tmp_path: Path) -> None:
     content = document()
     content["annotations"][0]["bbox"][0] = float("nan")
     content["annotations"][1]["bbox"] = [70, 2, 3, 4]
@@ -44,7 +44,7 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["{}/none"], "there is no such folder"),
         (["{}"], "the folder is not in a known format (COCO, VOC)"),
@@ -53,16 +53,16 @@ def test_check_lists_faults_with_file_id_and_mend(tmp_path: Path) -> None:
         (["--annotations", "{}/a.json", "--images", "{}"], "a.json"),
     ],
 )
-def test_errors_are_one_line_and_status_1(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_errors_are_one_line_and_status_1(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = run(app, ["data", "check", *(argument.format(tmp_path) for argument in arguments)])
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert told in result.stderr
+    assert message in result.stderr
     assert result.stderr.startswith("boxwright: ")
     assert result.stderr.count("\n") == 1
 
 
-def test_traceback_for_developers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_if_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOXWRIGHT_TRACEBACK", "1")
     assert isinstance(run(app, ["data", "check", str(tmp_path)]).exception, ValueError)
 
@@ -85,7 +85,7 @@ def test_help_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_pillows_warnings_are_not_the_users(tmp_path: Path) -> None:
+def test_warnings_of_pillow_are_hidden(tmp_path: Path) -> None:
     content = document()
     content["images"][0] |= {"file_name": "wide.png"}
     annotations, images = write(tmp_path, content)

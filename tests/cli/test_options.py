@@ -18,10 +18,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("given", ["bfloat16", "float32", None])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", None])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_precision_reaches_the_model(
-    command: str, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, precision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: Any, precision: str | None, **__: Any) -> NoReturn:
         raise ValueError(f"loaded in {precision}")
@@ -30,14 +30,14 @@ def test_precision_reaches_the_model(
     monkeypatch.setattr(predictor, "weights_file", Path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "street.jpg").touch()
-    option = [] if given is None else ["--precision", given]
-    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "found", *option])
-    assert f"loaded in {given}" in result.output
+    option = [] if precision is None else ["--precision", precision]
+    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "out", *option])
+    assert f"loaded in {precision}" in result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_precision_that_is_none(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "found", "--precision", "half"])
+def test_an_unknown_precision_is_an_error(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "model", *COMMANDS[command], "--out", "out", "--precision", "half"])
     assert result.exit_code == 2
     assert "'bfloat16'" in result.output
 

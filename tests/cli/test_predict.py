@@ -1,4 +1,4 @@
-"""`boxwright predict` draws, keeps sub-folders, overwrites nothing and goes on past what it cannot read."""
+"""`boxwright predict` draws detections, keeps subfolders, overwrites no input and skips unreadable files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_folder_with_an_unreadable_file(run: Path, data_dir: Path, tmp_path: P
     cv2.imwrite(str(folder / "b" / "x.png"), np.zeros((40, 50, 3), dtype=np.uint8))
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "notes.txt").write_text("no image either")
-    for _ in range(2):  # the second time, what the first one wrote is no input
+    for _ in range(2):  # the second time, files that the first call wrote are not inputs
         arguments = ["predict", str(run), str(folder), "--out", str(out), "--score", "0", "--device", "cpu"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 1, result.output
@@ -76,7 +76,7 @@ def test_masks_are_drawn_and_written(
     assert (without != drawn).any()
 
 
-def test_originals_are_not_overwritten(run: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_input_images_are_not_overwritten(run: Path, data_dir: Path, tmp_path: Path) -> None:
     source = min((data_dir / "bccd" / "JPEGImages").iterdir())
     copy = Path(shutil.copy(source, tmp_path / "x.jpg"))
     result = CliRunner().invoke(app, ["predict", str(run), str(copy), "--out", str(tmp_path)])
@@ -94,13 +94,13 @@ def test_native_and_a_single_file(run: Path, data_dir: Path, tmp_path: Path) -> 
     assert (tmp_path / source.name).exists()
 
 
-def test_names_that_meet_are_numbered() -> None:
+def test_equal_names_are_numbered() -> None:
     names = [Path("x.jpg"), Path("X.jpg"), Path("x.jpg"), Path("x-2.jpg"), Path("a/x.jpg"), Path("x.gif")]
     written = [path.as_posix() for path in name_outputs(names, Path("out"))]
     assert written == ["out/x.jpg", "out/X-2.jpg", "out/x-3.jpg", "out/x-2-2.jpg", "out/a/x.jpg", "out/x.gif.jpg"]
 
 
-def test_links_that_lead_nowhere_and_names_that_are_no_text(run: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_broken_links_fail_and_names_that_are_not_utf8_are_escaped(run: Path, data_dir: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     (folder / "circle.jpg").symlink_to("circle.jpg")
@@ -114,7 +114,7 @@ def test_links_that_lead_nowhere_and_names_that_are_no_text(run: Path, data_dir:
     assert {row["file_name"] for row in json.loads((out / "detections.json").read_text())} == {"\ufffd.jpg"}
 
 
-def test_a_device_that_is_none(run: Path, tmp_path: Path) -> None:
+def test_an_unknown_device_is_an_error(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["predict", str(run), str(tmp_path), "--out", "out", "--device", "gpu"])
     assert result.exit_code == 1
     (tmp_path / "a.jpg").touch()

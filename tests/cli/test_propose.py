@@ -1,4 +1,4 @@
-"""The whole way: an RPN's proposals into a file, and a Fast R-CNN trained and tested on them."""
+"""Proposals of an RPN are written to a file, and a Fast R-CNN is trained and tested on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAST = "cli.test_propose:fast"
 
 
 def fast() -> Experiment:
-    """A Fast R-CNN of few parameters."""
+    """A Fast R-CNN with few parameters."""
     model = partial(fast_rcnn, backbone=BACKBONE, box=BoxConfig(width=32, num_sampled=16, score_threshold=0.0))
     return replace(small(model), resize=Resize(short=96, long=160), epochs=1)
 
@@ -71,12 +71,12 @@ def test_both_splits_are_written_and_measured(folder: Path) -> None:
         file.require(dataset.image_ids)
         for image_id, size in zip(dataset.image_ids.tolist(), dataset.image_sizes.tolist(), strict=True):
             assert len(file.of(image_id, size).boxes) > 10
-    page = file.page
-    assert [split["name"] for split in page["splits"]] == ["train", "val"]
-    assert re.fullmatch("[0-9a-f]{64}", page["sha256"])
+    metadata = file.page
+    assert [split["name"] for split in metadata["splits"]] == ["train", "val"]
+    assert re.fullmatch("[0-9a-f]{64}", metadata["sha256"])
 
 
-def test_recall_is_what_testing_the_rpn_gives(folder: Path) -> None:
+def test_recall_equals_that_of_boxwright_test(folder: Path) -> None:
     status, output = run(
         "test",
         folder / "rpn",
@@ -101,27 +101,27 @@ def test_a_fast_rcnn_is_trained_and_tested_on_them(folder: Path) -> None:
     status, output = run("train", FAST, *data, "--out", out, "--proposals", folder / "proposals")
     assert status == 0, output
     assert "AP50" in output
-    given = ["--trust", "cli", "--proposals", folder / "proposals"]
-    status, output = run("test", out, *data, *given, "--out", folder / "fast_tested")
+    options = ["--trust", "cli", "--proposals", folder / "proposals"]
+    status, output = run("test", out, *data, *options, "--out", folder / "fast_tested")
     assert status == 0, output
     assert "AP50" in output
     assert (folder / "fast_tested" / "report.html").is_file()
-    status, output = run("predict", out, folder / "data" / "val", "--trust", "cli", "--out", folder / "fast_found")
+    status, output = run("predict", out, folder / "data" / "val", "--trust", "cli", "--out", folder / "fast_detections")
     assert status == 1
     assert "has no RPN and needs proposals" in output
-    assert not (folder / "fast_found").exists()
+    assert not (folder / "fast_detections").exists()
 
 
-def test_two_ranks_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_file_as_one(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "boxwright", *map(str, command(folder)), "--batch-size", "4"]
     ranks = [
         subprocess.Popen(
             [*words, "--out", str(tmp_path / "both")],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -139,7 +139,7 @@ def test_two_ranks_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
 
 
-def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     data = ["--data", folder / "data", "--workers", "0", "--device", "cpu"]
     proposals = folder / "proposals"
     other = small_run(tmp_path / "faster", SHAPES)
@@ -148,7 +148,7 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[str | Path], str]] = [
         (["propose", other, *data, "--out", tmp_path / "x"], "is not an RPN"),
         ([*command(folder), "--split", "test", "--out", tmp_path / "x"], "has no split 'test'; it has train, val"),
-        (["propose", folder / "rpn", "--out", tmp_path / "x"], "give either --data FOLDER"),
+        (["propose", folder / "rpn", "--out", tmp_path / "x"], "use either --data FOLDER"),
         (["test", other, *data, "--proposals", proposals], "this model has its own RPN"),
         (["train", FAST, *data, "--out", tmp_path / "x"], "Write them with boxwright propose"),
         (["train", FAST, *data, "--out", tmp_path / "x", "--proposals", tmp_path / "none"], "none: No such file"),
@@ -164,7 +164,7 @@ def test_faults_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_of_other_images_names_one(folder: Path, tmp_path: Path) -> None:
+def test_proposals_of_other_images_are_an_error_with_an_example(folder: Path, tmp_path: Path) -> None:
     write_shapes(tmp_path / "more", train=9, val=5)
     words = ["--data", tmp_path / "more", "--workers", "0", "--device", "cpu", "--out", tmp_path / "x"]
     status, output = run("train", FAST, *words, "--proposals", folder / "proposals")

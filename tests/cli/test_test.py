@@ -1,4 +1,4 @@
-"""`boxwright test` prints numbers and writes results and a report."""
+"""`boxwright test` prints metrics and writes results and a report."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ CELLS = [Category(id=1, name="RBC"), Category(id=2, name="WBC"), Category(id=3, 
 
 @pytest.fixture
 def few_cells(data_dir: Path, tmp_path: Path) -> Path:
-    """A data set's folder with the first six images of the cells' validation split."""
+    """Data set of the first six validation images of BCCD."""
     source = data_dir / "bccd"
-    page = json.loads((source / "instances_val.json").read_text())
-    page["images"] = page["images"][:6]
-    kept = {image["id"] for image in page["images"]}
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    annotations = json.loads((source / "instances_val.json").read_text())
+    annotations["images"] = annotations["images"][:6]
+    image_ids = {image["id"] for image in annotations["images"]}
+    annotations["annotations"] = [
+        annotation for annotation in annotations["annotations"] if annotation["image_id"] in image_ids
+    ]
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "instances_val.json").write_text(json.dumps(page))
+    (folder / "instances_val.json").write_text(json.dumps(annotations))
     (folder / "JPEGImages").symlink_to(source / "JPEGImages")
     return folder
 
 
-def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
+def test_metrics_results_and_report(few_cells: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", CELLS[::-1])  # the same names in another order
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
     result = CliRunner().invoke(app, arguments)
@@ -52,7 +54,7 @@ def test_numbers_results_and_report(few_cells: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["voc07", "voc12"])
-def test_vocs_numbers(few_cells: Path, tmp_path: Path, metric: Interpolation) -> None:
+def test_voc_metrics(few_cells: Path, tmp_path: Path, metric: Interpolation) -> None:
     run = small_run(tmp_path / "run", CELLS)
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu", "--metric", metric]
     result = CliRunner().invoke(app, arguments)
@@ -69,21 +71,21 @@ def test_vocs_numbers(few_cells: Path, tmp_path: Path, metric: Interpolation) ->
     assert f"<b>{100 * expected.mean:.1f}</b><span>mAP</span>" in report
 
 
-def test_proposals_have_no_voc_numbers(few_cells: Path, tmp_path: Path) -> None:
+def test_proposals_have_no_voc_metrics(few_cells: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", CELLS, proposals=True)
     result = CliRunner().invoke(app, ["test", str(run), "--data", str(few_cells), "--metric", "voc07"])
     assert result.exit_code == 1
     assert "is an RPN, whose proposals are evaluated by recall" in result.stderr
 
 
-def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_evaluated_and_printed(few_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RCNN, "detect", detect_with_masks)
     file = few_cells / "instances_val.json"
-    page = json.loads(file.read_text())
-    for thing in page["annotations"]:
-        x, y, width, height = thing["bbox"]
-        thing["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    file.write_text(json.dumps(page))
+    annotations = json.loads(file.read_text())
+    for annotation in annotations["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    file.write_text(json.dumps(annotations))
     run = small_run(tmp_path / "run", CELLS)
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
     result = CliRunner().invoke(app, arguments)
@@ -99,7 +101,7 @@ def test_masks_are_measured_and_shown(few_cells: Path, tmp_path: Path, monkeypat
     assert "<h3>Masks</h3>" in (folder / "report.html").read_text()
 
 
-def test_what_the_model_gives_is_what_is_measured(few_cells: Path, tmp_path: Path) -> None:
+def test_all_detections_of_the_model_are_evaluated(few_cells: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", CELLS, max_detections=150)
     arguments = ["test", str(run), "--data", str(few_cells), "--workers", "0", "--device", "cpu"]
     assert "AR150" in CliRunner().invoke(app, arguments).stdout
@@ -107,21 +109,25 @@ def test_what_the_model_gives_is_what_is_measured(few_cells: Path, tmp_path: Pat
 
 
 def test_each_evaluation_has_its_own_folder(few_cells: Path, tmp_path: Path) -> None:
-    """Another split, another data set, other conditions; only the same evaluation again replaces one."""
+    """Another split, data set or option has another folder. Only the same evaluation replaces a folder."""
     run = small_run(tmp_path / "run", CELLS)
     (run / "report.html").write_text("the report of training")
-    page = json.loads((few_cells / "instances_val.json").read_text())
-    page["images"] = page["images"][:2]
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in {1, page["images"][0]["id"]}]
-    (few_cells / "instances_test.json").write_text(json.dumps(page))
+    annotations = json.loads((few_cells / "instances_val.json").read_text())
+    annotations["images"] = annotations["images"][:2]
+    annotations["annotations"] = [
+        annotation
+        for annotation in annotations["annotations"]
+        if annotation["image_id"] in {1, annotations["images"][0]["id"]}
+    ]
+    (few_cells / "instances_test.json").write_text(json.dumps(annotations))
     other = few_cells.with_name("other")
     other.mkdir()
-    (other / "instances_val.json").write_text(json.dumps(page))
+    (other / "instances_val.json").write_text(json.dumps(annotations))
     (other / "JPEGImages").symlink_to(few_cells / "JPEGImages")
-    fixed = ["--workers", "0", "--device", "cpu"]
+    options = ["--workers", "0", "--device", "cpu"]
 
     def measure(*words: object) -> Path:
-        result = CliRunner().invoke(app, ["test", str(run), *map(str, words), *fixed])
+        result = CliRunner().invoke(app, ["test", str(run), *map(str, words), *options])
         assert result.exit_code == 0, result.output
         return Path(result.stdout.splitlines()[-1]).parent
 
@@ -141,8 +147,8 @@ def test_each_evaluation_has_its_own_folder(few_cells: Path, tmp_path: Path) -> 
     assert (run / "report.html").read_text() == "the report of training"
     assert measure("--data", few_cells) == val
     about = [json.loads((folder / "evaluation.json").read_bytes()) for folder in folders]
-    assert [page["split"] for page in about] == ["val", "test", "val", "val", "val", "instances_val"]
-    assert [page["data"] for page in about] == ["data", "data", "other", "data", "data", "instances_val.json"]
+    assert [each["split"] for each in about] == ["val", "test", "val", "val", "val", "instances_val"]
+    assert [each["data"] for each in about] == ["data", "data", "other", "data", "data", "instances_val.json"]
     assert about[0]["metrics"] != about[1]["metrics"]
     assert "test</dd>" in (folders[1] / "report.html").read_text()
 
@@ -168,7 +174,7 @@ def test_other_categories_are_an_error_that_lists_both(few_cells: Path, tmp_path
     assert "no split 'test'; it has val" in result.stderr
 
 
-def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
+def test_detections_of_several_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", CELLS)
     arguments = [
         "test",
@@ -197,7 +203,7 @@ def test_views_are_merged(few_cells: Path, tmp_path: Path) -> None:
     assert "--tta: " in result.stderr
 
 
-def test_a_model_at_a_url_wants_a_folder_for_what_is_measured() -> None:
+def test_a_model_at_a_url_needs_out() -> None:
     result = CliRunner().invoke(app, ["test", "http://models.example/mine.safetensors", "--data", "anywhere"])
     assert result.exit_code == 1
     assert "use --out" in result.stderr

@@ -54,14 +54,14 @@ def test_trains_evaluates_and_reports(shapes: Path, tmp_path: Path, capsys: pyte
     assert (evaluation["data"], evaluation["split"], evaluation["step"]) == (shapes.name, "val", 6)
     assert evaluation["metrics"] == pytest.approx(lines[-1]["metrics"])
     assert "--data" in json.loads((out / "experiment.json").read_text())["command"] or sys.argv
-    # Killed between the last evaluation and the report: --resume makes up for it.
+    # As if the run was killed between its last evaluation and its report: --resume writes the report.
     (out / "report.html").unlink()
     status, output = run(TINY, "--data", shapes, "--out", out, "--set", "epochs=2", "--workers", "0", "--resume")
     assert status == 0, output
     assert (out / "report.html").is_file()
 
 
-def test_several_folders_are_learnt_from_together(shapes: Path, tmp_path: Path) -> None:
+def test_several_folders_are_trained_on_together(shapes: Path, tmp_path: Path) -> None:
     other, out = tmp_path / "other", tmp_path / "run"
     write_shapes(other, train=8, val=3, seed=1)
     arguments = ["--data", shapes, "--data", other, "--out", out, "--set", "epochs=1", "--workers", "0"]
@@ -73,7 +73,7 @@ def test_several_folders_are_learnt_from_together(shapes: Path, tmp_path: Path) 
     assert json.loads((out / "experiment.json").read_text())["steps_per_epoch"] == 5
 
 
-def test_folders_that_do_not_fit_together_are_told(shapes: Path, tmp_path: Path) -> None:
+def test_folders_with_other_classes_or_without_train_split_are_errors(shapes: Path, tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", {name: [("ant", (1, 1, 30, 30), 0)] for name in "ab"})
     status, output = run(TINY, "--data", shapes, "--data", tmp_path / "voc", "--out", tmp_path / "run")
     assert (status, output.count("Only in")) == (1, 2)
@@ -84,7 +84,7 @@ def test_folders_that_do_not_fit_together_are_told(shapes: Path, tmp_path: Path)
     assert f"{tmp_path / 'no_train'} has no train split" in output
 
 
-def test_learns_from_voc_files(tmp_path: Path) -> None:
+def test_trains_on_voc_files(tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", {name: [("ant", (1, 1, 30, 30), 0)] for name in "abcd"})
     status, output = run(TINY, "--data", tmp_path / "voc", "--out", tmp_path / "run", "--workers", "0")
     assert status == 0, output
@@ -97,7 +97,7 @@ def test_show_prints_the_experiment() -> None:
     assert "lr = 0.5" in output
 
 
-def test_faults_take_one_line(shapes: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(shapes: Path, tmp_path: Path) -> None:
     status, output = run(TINY, "--out", tmp_path)
     assert (status, len(output.splitlines())) == (1, 1)
     assert "--data" in output
@@ -109,7 +109,7 @@ def test_faults_take_one_line(shapes: Path, tmp_path: Path) -> None:
     assert "--train-annotations" in output
 
 
-def test_a_model_that_could_not_be_loaded_is_refused_before_the_first_step(shapes: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_rebuilt_is_an_error_before_the_first_step(shapes: Path, tmp_path: Path) -> None:
     status, output = run("training.own_parts:experiment_of_a_lambda", "--data", shapes, "--out", tmp_path / "run")
     assert status == 1
     assert "model.backbone: training.own_parts.experiment_of_a_lambda.<locals>.<lambda> cannot be imported" in " ".join(
@@ -118,13 +118,13 @@ def test_a_model_that_could_not_be_loaded_is_refused_before_the_first_step(shape
     assert not (tmp_path / "run").exists()
 
 
-def test_init_classes_wants_weights() -> None:
+def test_init_classes_needs_init() -> None:
     status, output = run(TINY, "--init-classes")
     assert status == 1
     assert "--init-classes needs --init WEIGHTS" in " ".join(output.split())
 
 
-def test_sigterm_saves_and_leaves_with_its_status(shapes: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint_and_sets_the_exit_status(shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tests = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Torchvision's models have a row for each COCO id up to the last; `boxwright test` reads the 80 that have a name."""
+"""torchvision's models have a row for each COCO id up to 90; `boxwright test` evaluates the 80 classes with a name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from boxwright.cli.main import app
 from boxwright.importers.categories import COCO
 
 LIKELY = [1, 12, 18, 26, 90]
-"""What the models take everything for: three of COCO's ids, and two that it does not use."""
+"""Ids of the classes that the models predict: three COCO classes, and two ids that COCO does not use."""
 SMALL = ["--set", "resize.short=192", "--set", "resize.long=256"]
 """Images of 480 x 640 fill a canvas of this size, in a batch as well as alone; their anchors depend on it."""
 
 
 def likely_only(bias: torch.Tensor) -> None:
-    """[..., 91] biases under which these classes score most."""
+    """Set biases [..., 91] with which the classes `LIKELY` have the highest scores."""
     bias.fill_(-8)
     bias[..., LIKELY] = 0.0
 
@@ -55,29 +55,31 @@ def retinanet() -> nn.Module:
 def few_images(data_dir: Path, tmp_path: Path) -> Path:
     """Three images of COCO with its 80 classes, which have other ids and another order here."""
     source = data_dir / "coco_mini"
-    page = json.loads(next((source / "annotations").glob("instances_val2017*.json")).read_text())
-    page["images"] = [image for image in page["images"] if (image["height"], image["width"]) == (480, 640)][:3]
-    kept = {image["id"] for image in page["images"]}
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
-    for thing in (*page["annotations"], *page["categories"]):
-        key = "id" if "name" in thing else "category_id"
-        thing[key] = 1000 - thing[key]
+    annotations = json.loads(next((source / "annotations").glob("instances_val2017*.json")).read_text())
+    annotations["images"] = [
+        image for image in annotations["images"] if (image["height"], image["width"]) == (480, 640)
+    ][:3]
+    image_ids = {image["id"] for image in annotations["images"]}
+    annotations["annotations"] = [entry for entry in annotations["annotations"] if entry["image_id"] in image_ids]
+    for entry in (*annotations["annotations"], *annotations["categories"]):
+        key = "id" if "name" in entry else "category_id"
+        entry[key] = 1000 - entry[key]
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "instances_val.json").write_text(json.dumps(page))
+    (folder / "instances_val.json").write_text(json.dumps(annotations))
     (folder / "val").symlink_to(source / "val2017")
     return folder
 
 
 @pytest.mark.parametrize(("make", "head"), [(faster_rcnn, "box"), (retinanet, "retina")])
-def test_classes_go_by_name_and_unused_ones_are_left_out(
+def test_classes_are_matched_by_name_and_unused_ones_are_ignored(
     make: Callable[[], nn.Module], head: str, few_images: Path, tmp_path: Path
 ) -> None:
-    torch.save(make().state_dict(), tmp_path / "theirs.pth")
-    weights = tmp_path / "ours.safetensors"
-    room = f"model.{head}.max_detections=1000"  # or one class fills it
+    torch.save(make().state_dict(), tmp_path / "torchvision.pth")
+    weights = tmp_path / "boxwright.safetensors"
+    limit = f"model.{head}.max_detections=1000"  # so that one class does not fill it
     commands = [
-        ["weights", "convert", str(tmp_path / "theirs.pth"), "--out", str(weights), *SMALL, "--set", room],
+        ["weights", "convert", str(tmp_path / "torchvision.pth"), "--out", str(weights), *SMALL, "--set", limit],
         [
             "test",
             str(weights),
@@ -94,17 +96,17 @@ def test_classes_go_by_name_and_unused_ones_are_left_out(
     for command in commands:
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
-    page = json.loads((few_images / "instances_val.json").read_text())
-    found = json.loads((tmp_path / "results.json").read_text())
-    names = {category["id"]: category["name"] for category in page["categories"]}
+    annotations = json.loads((few_images / "instances_val.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = {category["id"]: category["name"] for category in annotations["categories"]}
     assert len(names) == len(COCO) == 80
-    given = Counter((entry["image_id"], names[entry["category_id"]]) for entry in found)
+    actual = Counter((entry["image_id"], names[entry["category_id"]]) for entry in results)
     model = boxwright.load(weights)
     expected: Counter[tuple[int, str]] = Counter()
-    for image in page["images"]:
+    for image in annotations["images"]:
         prediction = model.predict(few_images / "val" / image["file_name"])
         expected.update((image["id"], name) for name in prediction.names)
     unused = {key for key in expected if key[1].startswith("N/A")}
-    assert {name for _, name in unused} == {"N/A 12", "N/A 26"}, "without any, nothing is left out"
-    assert given == Counter({key: count for key, count in expected.items() if key not in unused})
-    assert {name for _, name in given} == {"person", "dog", "toothbrush"}
+    assert {name for _, name in unused} == {"N/A 12", "N/A 26"}, "the model must predict unused classes"
+    assert actual == Counter({key: count for key, count in expected.items() if key not in unused})
+    assert {name for _, name in actual} == {"person", "dog", "toothbrush"}

@@ -21,7 +21,7 @@ def run(*arguments: object, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("theirs") / "detector.pth"
+    path = tmp_path_factory.mktemp("torchvision") / "detector.pth"
     torch.manual_seed(0)
     state = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     torch.save(state, path)
@@ -39,24 +39,24 @@ def changed(checkpoint: Path, out: Path, change: dict[str, torch.Tensor | None])
     return out
 
 
-def test_inspect_says_what_it_is_and_what_was_assumed(checkpoint: Path, tmp_path: Path) -> None:
-    theirs = run("inspect", checkpoint)
+def test_inspect_prints_the_model_and_the_assumed_settings(checkpoint: Path, tmp_path: Path) -> None:
+    original = run("inspect", checkpoint)
     out = tmp_path / "ours.safetensors"
     run("convert", checkpoint, "--out", out, "--set", "model.box.score_threshold=0.25")
-    ours = run("inspect", out)
-    for printed in (theirs, ours):
+    converted = run("inspect", out)
+    for printed in (original, converted):
         assert "faster_rcnn, ResNet of depth 50, 90 classes" in printed
         assert "model.pixel_stats.order = rgb model.pixel_stats.mean = 123.675,116.28,103.53" in printed
         assert "model.backbone.style = pytorch" in printed
         assert "model.conventions.roi_align_aligned = False" in printed
-        assert "box_head: 8 tensors, 14,357,955 numbers, float32" in printed
-    assert "a torchvision detector, sha256" in theirs
-    assert "model.box.score_threshold = 0.05" in theirs
-    assert "model.box.score_threshold = 0.25" in ours
+        assert "box_head: 8 tensors, 14,357,955 elements, float32" in printed
+    assert "a torchvision detector, sha256" in original
+    assert "model.box.score_threshold = 0.05" in original
+    assert "model.box.score_threshold = 0.25" in converted
     assert boxwright.load(out).detector.box_head.config.score_threshold == 0.25
 
 
-def test_what_the_file_does_not_say_can_be_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_settings_that_the_file_does_not_contain_can_be_set(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.safetensors"
     settings = {"model.pixel_stats.order": "bgr", "model.backbone.style": "caffe", "model.conventions.plus_one": "1.0"}
     arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
@@ -70,9 +70,9 @@ def test_what_the_file_does_not_say_can_be_told(checkpoint: Path, tmp_path: Path
     assert "model.backbone has no 'stile'" in run("inspect", checkpoint, "--set", "model.backbone.stile=a", status=1)
 
 
-def test_hash_that_is_not_the_files_stops_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_wrong_hash_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.safetensors"
-    assert "it is another file, or damaged" in run("convert", checkpoint, "--out", out, "--sha256", "ab", status=1)
+    assert "The file is damaged or another file" in run("convert", checkpoint, "--out", out, "--sha256", "ab", status=1)
     assert not out.exists()
 
 
@@ -83,26 +83,26 @@ def test_unknown_missing_and_mismatched_tensors_are_named(checkpoint: Path, tmp_
         assert not (tmp_path / "ours.safetensors").exists()
         return printed
 
-    assert "1 tensors are no part of the models" in error({"roi_heads.mask_iou.weight": torch.ones(1)})
-    assert "1 tensors are missing: box_head.fc2.bias" in error({"roi_heads.box_head.fc7.bias": None})
-    assert "rpn.deltas.bias is [60] in the file and [12] in the model" in error(
-        {"rpn.head.bbox_pred.bias": torch.ones(60)}
+    assert "1 unknown tensor, so the model would be incomplete: roi_heads.mask_iou.weight" in error(
+        {"roi_heads.mask_iou.weight": torch.ones(1)}
     )
-    assert "1 tensors have no place in the model: rpn.conv.scale" in error({"rpn.head.conv.0.0.scale": torch.ones(1)})
+    assert "1 missing tensor: box_head.fc2.bias" in error({"roi_heads.box_head.fc7.bias": None})
+    assert "rpn.deltas.bias: [60] in the file, [12] in the model" in error({"rpn.head.bbox_pred.bias": torch.ones(60)})
+    assert "1 unexpected tensor: rpn.conv.scale" in error({"rpn.head.conv.0.0.scale": torch.ones(1)})
     body = {f"backbone.body.layer3.5.{name}": None for name in ("conv1.weight", "conv2.weight")}
-    assert "no ResNet here has" in error(body)
+    assert "supported are ResNets of depth 18, 34, 50, 101" in error(body)
 
 
-def test_files_of_no_known_kind_and_wrong_names(checkpoint: Path, tmp_path: Path) -> None:
+def test_unknown_files_sources_and_class_names_are_errors(checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"encoder.weight": torch.ones(1)}, tmp_path / "x.pth")
-    assert "of no kind that is read here (torchvision" in run("inspect", tmp_path / "x.pth", status=1)
-    assert "there is no source 'tv'" in run("inspect", checkpoint, "--source", "tv", status=1)
+    assert "unknown source; supported are torchvision" in run("inspect", tmp_path / "x.pth", status=1)
+    assert "--source: expected one of torchvision, resnet" in run("inspect", checkpoint, "--source", "tv", status=1)
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     printed = run("inspect", checkpoint, "--categories", tmp_path / "names.txt", status=1)
-    assert "it has 90 classes, but 2 are named: cat, dog" in printed
+    assert "the model has 90 classes, got 2 names: cat, dog" in printed
 
 
-def test_classes_that_nobody_names_must_be_given(checkpoint: Path, tmp_path: Path) -> None:
+def test_unknown_class_names_need_categories(checkpoint: Path, tmp_path: Path) -> None:
     predictor = {
         f"roi_heads.box_predictor.{name}": torch.zeros(shape)
         for name, shape in {
@@ -114,16 +114,16 @@ def test_classes_that_nobody_names_must_be_given(checkpoint: Path, tmp_path: Pat
     }
     path = changed(checkpoint, tmp_path / "two.pth", predictor)
     printed = run("convert", path, "--out", tmp_path / "ours.safetensors", status=1)
-    assert "does not name its 2 classes: give --categories" in printed
-    assert "2 classes: class 1, class 2" in run("inspect", path), "which one may look at nevertheless"
+    assert "the names of its 2 classes are unknown: use --categories FILE" in printed
+    assert "2 classes: class 1, class 2" in run("inspect", path), "inspect does not need the names"
     (tmp_path / "coco.json").write_text('{"categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}]}')
     assert "2 classes: cat, dog" in run("inspect", path, "--categories", tmp_path / "coco.json")
     (tmp_path / "coco.json").write_text('{"categories": [{"name": "dog"}]}')
     printed = run("inspect", path, "--categories", tmp_path / "coco.json", status=1)
-    assert "no list of categories with an id and a name" in printed
+    assert "expected a list of categories, each with an id and a name" in printed
 
 
-def test_diff_compares_under_our_names(checkpoint: Path, tmp_path: Path) -> None:
+def test_diff_compares_by_boxwright_names(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.safetensors"
     run("convert", checkpoint, "--out", out)
     assert run("diff", checkpoint, out) == "295 tensors equal, 0 different"
@@ -135,6 +135,6 @@ def test_diff_compares_under_our_names(checkpoint: Path, tmp_path: Path) -> None
     }
     printed = run("diff", changed(checkpoint, tmp_path / "x.pth", change), out, status=1)
     assert "only in B: box_head.fc2.bias [1024]" in printed
-    assert "shape: rpn.objectness.bias is [15] in A and [3] in B" in printed
-    assert "value: rpn.deltas.bias differs by up to 0.5" in printed
+    assert "shape: rpn.objectness.bias [15] in A, [3] in B" in printed
+    assert "value: rpn.deltas.bias maximum difference 0.5" in printed
     assert "292 tensors equal, 3 different" in printed

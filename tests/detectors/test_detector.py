@@ -80,7 +80,7 @@ def test_a_module_without_a_required_attribute_is_an_error(
 ) -> None:
     lacking = without(name)
     monkeypatch.setattr("boxwright.training.loop.build", lambda *_, **__: lacking)
-    with pytest.raises(ValueError, match=rf"Lacking is no detector: it has no (method )?{name}"):
+    with pytest.raises(ValueError, match=rf"Lacking is not a detector: it has no (method )?{name}"):
         use(lacking, tmp_path)
 
 
@@ -99,9 +99,9 @@ def test_a_subclass_without_a_required_method_is_an_error() -> None:
         def losses(self, batch: object) -> dict[str, torch.Tensor]:
             return {}
 
-    with pytest.raises(ValueError, match=r"Half is no detector: it has no method detect"):
+    with pytest.raises(ValueError, match=r"Half is not a detector: it has no method detect"):
         as_detector(Half())
-    with pytest.raises(ValueError, match=r"expected a detector \(an nn\.Module\), got a value of type dict"):
+    with pytest.raises(ValueError, match=r"detector: expected an nn\.Module, got a value of type dict"):
         as_detector({})  # type: ignore[arg-type]
 
 

@@ -224,7 +224,7 @@ def test_detections_with_masks_of_another_size_are_told() -> None:
         evaluated=np.array([7]),
         masks=Masks.of([FORMS["runs"](one_object().T)], [(80, 60)]),  # type: ignore[list-item]
     )
-    with pytest.raises(ValueError, match=r"a mask in image 7 has 80 x 60 pixels, but the image has 60 x 80"):
+    with pytest.raises(ValueError, match=r"image 7: a mask has 80 x 60 pixels, but the image has 60 x 80"):
         coco_metrics(truth, results)
 
 

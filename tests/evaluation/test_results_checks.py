@@ -51,7 +51,7 @@ def test_detections_of_unknown_images_are_refused_as_pycocotools_does(truth: Ann
     results = read(truth, rows)
     with pytest.raises(AssertionError, match="do not correspond to current coco set"):
         average_precision(truth)
-    expected = r"5 of 7 detections are of 4 images that .* \(image ids 96, 97, 98, \.\.\.\).* another .* split"
+    expected = r"not in the ground truth: 5 of 7, in 4 images \(image ids 96, 97, 98, \.\.\.\).* another .* split"
     for measure in (coco_metrics, voc_metrics, proposal_recall):
         with pytest.raises(ValueError, match=expected):
             measure(truth, results)

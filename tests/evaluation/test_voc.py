@@ -179,7 +179,7 @@ def test_only_evaluated_images_count() -> None:
     assert (metrics.mean, metrics.num_objects[0]) == (1, 1)
     with pytest.raises(ValueError, match="no image was evaluated"):
         voc_metrics(Objects(images), as_results(np.zeros((0, 7)), 0))
-    with pytest.raises(ValueError, match="1 of 3 evaluated images are not in the ground truth"):
+    with pytest.raises(ValueError, match="evaluated images that are not in the ground truth: 1 of 3"):
         voc_metrics(Objects(images), as_results(np.zeros((0, 7)), 3))
 
 

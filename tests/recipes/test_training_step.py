@@ -1,4 +1,4 @@
-"""Every recipe learns: one step at the recipe's own depth and width, on a small image with few samples."""
+"""Every recipe trains: one step at the depth and width of the recipe, on a small image with few samples."""
 
 from __future__ import annotations
 

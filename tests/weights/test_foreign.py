@@ -65,16 +65,16 @@ def test_programs_are_refused_and_not_run(tmp_path: Path, kind: str | int) -> No
         torch.save(page, tmp_path / "x.pth", _use_new_zipfile_serialization=kind == "new")
     else:
         (tmp_path / "x.pth").write_bytes(pickle.dumps({"meta": page["meta"]}, kind))
-    with pytest.raises(ValueError, match=r"x\.pth is refused: .*system"):
+    with pytest.raises(ValueError, match=r"x\.pth(: the file contains| is refused).*system"):
         read_foreign(tmp_path / "x.pth")
     assert not (tmp_path / "effect").exists()
 
 
 def test_hash_is_checked_before_anything_is_parsed(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(ValueError, match=r"has sha256 .* not 00ff"):
+    with pytest.raises(ValueError, match=r"expected SHA-256 00ff.*, got [0-9a-f]{64}"):
         read_foreign(tmp_path / "x.pth", sha256="00FF")
-    with pytest.raises(ValueError, match="damaged or no torch file"):
+    with pytest.raises(ValueError, match="damaged or not a torch file"):
         read_foreign(tmp_path / "x.pth")
 
 
@@ -91,19 +91,19 @@ def test_cut_files(tmp_path: Path, size: int) -> None:
 def test_packed_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", b"0" * 10**6)
-    with pytest.raises(ValueError, match="it is packed"):
+    with pytest.raises(ValueError, match="the file is compressed"):
         read_foreign(tmp_path / "x.pth")
 
 
 def test_too_large_and_empty_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"epoch": 3}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="holds no tensors by name"):
+    with pytest.raises(ValueError, match="expected tensors by name at the top level"):
         read_foreign(tmp_path / "x.pth")
     torch.save([torch.ones(1)], tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="holds a list, not tensors by name"):
+    with pytest.raises(ValueError, match="expected a dict of tensors by name, got list"):
         read_foreign(tmp_path / "x.pth")
     monkeypatch.setattr(foreign, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="over the limit of 100"):
+    with pytest.raises(ValueError, match="more than the limit of 100"):
         read_foreign(tmp_path / "x.pth")
 
 
@@ -111,5 +111,5 @@ def test_torch_with_known_holes_reads_nothing() -> None:
     require_safe_torch("2.6.0+cpu")
     require_safe_torch("10.0.1")
     for version in ("2.5.1+cu124", "1.13.0"):
-        with pytest.raises(ValueError, match=r"CVE-2025-32434.*install torch 2\.6"):
+        with pytest.raises(ValueError, match=r"CVE-2025-32434.*Install torch 2\.6"):
             require_safe_torch(version)

@@ -156,7 +156,7 @@ HOSTILE = list(hostile(Path("x")))
 @pytest.mark.parametrize("name", HOSTILE)
 def test_whatever_is_more_than_data_is_refused_without_effect(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, hostile(tmp_path)[name])
-    with pytest.raises(RefusedPickleError, match=r"file\.pkl (is refused|is no sound pickle)"):
+    with pytest.raises(RefusedPickleError, match=r"file\.pkl is (refused|not a valid pickle)"):
         read_pickle(path)
     assert [file.name for file in tmp_path.iterdir()] == ["file.pkl"]
 
@@ -205,16 +205,16 @@ def test_an_array_of_the_right_size_is_read(tmp_path: Path) -> None:
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restricted_pickle, "MAX_INSTRUCTIONS", 50)
-    with pytest.raises(RefusedPickleError, match="over 50 instructions"):
+    with pytest.raises(RefusedPickleError, match="more than 50 instructions"):
         read_pickle(write(tmp_path, b"]" * 60))
     # One text, turned into bytes again and again, may not fill the memory.
     monkeypatch.setattr(restricted_pickle, "MAX_BYTES", 2000)
     again = (
         b"(c_codecs\nencode\n(S'" + b"x" * 900 + b"'\np0\nS'latin1'\ntR" + b"c_codecs\nencode\n(g0\nS'latin1'\ntR" * 3
     )
-    with pytest.raises(RefusedPickleError, match="over 2,000 bytes"):
+    with pytest.raises(RefusedPickleError, match="more than 2,000 bytes"):
         read_pickle(write(tmp_path, again + b"t."))
-    with pytest.raises(RefusedPickleError, match="over the limit of 2,000"):
+    with pytest.raises(RefusedPickleError, match="more than the limit of 2,000"):
         read_pickle(write(tmp_path, b"x" * 3000))
 
 

@@ -30,7 +30,7 @@ class TimmBackbone(nn.Module):
             import timm
         except ModuleNotFoundError as error:
             raise ValueError(
-                "timm backbones need timm, which is not installed. Run pip install 'boxwright[timm]'"
+                "timm backbones need timm, which is not installed. Run pip install 'boxwright[timm]'."
             ) from error
         if not timm.is_model(name):
             raise ValueError(f"timm has no model {name!r}. timm.list_models('*{name[:5]}*') lists similar names")

@@ -111,15 +111,19 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def parse_precision(text: str | None) -> Precision | None:
+def parse_precision(text: str | None, option: str = "--precision") -> Precision | None:
     """Check the name of a precision; None is returned unchanged.
+
+    Args:
+        text: name of the precision, or None.
+        option: name of the option, for the error message.
 
     Raises:
         ValueError: there is no precision of this name.
     """
     precisions = get_args(Precision)
     if text is not None and text not in precisions:
-        raise ValueError(f"there is no precision {text!r}{nearest(text, precisions)}")
+        raise ValueError(f"{option}: there is no precision {text!r}{nearest(text, precisions)}")
     return cast("Precision | None", text)
 
 
@@ -143,4 +147,4 @@ def require_file(path: str, description: str) -> None:
         ValueError: the file does not exist.
     """
     if path and not Path(path).exists():
-        raise ValueError(f"{description} not found: {path}")
+        raise ValueError(f"{path}: {description} not found. Check the path.")

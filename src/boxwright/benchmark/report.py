@@ -207,7 +207,7 @@ def read_report(path: Path) -> Report:
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a report of `boxwright benchmark --json`: {error}") from None
+        raise ValueError(f"{path} is not a report of `boxwright benchmark --json`: {error}. Measure again.") from None
     if report.format != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {report.format!r}. Run the benchmark again.")
     return report

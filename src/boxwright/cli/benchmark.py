@@ -18,7 +18,7 @@ def benchmark(
     phases: Annotated[
         str,
         typer.Option(
-            help="Comma-separated list of train, infer, train-loader, infer-loader, memory, parts and flops.",
+            help="Phases, separated by commas: train, infer, train-loader, infer-loader, memory, parts and flops.",
             show_default="all",
         ),
     ] = "",
@@ -26,14 +26,15 @@ def benchmark(
         str | None,
         typer.Option(metavar="HxW", help="Image size, such as 800x1333.", show_default="as in the recipe"),
     ] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Batch size.", show_default="as in the recipe for training, 1 for inference"),
     ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, hidden=True, help="Deprecated name of --batch-size.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Number of measured iterations.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Number of warm-up iterations.")] = 2,
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto.", show_default="as in the recipe")
+        str | None, typer.Option(help="Precision: float32, bfloat16 or auto.", show_default="as in the recipe")
     ] = None,
     against: Annotated[
         str | None,
@@ -55,16 +56,18 @@ def benchmark(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Change a field of the recipes, as in boxwright train; repeatable."
+            "--set", metavar="NAME=VALUE", help="Field of the recipes to change, as in boxwright train; repeatable."
         ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="as in torch")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Number of data loading workers.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all measurements to a JSON file.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables to a Markdown file.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="cuda if available")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file for all measurements.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Markdown file for the tables.")] = None,
 ) -> None:
     """Measure time, memory, time per part and number of operations of recipes, and print tables."""
     import torch
@@ -73,16 +76,16 @@ def benchmark(
     from boxwright.benchmark.report import write_report
     from boxwright.benchmark.run import measure
     from boxwright.benchmark.table import markdown as tables
-    from boxwright.cli.options import search_current_folder
+    from boxwright.cli.options import renamed, search_current_folder
 
     shared: dict[str, Any] = {
         "settings": settings or [],
         "size": None if size is None else parse_size(size),
-        "batch": batch,
+        "batch": renamed(batch_size, "--batch-size", batch, "--batch"),
         "iterations": iterations,
         "warmup": warmup,
         "precision": parse_precision(precision),
-        "peer_precision": parse_precision(peer_precision),
+        "peer_precision": parse_precision(peer_precision, "--peer-precision"),
         "threads": threads,
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "workers": workers,

@@ -10,11 +10,11 @@ import typer
 class ImageProgress:
     """Progress bar with the number of images and images per second."""
 
-    def __init__(self, what: str, total: int, num_ranks: int, *, shown: bool) -> None:
+    def __init__(self, description: str, total: int, num_ranks: int, *, shown: bool) -> None:
         """Set up the progress bar.
 
         Args:
-            what: description of the task.
+            description: description of the task.
             total: number of images of all ranks.
             num_ranks: number of ranks that share the images.
             shown: whether this process shows the bar.
@@ -31,7 +31,7 @@ class ImageProgress:
         self._progress = progress.Progress(*columns, disable=not shown)
         # All ranks are about equally fast, so the progress of all is estimated from this rank's.
         self._total, self._num_ranks, self._num_done = total, num_ranks, 0
-        self._task = self._progress.add_task(what, total=total, speed="")
+        self._task = self._progress.add_task(description, total=total, speed="")
 
     def __enter__(self) -> ImageProgress:
         from time import perf_counter
@@ -52,11 +52,11 @@ class ImageProgress:
         self._progress.update(self._task, completed=self._num_done, speed=f"{speed:.1f} images/s")
 
 
-def print_numbers(numbers: dict[str, float]) -> None:
+def print_metrics(metrics: dict[str, float]) -> None:
     """Print metrics in percent, six per line."""
     from boxwright.report.html import percent
 
-    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
+    cells = [f"{name} {percent(value)}" for name, value in metrics.items()]
     width = max(map(len, cells)) + 2
     for start in range(0, len(cells), 6):
         typer.echo("".join(cell.ljust(width) for cell in cells[start : start + 6]).rstrip())

@@ -26,6 +26,7 @@ def check(
     Every image is decoded. Training stops at an `error`; it ignores `dropped` objects and clips `clipped` boxes.
     """
     from boxwright.data.formats import Split, find_layout
+    from boxwright.text import plural
 
     if folder and not annotations and not images:
         layout = find_layout(folder)
@@ -40,7 +41,10 @@ def check(
             typer.echo(f"{fault.severity}: {fault}")
         severities.update(fault.severity for fault in faults)
         counts = Counter(fault.severity for fault in faults)
-        counted = ", ".join(f"{count} {what}{'s' * (what == 'error' and count > 1)}" for what, count in counts.items())
+        counted = ", ".join(
+            plural(count, severity) if severity == "error" else f"{count:,} {severity}"
+            for severity, count in counts.items()
+        )
         typer.echo(f"{name}: {split.annotations}, images in {split.images}: {counted or 'no faults'}")
     if severities:
         raise typer.Exit(1)

@@ -30,7 +30,9 @@ def predict(
     native: Annotated[
         bool, typer.Option("--native", help="Do not resize the images; pad them to a multiple of 32.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="cuda if available")
+    ] = None,
     precision: PrecisionOption = None,
     trust: Annotated[
         list[str] | None,

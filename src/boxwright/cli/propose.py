@@ -28,7 +28,9 @@ def propose(
     num_proposals: Annotated[int, typer.Option(min=1, help="Number of highest-scoring proposals per image.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size per process.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Number of data loading workers per process.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="cuda if available")
+    ] = None,
     precision: PrecisionOption = None,
     trust: Annotated[
         list[str] | None,
@@ -41,7 +43,7 @@ def propose(
     """
     import hashlib
 
-    from boxwright.cli.console import ImageProgress, print_numbers
+    from boxwright.cli.console import ImageProgress, print_metrics
     from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.loader import EvaluationLoader
     from boxwright.evaluation.propose import ProposalWriter
@@ -82,7 +84,7 @@ def propose(
                 writer.add(name, dataset.annotations.name, dataset.image_ids.tolist(), rows)
                 log_line(f"{name}: {plural(len(dataset), 'image')} of {dataset.annotations}")
                 if rank() == 0:
-                    print_numbers(recall)
+                    print_metrics(recall)
             weights = weights_file(model)
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             num_images, total = writer.finish({"model": str(weights), "sha256": digest})

@@ -37,7 +37,9 @@ def measure(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size per process.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Number of data loading workers per process.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="cuda if available")
+    ] = None,
     precision: PrecisionOption = None,
     max_detections: Annotated[
         int | None,
@@ -77,7 +79,7 @@ def measure(
     Writes results.json and report.html into a folder per evaluation, in RUN/evaluation. With torchrun, several devices
     share the images.
     """
-    from boxwright.cli.console import ImageProgress, print_numbers
+    from boxwright.cli.console import ImageProgress, print_metrics
     from boxwright.data.formats import Split, find_layout
     from boxwright.data.indexed_dataset import IndexedDataset
     from boxwright.data.loader import EvaluationLoader
@@ -196,9 +198,9 @@ def measure(
         report = write_report(out, dataset, results, metrics, run=run, title=run.resolve().name, facts=facts, voc=voc)
         if voc is not None:
             _print_classes("class", voc.categories, voc.num_objects, ("AP",), voc.per_class[:, None])
-            print_numbers({f"mAP of {metric}": voc.mean})
+            print_metrics({f"mAP of {metric}": voc.mean})
         else:
-            _print_metrics(metrics)
+            _print_evaluation(metrics)
         typer.echo(f"{out / 'results.json'}\n{report}")
 
 
@@ -212,18 +214,18 @@ def _short_sides(text: str | None) -> list[int]:
     return [int(side) for side in sides]
 
 
-def _print_metrics(metrics: CocoMetrics | dict[str, float]) -> None:
+def _print_evaluation(metrics: CocoMetrics | dict[str, float]) -> None:
     """Print the metrics, with one row per class."""
-    from boxwright.cli.console import print_numbers
+    from boxwright.cli.console import print_metrics
     from boxwright.evaluation.coco import CLASS_COLUMNS
 
     if isinstance(metrics, dict):
-        print_numbers(metrics)
+        print_metrics(metrics)
         return
     parts = [("class", metrics)] if metrics.masks is None else [("boxes", metrics), ("masks", metrics.masks)]
     for title, part in parts:
         _print_classes(title, part.categories, part.num_objects, CLASS_COLUMNS, part.per_class)
-        print_numbers(part.summary)
+        print_metrics(part.summary)
 
 
 def _print_classes(

@@ -44,7 +44,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Change a field of the experiment, such as optimizer.lr=0.01; repeatable. --show prints all fields.",
+            help="Field of the experiment to change, such as optimizer.lr=0.01; repeatable. --show prints all fields.",
         ),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the experiment with all fields and exit.")] = False,
@@ -75,7 +75,9 @@ def train(
         int | None,
         typer.Option(min=0, help="Number of data loading workers per device.", show_default="one per core, at most 8"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if available")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="cuda if available")
+    ] = None,
     train_annotations: Annotated[
         Path | None, typer.Option(help="Annotation file of the training images, instead of --data.")
     ] = None,

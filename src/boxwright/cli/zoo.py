@@ -19,20 +19,25 @@ Zoo = Annotated[
 
 @app.command("list")
 def list_models(
-    model: Annotated[str | None, typer.Option(help="Only list models of this kind, such as mask_rcnn.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Model family, such as mask_rcnn.", show_default="all families")
+    ] = None,
     zoo: Zoo = None,
+    model: Annotated[str | None, typer.Option(hidden=True, help="Deprecated name of --family.")] = None,
 ) -> None:
     """List the models with their published metrics and the source of the metrics."""
+    from boxwright.cli.options import renamed
     from boxwright.training.experiment import nearest
     from boxwright.zoo import load_zoo
 
     entries = list(load_zoo(zoo).values())
     families = {entry.model.family for entry in entries}
-    if model is not None and model not in families:
-        raise ValueError(f"the zoo has no models of kind {model!r}{nearest(model, sorted(families))}")
+    family = renamed(family, "--family", model, "--model")
+    if family is not None and family not in families:
+        raise ValueError(f"--family: the zoo has no models of family {family!r}{nearest(family, sorted(families))}")
     titles = {entry.collection.title: entry.collection for entry in entries}
     for title, collection in titles.items():
-        models = [e.model for e in entries if e.collection is collection and model in (None, e.model.family)]
+        models = [e.model for e in entries if e.collection is collection and family in (None, e.model.family)]
         if not models:
             continue
         typer.echo(f"{title}\n  measured by {collection.source}\n  data: {collection.data or 'not named'}")
@@ -109,7 +114,7 @@ def publish(
         str | None,
         typer.Option(
             metavar="hf:OWNER/NAME",
-            help="Repository of the Hugging Face hub to push the folder to.",
+            help="Repository of the Hugging Face Hub to which the folder is pushed.",
             show_default="do not push",
         ),
     ] = None,

@@ -282,7 +282,7 @@ def cascade_mask_rcnn(
 def _stage_configs(box: BoxConfig, cascade: CascadeConfig) -> list[BoxConfig]:
     if cascade.positive_ious and not box.class_agnostic:
         raise ValueError(
-            "box.class_agnostic: expected true for a cascade, got false. Use --set box.class_agnostic=true"
+            "box.class_agnostic: expected true for a cascade, got false. Use --set box.class_agnostic=true."
         )
     later = zip(cascade.positive_ious, cascade.stds, strict=True)
     return [box, *(replace(box, positive_iou=iou, stds=stds) for iou, stds in later)]

@@ -53,16 +53,18 @@ def as_detector(module: nn.Module) -> Detector:
     """
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
-        raise ValueError(f"expected a detector (an nn.Module), got a value of type {kind}")
+        raise ValueError(f"detector: expected an nn.Module, got a value of type {kind}")
     for name in ("losses", "detect"):
         method = getattr(module, name, None)
         if not callable(method) or getattr(method, "__func__", None) is getattr(Detector, name):
-            raise ValueError(f"{kind} is no detector: it has no method {name}(batch). See boxwright.Detector")
+            raise ValueError(f"{kind} is not a detector: it has no method {name}(batch). See boxwright.Detector.")
     for name in ("num_classes", "max_detections"):
         value = getattr(module, name, None)
         if not isinstance(value, int) or value < 1:
             state = f"{name} is {value!r}" if hasattr(module, name) else f"it has no {name}"
-            raise ValueError(f"{kind} is no detector: {state}. Set self.{name} in __init__ to an integer of at least 1")
+            raise ValueError(
+                f"{kind} is not a detector: {state}. Set self.{name} in __init__ to an integer of at least 1."
+            )
     for name in ("needs_masks", "needs_proposals", "class_agnostic", "suppression"):
         if not hasattr(module, name):
             setattr(module, name, getattr(Detector, name))
@@ -78,7 +80,7 @@ def require_proposals(detector: Detector, has_proposals: bool) -> None:
     if detector.needs_proposals and not has_proposals:
         raise ValueError(
             "this model has no RPN and needs proposals. Write them with boxwright propose, then pass the file with "
-            "--proposals (in Python: proposals=)"
+            "--proposals (in Python: proposals=)."
         )
     if has_proposals and not detector.needs_proposals:
         raise ValueError("proposals were passed, but this model has its own RPN: remove them, or use a Fast R-CNN")

@@ -168,8 +168,8 @@ def require_labels(detections: Detections, detector: Detector) -> None:
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise ValueError(
-            f"{type(detector).__name__}.detect: label {int(wrong[0])} of a detection is no class: expected 0 to "
-            f"{num_classes - 1} (num_classes is {num_classes}). Mark detections of the background as invalid"
+            f"{type(detector).__name__}.detect: label of a detection: expected 0 to {num_classes - 1} (num_classes is "
+            f"{num_classes}), got {int(wrong[0])}. Mark detections of the background as invalid."
         )
 
 

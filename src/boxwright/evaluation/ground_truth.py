@@ -13,6 +13,7 @@ from boxwright.data.dataset import Dataset
 from boxwright.data.masks import Masks
 from boxwright.evaluation.objects import read_objects
 from boxwright.evaluation.results import Results
+from boxwright.text import plural
 
 
 class GroundTruth:
@@ -28,7 +29,9 @@ class GroundTruth:
             ValueError: The data set has no categories; or as `read_objects`.
         """
         if not dataset.categories:
-            raise ValueError("the data set has no categories, so there is nothing to evaluate")
+            raise ValueError(
+                "the data set has no categories, so there is nothing to evaluate. Add categories to its annotations."
+            )
         self.categories = list(dataset.categories)
         self._objects = read_objects(dataset)
         self.coco: hotcoco.COCO = self._objects.index()
@@ -106,8 +109,8 @@ class GroundTruth:
         if len(wrong):
             first = wrong[0]
             raise ValueError(
-                "a mask in image {} has {} x {} pixels, but the image has {} x {} (height x width). Masks must be in "
-                "pixels of the files".format(image_ids[first], *masks.sizes[rows[first]], *expected[first])
+                "image {}: a mask has {} x {} pixels, but the image has {} x {} (height x width). Masks must have the "
+                "size of the image file.".format(image_ids[first], *masks.sizes[rows[first]], *expected[first])
             )
 
 
@@ -118,21 +121,21 @@ def check_images(results: Results, image_ids: Collection[int]) -> None:
         ValueError: No image was evaluated, or images are not in the ground truth.
     """
     if not len(results.evaluated):
-        raise ValueError("no image was evaluated, so there are no metrics")
+        raise ValueError("no image was evaluated, so there are no metrics. Use a split that has images.")
     known = np.fromiter(image_ids, np.int64)
-    fix = "the results belong to another data set or split. Evaluate them on the split that they come from"
+    fix = "The results belong to another data set or split. Evaluate them on the split that they come from."
     unknown = np.setdiff1d(results.evaluated, known)
     if len(unknown):
         raise ValueError(
-            f"{len(unknown)} of {len(results.evaluated)} evaluated images are not in the ground truth "
-            f"(image ids {_examples(unknown)}): {fix}"
+            f"evaluated images that are not in the ground truth: {len(unknown)} of {len(results.evaluated)} "
+            f"(image ids {_examples(unknown)}). {fix}"
         )
     outside = ~np.isin(results.image_ids, known)
     if outside.any():
         unknown = np.unique(results.image_ids[outside])
         raise ValueError(
-            f"{int(outside.sum())} of {len(results)} detections are of {len(unknown)} images that the ground truth "
-            f"does not have (image ids {_examples(unknown)}): {fix}"
+            f"detections in images that are not in the ground truth: {int(outside.sum())} of {len(results)}, "
+            f"in {plural(len(unknown), 'image')} (image ids {_examples(unknown)}). {fix}"
         )
 
 

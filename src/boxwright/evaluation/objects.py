@@ -73,7 +73,7 @@ def read_objects(dataset: Dataset) -> Objects:
         if count > 1:
             raise ValueError(
                 f"{count} images have the image id {image_id}. Give each image its own id (a RepeatDataset is for "
-                "training: evaluate on the data set that it repeats)"
+                "training: evaluate on the data set that it repeats)."
             )
     return objects
 
@@ -220,7 +220,7 @@ def _sample_masks(sample: Sample) -> list[dict[str, Any] | None]:
     if len(sample.masks) != len(sample.boxes):
         raise ValueError(
             f"{sample.file_name}: {len(sample.masks)} masks for {len(sample.boxes)} objects. Give each object a "
-            "mask or None"
+            "mask or None."
         )
     try:
         return [_mask_runs(mask, sample.image.shape[:2]) for mask in sample.masks]

@@ -63,7 +63,8 @@ class RecallCounter:
         """
         if image_id not in self.image_ids:
             raise ValueError(
-                f"image id {image_id} is not in the ground truth: the proposals belong to another data set or split"
+                f"image id {image_id} is not in the ground truth: the proposals belong to another data set or split. "
+                "Write proposals for this split with boxwright propose."
             )
         objects = slice(*np.searchsorted(self._object_images, [image_id, image_id + 1]).tolist())
         in_area = self._in_area[:, objects]

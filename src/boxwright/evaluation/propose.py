@@ -39,7 +39,7 @@ class ProposalWriter:
     def __enter__(self) -> ProposalWriter:
         if _rank() == 0:  # fail before the work if the file cannot be written
             if self.path.is_dir():
-                raise IsADirectoryError(f"{self.path} is a folder. Use the path of a file")
+                raise IsADirectoryError(f"{self.path} is a folder. Use the path of a file.")
             shutil.rmtree(self._parts, ignore_errors=True)
             try:
                 self._parts.mkdir(parents=True)

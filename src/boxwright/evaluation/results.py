@@ -26,7 +26,7 @@ _Run = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _MASKS_AT_ONCE = 500
 """Number of masks of a file that are checked at once; their runs fit into the CPU's cache."""
 _NOT_FINITE = re.compile(rb"(?<=[:,\[\s])-?(?:NaN|Infinity)\b")
-_BOX_FORM = "Write boxes as [x, y, width, height], where (x, y) is the upper left corner"
+_BOX_FORM = "Write boxes as [x, y, width, height], where (x, y) is the upper left corner."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class Results:
             if len(faulty):
                 row = faulty[0]
                 raise ValueError(
-                    f"detection {row} has the label {self.labels[row]} ({len(faulty)} of {len(self)} detections are "
-                    f"of no category): labels are rows of the categories, 0 to {num_categories - 1}"
+                    f"detection {row}: label: expected an index of a category, 0 to {num_categories - 1}, got "
+                    f"{self.labels[row]} (invalid labels: {len(faulty)} of {len(self)}). Correct the detector's labels."
                 )
         for name, values in (("score", self.scores[:, None]), ("box", self.boxes)):
             faulty = np.flatnonzero(~np.isfinite(values).all(axis=1))
@@ -76,7 +76,7 @@ class Results:
                 row = faulty[0]
                 raise ValueError(
                     f"detection {row}: {name} {values[row].tolist()} is not finite ({len(faulty)} of {len(self)} "
-                    "detections). Remove such detections, and find the cause in the detector"
+                    "detections). Remove such detections, and find the cause in the detector."
                 )
         negative = np.flatnonzero((self.boxes[:, 2:] < 0).any(axis=1))
         if len(negative):
@@ -202,15 +202,15 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
         if word := _NOT_FINITE.search(content):
             raise ValueError(
                 f"{path} contains {word[0].decode()} at byte {word.start()}, but scores and boxes must be finite. "
-                "Remove such detections, and find the cause in the program that wrote the file"
+                "Remove such detections, and find the cause in the program that wrote the file."
             ) from error
         raise ValueError(f"{path} is not a COCO results file of boxes or masks: {error}") from error
     labels = {category.id: label for label, category in enumerate(categories)}
     unknown = sorted({row.category_id for row in rows} - set(labels))
     if unknown:
         raise ValueError(
-            f"{path} has detections of category ids {unknown[:10]}, which the data set does not have: "
-            "it belongs to another data set"
+            f"{path}: category ids {unknown[:10]} are not in the data set, so the file belongs to another data set. "
+            "Evaluate it on the data set that it comes from."
         )
     image_ids = np.array([row.image_id for row in rows], dtype=np.int64)
     masks = _masks(path, rows)
@@ -218,7 +218,7 @@ def read_results(path: Path, categories: Sequence[Category], evaluated: Sequence
     if None in boxes:
         if masks is None:
             number = boxes.index(None) + 1
-            raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation. Correct or remove it")
+            raise ValueError(f"{path}: entry {number} has neither a bbox nor a segmentation. Correct or remove it.")
         around = hotcoco.mask.to_bbox(masks.to_coco()).tolist()
         boxes = [least if box is None else box for box, least in zip(boxes, around, strict=True)]
     box_array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
@@ -249,7 +249,7 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
         return None
     if len(entries) < len(rows):
         raise ValueError(
-            f"{path}: {len(entries)} of {len(rows)} entries have a segmentation. Either all or none must have one"
+            f"{path}: {len(entries)} of {len(rows)} entries have a segmentation. Either all or none must have one."
         )
     sizes = np.array([mask.size for mask in entries], dtype=np.int64)
     written = [mask.counts.encode() if isinstance(mask.counts, str) else rle.compress(mask.counts) for mask in entries]
@@ -260,12 +260,12 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
         except ValueError as error:
             raise ValueError(
                 f"{path}: mask of an entry from {start + 1} to {min(start + _MASKS_AT_ONCE, len(written))}: "
-                f"{error}. Write the file again"
+                f"{error}. Write the file again."
             ) from error
         negative = np.flatnonzero(runs < 0)
         if len(negative):
             number = start + int(np.searchsorted(np.cumsum(lengths), negative[0], side="right")) + 1
-            raise ValueError(f"{path}: mask of entry {number} has a negative run length. Write the file again")
+            raise ValueError(f"{path}: mask of entry {number} has a negative run length. Write the file again.")
         sums = np.concatenate([[0], np.cumsum(runs)])[np.cumsum(lengths)]
         totals[start : start + _MASKS_AT_ONCE] = np.diff(sums, prepend=0)
     wrong = np.flatnonzero(totals != sizes.prod(axis=1))
@@ -273,7 +273,7 @@ def _masks(path: Path, rows: Sequence[_Row]) -> Masks | None:
         number, (height, width) = wrong[0], sizes[wrong[0]]
         raise ValueError(
             f"{path}: mask of entry {number + 1} has run lengths of {totals[number]} pixels in total, but its size is "
-            f"{height} x {width}. Correct or remove it"
+            f"{height} x {width}. Correct or remove it."
         )
     return Masks.of(written, sizes)
 

@@ -80,7 +80,7 @@ def evaluate_views(
         ValueError: As `evaluate`; and, for several views, as `view_suppression`.
     """
     if not views:
-        raise ValueError("views: expected at least one")
+        raise ValueError("views: expected at least one, got none")
     suppression = view_suppression(detector) if len(views) > 1 else None
     new_labels = None if categories is None else match_categories(categories, dataset.categories)
     results_of_views = [
@@ -103,7 +103,7 @@ def view_suppression(detector: nn.Module) -> Suppression:
     if suppression is None:
         raise ValueError(
             f"{type(detector).__name__} has no `suppression`, so detections of several views cannot be merged. Test it "
-            "without test-time augmentation"
+            "without test-time augmentation."
         )
     return suppression
 

@@ -61,7 +61,7 @@ def box_regression_loss(
     if losses.shape != positive.shape:
         raise ValueError(
             f"box_loss: expected one loss per box, shape {list(positive.shape)}, got {list(losses.shape)} from "
-            f"{getattr(kind, '__name__', kind)}. Return losses without reducing them"
+            f"{getattr(kind, '__name__', kind)}. Return losses without reducing them."
         )
     return torch.where(positive, losses, 0.0)
 

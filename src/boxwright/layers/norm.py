@@ -85,7 +85,7 @@ def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Mod
         return nn.SyncBatchNorm(channels)
     if norm == "gn":
         return nn.GroupNorm(math.gcd(32, channels), channels)
-    raise ValueError(f"norm {norm!r} is none of frozen_bn, bn, sync_bn, gn")
+    raise ValueError(f"norm: expected frozen_bn, bn, sync_bn or gn, got {norm!r}")
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:

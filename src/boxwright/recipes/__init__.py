@@ -45,7 +45,9 @@ def find_recipe(name: str) -> Recipe:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but a module that it imports does not
-        raise ValueError(f"there is no module {error.name!r} for recipe {name!r}: is it installed?") from None
+        raise ValueError(
+            f"there is no module {error.name!r} for recipe {name!r}. Install it, or run the command in its folder."
+        ) from None
     functions = _functions(module)
     if function_name not in functions:
         raise ValueError(f"{module_name} has no function {function_name!r}{nearest(function_name, functions)}")

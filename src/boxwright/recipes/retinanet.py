@@ -37,6 +37,7 @@ def _one_x(model: Model) -> Experiment:
 
 
 def _two_x(model: Model) -> Experiment:
+    """2x with half the usual learning rate."""
     return replace(two_x(model), optimizer=SGD(lr=0.01))
 
 

@@ -190,6 +190,6 @@ def encode_image(image: np.ndarray, suffix: str = ".jpg", *, quality: int = 90) 
         height, width = image.shape[:2]
         raise ValueError(
             f"an image of {width} x {height} pixels cannot be written as {suffix}: WebP holds at most 16,383 pixels "
-            "per side, JPEG 65,500. Convert the input to PNG"
+            "per side, JPEG 65,500. Convert the input to PNG."
         )
     return content.tobytes()

@@ -310,7 +310,7 @@ class _Redirects(HTTPRedirectHandler):
     ) -> Request | None:
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
             fp.close()
-            raise _PermanentError(f"refused the redirect to {newurl}, which would leave {req.type}")
+            raise _PermanentError(f"refused the redirect to {newurl}: it changes the protocol from {req.type}")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         return None if request is None else _with_token(request)
 

@@ -33,7 +33,7 @@ class Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not _PLAIN_TYPE.fullmatch(code):
-            raise RefusedPickleError(f"it holds an array of type {code!r}, not of numbers")
+            raise RefusedPickleError(f"an array has the type {code!r}, expected numbers or bools")
         self.value = np.dtype(code)
 
     def set_state(self, state: Any) -> None:
@@ -41,7 +41,7 @@ class Dtype:
         _, order, *rest = state
         order = order.decode() if isinstance(order, bytes) else order
         if order not in ("<", ">", "=", "|") or rest[:3] != [None, None, None] or len(rest) > 7:
-            raise RefusedPickleError(f"it holds an array with a type of parts, {state!r}")
+            raise RefusedPickleError(f"an array has a structured type: {state!r}")
         self.value = np.dtype(order + self.value.str[1:])
 
 
@@ -75,23 +75,23 @@ class Names:
         known = self._table.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if known is None:
             raise RefusedPickleError(
-                f"it names {module}.{name}, which is no data and may be a program: only numpy arrays, numbers, text "
-                "and plain containers are read"
+                f"it refers to {module}.{name}, which is not plain data and could run code. Supported are numpy "
+                "arrays, numbers, text, lists, tuples and dicts"
             )
         return known
 
     def array(self, content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         """An array with its own memory, from bytes that fit its shape exactly."""
         if not isinstance(dtype, Dtype) or order not in ("C", "F"):
-            raise RefusedPickleError("it holds an array without a type")
+            raise RefusedPickleError("an array has no type")
         if isinstance(content, str):  # written by Python 2
             content = content.encode("latin1")
         sides = shape if isinstance(shape, tuple) else (shape,)
         if len(sides) > 32 or not all(type(side) is int and side >= 0 for side in sides):
-            raise RefusedPickleError(f"it holds an array of shape {shape!r}")
+            raise RefusedPickleError(f"an array has the invalid shape {shape!r}")
         size = math.prod(sides) * dtype.value.itemsize
         if not isinstance(content, bytes) or len(content) != size:
-            raise RefusedPickleError(f"it holds an array of shape {sides} with another number of bytes than {size}")
+            raise RefusedPickleError(f"the content of an array of shape {sides} does not have {size:,} bytes")
         self._reserve(size)
         return np.frombuffer(content, dtype.value).reshape(sides, order=order).copy(order=order)
 
@@ -101,20 +101,20 @@ class Names:
     def _encoded(self, text: Any, encoding: Any) -> bytes:
         """Protocols 0 to 2 write bytes as encoded text."""
         if not isinstance(text, str) or encoding != "latin1":
-            raise RefusedPickleError(f"it encodes {type(text).__name__} as {encoding!r}")
+            raise RefusedPickleError(f"it encodes {type(text).__name__} as {encoding!r}, expected text as 'latin1'")
         self._reserve(len(text))
         return text.encode("latin1")
 
     def _reserve(self, size: int) -> None:
         self._room -= size
         if self._room < 0:
-            raise RefusedPickleError(f"its arrays hold over {self._max_bytes:,} bytes")
+            raise RefusedPickleError(f"its arrays have more than {self._max_bytes:,} bytes in total")
 
 
 def _blank_array(kind: Any, *_: Any) -> np.ndarray:
     """An array without elements, whose state is set later."""
     if kind is not ARRAY_CLASS:
-        raise RefusedPickleError("it makes an array of another class than numpy's")
+        raise RefusedPickleError("it creates an array of a class other than numpy.ndarray")
     return np.zeros(0, np.int8)
 
 

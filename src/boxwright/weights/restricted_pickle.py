@@ -45,19 +45,19 @@ def read_pickle(path: Path) -> Any:
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise RefusedPickleError(f"{path} is refused: {size:,} bytes are over the limit of {MAX_BYTES:,}")
+        raise RefusedPickleError(f"{path}: the file has {size:,} bytes, more than the limit of {MAX_BYTES:,}")
     try:
         if not size:
             raise EOFError
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Machine(data).run()
     except RefusedPickleError as error:
-        raise RefusedPickleError(f"{path} is refused: {error}") from None
+        raise RefusedPickleError(f"{path} is refused, because it is not a pickle of plain data: {error}") from None
     except EOFError:
-        raise RefusedPickleError(f"{path} is cut short: copy or fetch it again") from None
+        raise RefusedPickleError(f"{path} is truncated. Copy or download it again") from None
     # Errors that a damaged or crafted program causes with its stack, its numbers and its text.
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-        raise RefusedPickleError(f"{path} is no sound pickle: {error!r}") from None
+        raise RefusedPickleError(f"{path} is not a valid pickle ({error!r}). Copy or download it again") from None
 
 
 _MARK = object()
@@ -86,7 +86,7 @@ class _Machine:
                 what = _REFUSED.get(code, "is unknown")
                 raise RefusedPickleError(f"byte {self.position - 1}: instruction {code!r} {what}")
             instruction(self)
-        raise RefusedPickleError(f"it has over {MAX_INSTRUCTIONS:,} instructions")
+        raise RefusedPickleError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
 
     def _require_plain(self, value: Any) -> None:
         """Check that no half-made thing is left in the result; containers are visited once each."""
@@ -100,7 +100,7 @@ class _Machine:
                     waiting.extend(thing.values() if isinstance(thing, dict) else thing)
                     waiting.extend(thing.keys() if isinstance(thing, dict) else ())
             elif thing is _MARK or isinstance(thing, (Name, Dtype)):
-                raise RefusedPickleError("it holds a type or a function, where only data may be")
+                raise RefusedPickleError("it contains a type or a function as data")
 
     # Reading.
 
@@ -129,12 +129,12 @@ class _Machine:
     def _decimal(self) -> int:
         line = self._line()
         if len(line) > MAX_DIGITS:
-            raise RefusedPickleError(f"it holds a number of {len(line)} digits")
+            raise RefusedPickleError(f"a number has {len(line):,} digits, more than the limit of {MAX_DIGITS:,}")
         return int(line.rstrip(b"L"))
 
     def _whole(self, size: int) -> int:
         if not 0 <= size <= MAX_DIGITS:
-            raise RefusedPickleError(f"it holds a number of {size} bytes")
+            raise RefusedPickleError(f"a number has {size:,} bytes, expected 0 to {MAX_DIGITS:,}")
         return int.from_bytes(self._take(size), "little", signed=True)
 
     # The stack.
@@ -150,19 +150,19 @@ class _Machine:
 
     def _last(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise RefusedPickleError("its stack is empty")
+            raise RefusedPickleError("an instruction needs more values than the stack has")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items
 
     def _extend(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise RefusedPickleError("it appends to what is no list")
+            raise RefusedPickleError("it appends to a value that is not a list")
         self.stack[-1].extend(items)
 
     def _update(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict or len(items) % 2:
-            raise RefusedPickleError("it sets items of what is no dict")
+            raise RefusedPickleError("it sets items of a value that is not a dict")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def _decimal_or_bool(self) -> int | bool:
@@ -176,7 +176,7 @@ class _Machine:
     def _quoted(self) -> str:
         line = self._line()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
-            raise RefusedPickleError("it holds text without quotes")
+            raise RefusedPickleError("a text has no quotes")
         return codecs.escape_decode(line[1:-1])[0].decode("latin1")
 
     def _global(self) -> Name:
@@ -186,7 +186,7 @@ class _Machine:
     def _call(self) -> Any:
         function, arguments = self._last(2)
         if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
-            raise RefusedPickleError("it calls what is no function")
+            raise RefusedPickleError("it calls a value that is not a function")
         return function.call(*arguments)
 
     def _build(self) -> None:
@@ -202,7 +202,7 @@ class _Machine:
             checked: Any = (1, array.shape, array.dtype, bool(by_columns), array.tobytes(order="A"))
             target.__setstate__(checked)
         else:
-            raise RefusedPickleError(f"it sets the state of a {type(target).__name__}")
+            raise RefusedPickleError(f"it sets the state of an object of type {type(target).__name__}")
 
     def _remember(self, number: int) -> None:
         self.memo[number] = self.stack[-1]
@@ -221,7 +221,7 @@ def _pushes(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
 def _protocol(machine: _Machine) -> None:
     protocol = machine._number("<B")
     if protocol > 5:
-        raise RefusedPickleError(f"it is of protocol {protocol}; 0 to 5 are read")
+        raise RefusedPickleError(f"its pickle protocol is {protocol}; supported are 0 to 5")
 
 
 def _text(data: bytes) -> str:
@@ -289,17 +289,17 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"b": lambda m: m._build(),
 }
 _REFUSED = {
-    b"i": "makes an object of a class",
-    b"o": "makes an object of a class",
-    b"\x81": "makes an object of a class",
-    b"\x92": "makes an object of a class",
-    b"P": "asks for an object from outside",
-    b"Q": "asks for an object from outside",
-    b"\x82": "asks for a registered object",
-    b"\x83": "asks for a registered object",
-    b"\x84": "asks for a registered object",
-    b"\x97": "asks for memory from outside",
-    b"\x98": "asks for memory from outside",
+    b"i": "creates an object of a class",
+    b"o": "creates an object of a class",
+    b"\x81": "creates an object of a class",
+    b"\x92": "creates an object of a class",
+    b"P": "requests an external object",
+    b"Q": "requests an external object",
+    b"\x82": "requests a registered object",
+    b"\x83": "requests a registered object",
+    b"\x84": "requests a registered object",
+    b"\x97": "requests an external buffer",
+    b"\x98": "requests an external buffer",
 }
 """Instructions that plain data never needs, with what they would do."""
 
