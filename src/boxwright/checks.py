@@ -58,7 +58,7 @@ def check_number(
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
-    """Apply `check_count` to fields of a dataclass, and to each element of a tuple; None passes."""
+    """Apply `check_count` to fields of a dataclass: to the value, or to each element of a tuple. None passes."""
     for name in names:
         for value in _values(settings, name):
             check_count(name, value, least)
@@ -67,7 +67,7 @@ def check_counts(settings: object, *names: str, least: int = 1) -> None:
 def check_numbers(
     settings: object, *names: str, least: float = -math.inf, most: float = math.inf, above: bool = False
 ) -> None:
-    """Apply `check_number` to fields of a dataclass, and to each element of a tuple; None passes."""
+    """Apply `check_number` to fields of a dataclass: to the value, or to each element of a tuple. None passes."""
     for name in names:
         for value in _values(settings, name):
             check_number(name, value, least, most, above=above)
@@ -103,5 +103,6 @@ def check_device(device: torch.device | str | int) -> torch.device:
         if not count:
             raise ValueError(f"device '{chosen}': PyTorch finds no CUDA device on this machine; {fix}")
         if (chosen.index or 0) >= count:
-            raise ValueError(f"device '{chosen}': this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+            existing = "1 CUDA device, cuda:0" if count == 1 else f"{count} CUDA devices, cuda:0 to cuda:{count - 1}"
+            raise ValueError(f"device '{chosen}': this machine has {existing}")
     return chosen

@@ -1,4 +1,4 @@
-"""When a module may be computed by a faster formula than a call of its `forward`."""
+"""Checks whether a module may be computed by a faster formula instead of being called."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch.nn.modules import module as torch_module
 
 
 def is_stock(module: nn.Module | None, *types: type[nn.Module]) -> bool:
-    """Whether a module is of one of these classes and nobody has attached anything to it.
+    """Whether a module is of exactly one of these classes and has nothing attached to it.
 
-    Then its result follows from its parameters, and a caller may compute it without calling the module. A subclass is
-    not stock, and neither is a parametrized module, whose class is a subclass, nor one with a method set on the
-    instance.
+    Then its parameters determine its output, and a caller may compute the output without calling the module. These are
+    not stock: a subclass; a parametrized module, because its class is a subclass; a module with hooks; a module with a
+    `forward` or `_conv_forward` set on the instance.
 
     Args:
-        module: None is not stock.
-        types: exact classes.
+        module: a module, or None, which is not stock.
+        types: exact classes; a subclass does not match.
     """
     return type(module) in types and is_unhooked(module)  # type: ignore[arg-type]  # None is of none of the classes
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else: no hooks, of the module or global."""
+    """Whether a call of the module runs the `forward` of its class and nothing else: no hooks, local or global."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
