@@ -1,4 +1,4 @@
-"""Small detectors and batches for tests that need a whole one."""
+"""Small detectors and random batches for tests."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ DETECTORS = (
     "retinanet",
 )
 CONTRACT_DETECTORS = (*DETECTORS, "fcos")
-"""The detectors of the package, and one from outside."""
+"""The detectors of Boxwright, and one of an outside package."""
 
 
 def small_backbone(*, recompute: bool = False) -> FPN:
-    """P2 to P5 of 32 channels, the last being P4 at every other position."""
+    """P2 to P5 of 32 channels; P5 is P4 at every second position."""
     return resnet_fpn(depth=18, norm="gn", frozen_stages=0, out_stages=(2, 3, 4), channels=32, recompute=recompute)
 
 
 def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) -> Detector:
-    """A detector with few parameters, one of DETECTORS or "ohem_cascade_rcnn", with the same weights at every call."""
+    """Build a small detector with the same weights in every call: one of CONTRACT_DETECTORS or "ohem_cascade_rcnn"."""
     torch.manual_seed(0)
     backbone = small_backbone(recompute=recompute)
     build = {
@@ -96,7 +96,7 @@ def small_detector(kind: str, num_classes: int = 3, *, recompute: bool = False) 
 def random_targets(
     num_images: int, num_slots: int, num_objects: int, canvas: tuple[int, int], num_classes: int
 ) -> Targets:
-    """Objects of random place, class and mask in the first `num_objects` slots, NaN boxes and frames in the others."""
+    """Random boxes, classes and masks in the first `num_objects` slots; NaN boxes and frames in the other slots."""
     height, width = canvas
     corner = torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.6, height * 0.6])
     side = 12 + torch.rand(num_images, num_slots, 2) * torch.tensor([width * 0.3, height * 0.3])
@@ -116,7 +116,7 @@ def random_targets(
 
 
 def random_proposals(targets: Targets, num_slots: int, canvas: tuple[int, int]) -> Proposals:
-    """Boxes around objects and anywhere, every fifth slot invalid; NaN in the invalid ones."""
+    """Boxes near objects in the first half of the slots, then random boxes; every fifth slot is invalid (NaN)."""
     height, width = canvas
     num_images = len(targets.valid)
     chosen = torch.arange(num_slots) % targets.valid.shape[1]
@@ -142,7 +142,7 @@ def random_batch(
     num_objects: int = 3,
     num_classes: int = 3,
 ) -> Batch:
-    """Noise images that fill all of the canvas but its last rows and columns, with objects and proposals."""
+    """Noise images that fill the canvas except its last rows and columns, with objects and proposals."""
     height, width = canvas
     targets = random_targets(num_images, num_slots, num_objects, (height - 8, width - 16), num_classes)
     sizes = torch.tensor([[height - 8, width - 16]]).repeat(num_images, 1)

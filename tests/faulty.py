@@ -1,4 +1,4 @@
-"""Data sets and transforms that raise, each in a way of its own; a module, so that spawned workers can import it."""
+"""Data sets and transforms that raise errors. They are in a module, so that spawned workers can import them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ POSITION = 3
 
 
 class TwoArgumentsError(Exception):
-    """Its constructor needs two arguments, so that unpickling it fails."""
+    """Cannot be unpickled, because its constructor needs two arguments."""
 
     def __init__(self, column: str, row: int) -> None:
         super().__init__(f"no {column} in row {row}")
 
 
 class UnpicklableError(Exception):
-    """Holds a function, so that pickling it fails."""
+    """Cannot be pickled, because it holds a function."""
 
     def __init__(self) -> None:
         super().__init__("it holds a function")
@@ -41,7 +41,7 @@ class NamelessError(Exception):
 
 
 class NamelessValueError(ValueError):
-    """Cannot be turned into text, and is of a type that keeps its text."""
+    """Cannot be turned into text. Unlike other errors, a ValueError keeps its type."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -67,12 +67,12 @@ FAULTS: dict[str, Any] = {
     "SystemExit": lambda: sys.exit(0),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
-"""Ways to fail, by what the message names."""
+"""Functions that fail, by the name that the error message must contain."""
 
 
 @dataclass(frozen=True)
 class FaultyImages(GeneratedImagesWithInfo):
-    """Images of which the one at `POSITION` cannot be read."""
+    """Images; reading the one at `POSITION` fails."""
 
     fault: str = "KeyError"
 
@@ -84,7 +84,7 @@ class FaultyImages(GeneratedImagesWithInfo):
 
 @dataclass(frozen=True)
 class FaultyTransform:
-    """Fails on the sample at `POSITION`."""
+    """A transform that fails on the sample at `POSITION`."""
 
     fault: str
 
@@ -95,7 +95,7 @@ class FaultyTransform:
 
 
 class UnpicklableImages(GeneratedImagesWithInfo):
-    """Cannot be sent to a process that is started by spawn."""
+    """Images that cannot be sent to a spawned process, because pickling them fails."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a data set with an open file")

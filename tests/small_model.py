@@ -1,4 +1,4 @@
-"""A whole detector in a run's folder, small and untrained, for tests of what happens after training."""
+"""A small untrained detector in a run folder, for tests of what happens after training."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DETECT = RCNN.detect
 
 
 def detect_with_masks(self: RCNN, batch: Batch) -> Detections:
-    """In the place of `RCNN.detect`: what it gives, with an ellipse on each box for its mask."""
+    """Replacement of `RCNN.detect` that adds a mask to each box: its inscribed ellipse."""
     detections = DETECT(self, batch)
-    places = torch.linspace(-1, 1, 28)
-    ellipse = (1.5 - (places[:, None] ** 2 + places**2)).clamp(0, 1)
+    coordinates = torch.linspace(-1, 1, 28)
+    ellipse = (1.5 - (coordinates[:, None] ** 2 + coordinates**2)).clamp(0, 1)
     return replace(detections, masks=ellipse.expand(*detections.valid.shape, 28, 28))
 
 
 def small_run(
     folder: Path, categories: Sequence[Category], *, proposals: bool = False, max_detections: int = 100
 ) -> Path:
-    """Write `weights.safetensors` into a run's folder and return the folder."""
+    """Write `weights.safetensors` to a run folder and return the folder."""
     box = BoxConfig(width=32, score_threshold=0.0, max_detections=max_detections)
     model = (
         partial(proposal_network, backbone=BACKBONE, rpn=SMALL_RPN)

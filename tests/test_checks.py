@@ -1,4 +1,4 @@
-"""Arguments and settings out of range are refused where they are given, with name, value and what is allowed."""
+"""Invalid arguments and settings are refused early, with their name, the allowed values and the actual value."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("function", "arguments", "message"), CASES, ids=[f"{case[0].__name__}-{case[2]}" for case in CASES]
 )
-def test_a_value_out_of_range_is_refused_with_what_is_allowed(
+def test_an_invalid_value_is_refused_with_the_allowed_values(
     function: Callable[..., Any], arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -169,7 +169,7 @@ def test_the_score_of_predictions_is_a_probability(tmp_path: Path) -> None:
     assert len(predictor.predict(image, score=1)) == 0
 
 
-def test_numpy_numbers_pass_and_truth_values_do_not() -> None:
+def test_numpy_numbers_are_accepted_and_booleans_are_not() -> None:
     check_count("count", np.int64(3))
     check_number("share", np.float32(0.5), 0, 1)
     for check in (check_count, check_number):
@@ -191,14 +191,14 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_device_that_cannot_be_used_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError) as caught:
         check_device(name)
     assert DEVICES[name] in str(caught.value)
 
 
-def test_a_gpu_that_is_not_there_names_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused_with_the_existing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check_device("cuda:1") == torch.device("cuda:1")
@@ -206,9 +206,9 @@ def test_a_gpu_that_is_not_there_names_those_that_are(monkeypatch: pytest.Monkey
         check_device("cuda:9")
 
 
-def test_every_way_in_refuses_a_device_that_is_not_supported(tmp_path: Path) -> None:
+def test_every_entry_point_refuses_an_unsupported_device(tmp_path: Path) -> None:
     run, detector = small_run(tmp_path, CATEGORIES), tiny_detector(2)
-    ways_in: list[Callable[[], Any]] = [
+    entry_points: list[Callable[[], Any]] = [
         lambda: process_group("mps").__enter__(),
         lambda: load(run, device="mps"),
         lambda: load("no-such-model", device="mps"),
@@ -219,6 +219,6 @@ def test_every_way_in_refuses_a_device_that_is_not_supported(tmp_path: Path) -> 
         lambda: propose(detector, GeneratedImagesWithInfo(2), [], device="mps"),
         lambda: Bench(Plan(recipe="faster_rcnn_r18_fpn_small", device="mps")),
     ]
-    for way_in in ways_in:
+    for entry_point in entry_points:
         with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'mps', which is not supported"):
-            way_in()
+            entry_point()

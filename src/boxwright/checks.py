@@ -60,7 +60,7 @@ def check_number(
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
-    """Apply `check_count` to fields of a dataclass, and to each element of a tuple; None passes."""
+    """Apply `check_count` to fields of a dataclass: to the value, or to each element of a tuple. None passes."""
     for name in names:
         for value in _values(settings, name):
             check_count(name, value, least)
@@ -69,7 +69,7 @@ def check_counts(settings: object, *names: str, least: int = 1) -> None:
 def check_numbers(
     settings: object, *names: str, least: float = -math.inf, most: float = math.inf, above: bool = False
 ) -> None:
-    """Apply `check_number` to fields of a dataclass, and to each element of a tuple; None passes."""
+    """Apply `check_number` to fields of a dataclass: to the value, or to each element of a tuple. None passes."""
     for name in names:
         for value in _values(settings, name):
             check_number(name, value, least, most, above=above)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "boxwright"
 FLOORS = [
     {"checks", "text"},
-    {"structures", "geometry", "cache", "precision"},
+    {"structures", "geometry", "cache", "precision", "distributed"},
     {"weights"},
     {"data"},
     {"ops"},

@@ -1,4 +1,4 @@
-"""Parts from outside the package train, are saved, load in a fresh process and predict there.
+"""Parts from outside the package can be trained, saved, loaded in a fresh process and used for prediction there.
 
 Every part is in `stranger/`, which stands for a package that depends on Boxwright. Nothing in it edits or patches the
 package.
@@ -64,14 +64,14 @@ for name, run in json.loads({runs!r}).items():
 
 
 def experiment_for(model: Callable[..., nn.Module]) -> Experiment:
-    """Two steps of two images."""
+    """An experiment of two steps of two images."""
     return Experiment(
         model=model, resize=Resize(64, 64), optimizer=SGD(lr=0.002), epochs=1, batch_size=2, images_per_device=2
     )
 
 
 def train_two_steps(model: Callable[..., nn.Module], out: Path) -> nn.Module:
-    """Train and return the detector; `out` holds the run."""
+    """Train in the run folder `out` and return the detector."""
     training = Training(experiment_for(model), FakeImages(4), out, num_workers=0)
     training.run()
     assert training.step == 2
@@ -98,7 +98,7 @@ def trained(runs: dict[str, Path]) -> dict[str, nn.Module]:
 def predictions_elsewhere(
     trained: dict[str, nn.Module], runs: dict[str, Path], image: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Any]]:
-    """What a fresh process predicts with the saved weights."""
+    """Predictions of a fresh process with the saved weights."""
     file = tmp_path_factory.mktemp("image") / "image.npy"
     np.save(file, image)
     names = json.dumps({name: str(run) for name, run in runs.items()})

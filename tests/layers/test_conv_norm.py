@@ -20,31 +20,31 @@ def with_statistics(norm: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
-def test_a_folded_norm_is_the_norm_and_so_are_its_gradients(norm: type[nn.Module], bias: bool) -> None:
+@pytest.mark.parametrize("norm_type", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_folded_norm_has_the_output_and_gradients_of_the_norm(norm_type: type[nn.Module], bias: bool) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias).double()
-    behind = with_statistics(norm(6))
+    norm = with_statistics(norm_type(6))
     x, add = torch.randn(2, 4, 9, 7, dtype=torch.float64), torch.randn(2, 6, 5, 4, dtype=torch.float64)
-    inputs = [x.requires_grad_(), add.requires_grad_(), *convolution.parameters(), *behind.parameters()]
-    given = conv_norm(convolution, behind, x, add, relu=True)
+    inputs = [x.requires_grad_(), add.requires_grad_(), *convolution.parameters(), *norm.parameters()]
+    actual = conv_norm(convolution, norm, x, add, relu=True)
     expected = (
         nn.functional.batch_norm(
-            convolution(x), behind.running_mean, behind.running_var, behind.weight, behind.bias, eps=behind.eps
+            convolution(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
         + add
     ).relu()
-    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(expected)
     torch.testing.assert_close(
-        torch.autograd.grad((given * weight).sum(), inputs),
+        torch.autograd.grad((actual * weight).sum(), inputs),
         torch.autograd.grad((expected * weight).sum(), inputs),
         rtol=1e-10,
         atol=1e-10,
     )
 
 
-def test_a_norm_that_learns_statistics_is_not_folded() -> None:
+def test_norm_that_updates_its_statistics_is_not_folded() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(6).train()
     x = torch.randn(2, 4, 8, 8)
@@ -57,11 +57,11 @@ def test_a_norm_that_learns_statistics_is_not_folded() -> None:
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     dtypes: list[torch.dtype] = []
 
-    def watched(convolution: nn.Conv2d, weight: torch.Tensor, *given: object, **named: object) -> torch.Tensor:
+    def recorded(convolution: nn.Conv2d, weight: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         dtypes.append(weight.dtype)
-        return fused_convolution(convolution, weight, *given, **named)
+        return fused_convolution(convolution, weight, *args, **kwargs)
 
-    monkeypatch.setattr("boxwright.layers.conv_norm.fused_convolution", watched)
+    monkeypatch.setattr("boxwright.layers.conv_norm.fused_convolution", recorded)
     return dtypes
 
 
@@ -71,7 +71,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
+def test_fused_sum_and_relu_equal_float64(
     dtype: torch.dtype,
     groups: int,
     channels_last: bool,
@@ -81,7 +81,7 @@ def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
     fused_calls: list[torch.dtype],
 ) -> None:
     if not can_fuse(dtype):
-        pytest.skip(f"no {dtype} for oneDNN on this CPU")
+        pytest.skip(f"oneDNN does not support {dtype} on this CPU")
     torch.manual_seed(0)
     convolution = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups)
     norm = with_statistics(FrozenBatchNorm2d(12)).float() if with_norm else None
@@ -91,26 +91,26 @@ def test_sum_and_relu_in_the_same_call_have_the_gradients_of_float64(
     seed = torch.randn(2, 12, 10, 9)
     before = None if add is None else add.clone()
 
-    def answer_and_gradients(to: torch.dtype) -> list[torch.Tensor]:
-        wide = copy.deepcopy(convolution).to(to), None if norm is None else copy.deepcopy(norm).to(to)
-        given = [tensor.to(to).requires_grad_() for tensor in (x, add) if tensor is not None]
-        parameters = [*given, *wide[0].parameters(), *(() if wide[1] is None else wide[1].parameters())]
+    def output_and_gradients(to: torch.dtype) -> list[torch.Tensor]:
+        layers = copy.deepcopy(convolution).to(to), None if norm is None else copy.deepcopy(norm).to(to)
+        inputs = [tensor.to(to).requires_grad_() for tensor in (x, add) if tensor is not None]
+        parameters = [*inputs, *layers[0].parameters(), *(() if layers[1] is None else layers[1].parameters())]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and to == torch.float32):
-            y = conv_norm(*wide, *given, relu=relu)
+            y = conv_norm(*layers, *inputs, relu=relu)
         return [y, *torch.autograd.grad(y, parameters, seed.to(y.dtype))]
 
-    ours = answer_and_gradients(torch.float32)
+    outputs = output_and_gradients(torch.float32)
     assert fused_calls == ([dtype] if adds or relu else [])
-    assert ours[0].dtype == dtype
-    # A product near 0 may round to the other side of the ReLU: one in some hundreds in bfloat16.
+    assert outputs[0].dtype == dtype
+    # Values near 0 may be rounded to the other side of the ReLU: one in a few hundred in bfloat16.
     tolerance = 1e-5 if dtype == torch.float32 else 0.1 if relu else 0.01
-    for given, expected in zip(ours, answer_and_gradients(torch.float64), strict=True):
-        assert given.shape == expected.shape
-        assert (given - expected).norm() < tolerance * expected.norm()
-    assert add is None or torch.equal(add, before), "what is added is not written to"
+    for actual, expected in zip(outputs, output_and_gradients(torch.float64), strict=True):
+        assert actual.shape == expected.shape
+        assert (actual - expected).norm() < tolerance * expected.norm()
+    assert add is None or torch.equal(add, before), "`add` must not be overwritten"
 
 
-def test_what_needs_no_gradient_gets_none(fused_calls: list[torch.dtype]) -> None:
+def test_tensors_without_requires_grad_get_no_gradient(fused_calls: list[torch.dtype]) -> None:
     convolution, norm = nn.Conv2d(4, 6, 1), FrozenBatchNorm2d(6, train_affine=False)
     for frozen in (convolution, norm):
         frozen.requires_grad_(False)
@@ -125,7 +125,7 @@ def test_what_needs_no_gradient_gets_none(fused_calls: list[torch.dtype]) -> Non
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("padding", [1, "same"])
-def test_other_kinds_of_padding_are_those_of_the_layer(
+def test_other_padding_is_computed_as_by_the_layer(
     padding: int | str, padding_mode: str, fused_calls: list[torch.dtype]
 ) -> None:
     torch.manual_seed(0)

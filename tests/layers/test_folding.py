@@ -1,4 +1,4 @@
-"""Batch norms are folded where they are known to follow a convolution, and never under a hook."""
+"""Batch norms are folded only where they directly follow a convolution, and never in modules with hooks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_random_norms(model: nn.Module) -> Any:
 
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry per batch norm that is computed apart from its convolution."""
+    """One entry per batch norm that is computed separately from its convolution."""
     calls: list[int] = []
     batch_norm = torch.nn.functional.batch_norm
     monkeypatch.setattr(
@@ -60,8 +60,8 @@ def test_norms_of_a_pyramid_are_folded(norm_calls: list[int]) -> None:
     expected = deepcopy(model).double()(x.double())
     optimize_for_cpu(model)
     norm_calls.clear()
-    for level, exact in zip(model(x), expected, strict=True):
-        assert (level - exact).norm() < 1e-5 * exact.norm()
+    for level, expected_level in zip(model(x), expected, strict=True):
+        assert (level - expected_level).norm() < 1e-5 * expected_level.norm()
     assert not norm_calls
 
 
@@ -80,14 +80,14 @@ class Block(nn.Module):
 
 
 class Clipped(Block):
-    """The same layers with a ReLU between them that works in place."""
+    """The same layers with an in-place ReLU between them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn1(self.conv1(x).relu_())
 
 
 class Doubled(Block):
-    """The same layers; the output of the convolution is read twice."""
+    """The same layers; the output of the convolution is used twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x)
@@ -113,7 +113,7 @@ def test_a_norm_that_does_not_simply_follow_the_convolution_is_not_folded(kind: 
 
 
 def optimized_block(x: Tensor) -> tuple[Any, Any]:
-    """A block that folds its norm already, and the same block without optimization."""
+    """An optimized block that has folded its norm, and the same block without optimization."""
     plain = with_random_norms(Block())
     model = deepcopy(plain)
     optimize_for_cpu(model)
@@ -145,7 +145,7 @@ def test_a_hook_after_optimization_gets_what_the_module_computes(name: str) -> N
 
 
 class Shifted(nn.Module):
-    """A layer and a constant on its output."""
+    """A layer whose output is increased by 1."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_modules_replaced_after_optimization_are_used() -> None:
     torch.testing.assert_close(model(x), nn.GroupNorm(2, 4)(plain.conv1(x)))
 
 
-def test_training_after_optimization_is_as_without() -> None:
+def test_training_after_optimization_equals_training_without_it() -> None:
     x = torch.randn(2, 4, 6, 6)
     with torch.no_grad():
         model, plain = optimized_block(x)
@@ -204,7 +204,7 @@ def test_a_convolution_of_two_containers_is_not_folded() -> None:
 
 
 @torch.no_grad()
-def test_norms_without_scale_and_shift_stay() -> None:
+def test_norms_without_scale_and_shift_are_not_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).eval()
     x = torch.randn(1, 3, 5, 5)
     expected = model(x)
@@ -213,7 +213,7 @@ def test_norms_without_scale_and_shift_stay() -> None:
         torch.testing.assert_close(model(x), expected)
 
 
-def test_modules_say_what_they_fold() -> None:
+def test_repr_names_the_folded_norms() -> None:
     body = ResNet(18, norm="bn").eval()
     optimize_for_cpu(body)
     text = repr(body)
@@ -232,12 +232,12 @@ def test_a_gpu_model_has_no_norms_left_and_equals_float64(depth: int, norm: Any)
     optimize_for_cuda(model)
     assert not any(isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d) for module in model.modules())
     assert model.body.layer2[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
-    for level, exact in zip(model(x), expected, strict=True):
-        assert (level - exact).norm() < 1e-5 * exact.norm()
+    for level, expected_level in zip(model(x), expected, strict=True):
+        assert (level - expected_level).norm() < 1e-5 * expected_level.norm()
 
 
 class OtherOrder(BasicBlock):
-    """A block with a `forward` of its own."""
+    """A block whose `forward` adds convolution and norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv1(x) + self.bn1(x)

@@ -1,4 +1,4 @@
-"""Names from before `layers` keep working, with a warning that tells the new one."""
+"""Deprecated names keep working, with a warning that names the replacement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from boxwright.layers.optimize import optimize_for_cpu
 from boxwright.layers.packed import PackedConv2d
 
 
-def test_norms_are_found_under_their_former_module() -> None:
+def test_norms_can_be_imported_from_their_former_module() -> None:
     former = importlib.import_module("boxwright.backbones.norm")
     with pytest.warns(DeprecationWarning, match=r"boxwright\.layers\.norm\.FrozenBatchNorm2d"):
         assert former.FrozenBatchNorm2d is FrozenBatchNorm2d
@@ -22,7 +22,7 @@ def test_norms_are_found_under_their_former_module() -> None:
         _ = former.nothing
 
 
-def test_convolve_is_conv_norm() -> None:
+def test_convolve_calls_conv_norm() -> None:
     from boxwright.backbones.convolve import convolve
 
     conv, x = nn.Conv2d(2, 3, 1), torch.randn(1, 2, 4, 4)
@@ -31,7 +31,7 @@ def test_convolve_is_conv_norm() -> None:
     torch.testing.assert_close(y, conv(x).relu())
 
 
-def test_pack_convolutions_is_optimize_for_cpu() -> None:
+def test_pack_convolutions_calls_optimize_for_cpu() -> None:
     from boxwright.detectors.inference import pack_convolutions
 
     model = nn.Sequential(nn.Conv2d(2, 3, 1))
@@ -40,5 +40,5 @@ def test_pack_convolutions_is_optimize_for_cpu() -> None:
     assert type(model[0]) is PackedConv2d
 
 
-def test_optimize_for_cpu_is_a_name_of_the_package() -> None:
+def test_optimize_for_cpu_can_be_imported_from_the_package() -> None:
     assert boxwright.optimize_for_cpu is optimize_for_cpu

@@ -13,7 +13,9 @@ from boxwright.precision import Precision, autocast
 from factory import DETECTORS, random_batch, small_detector
 
 PRECISIONS = [
-    pytest.param(name, marks=pytest.mark.skipif(not can_fuse(dtype), reason=f"no {name} for oneDNN on this CPU"))
+    pytest.param(
+        name, marks=pytest.mark.skipif(not can_fuse(dtype), reason=f"oneDNN does not support {name} on this CPU")
+    )
     for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items()
 ]
 
@@ -21,7 +23,7 @@ PRECISIONS = [
 @pytest.mark.parametrize("kind", DETECTORS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_packed_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: str, precision: Precision) -> None:
+def test_optimized_detectors_have_the_same_detections_and_parameters(kind: str, precision: Precision) -> None:
     detector, packed = small_detector(kind).eval(), small_detector(kind).eval()
     packed.load_state_dict(detector.state_dict())
     optimize_for_cpu(packed)
@@ -29,17 +31,17 @@ def test_packed_detectors_detect_as_plain_ones_and_keep_their_parameters(kind: s
     assert list(packed.state_dict()) == list(detector.state_dict())
     assert all(p.dtype == torch.float32 for p in packed.parameters())
     batch = random_batch()
-    exact = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
+    exact_maps = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
     with autocast(torch.device("cpu"), precision):
-        ours = packed.backbone(packed.normalize(batch.images, batch.image_sizes))
-        plain = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
-        found, expected = packed.detect(batch), detector.detect(batch)
+        packed_maps = packed.backbone(packed.normalize(batch.images, batch.image_sizes))
+        plain_maps = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
+        actual, expected = packed.detect(batch), detector.detect(batch)
     if precision == "float32":
         for name in ("boxes", "scores", "valid"):
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
-    for level, plain_level, exact_level in zip(ours, plain, exact, strict=True):
+            torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
+    for level, plain_level, exact_level in zip(packed_maps, plain_maps, exact_maps, strict=True):
         error, allowed = (level.float() - exact_level).norm(), (plain_level.float() - exact_level).norm()
-        assert error < 1.1 * allowed + 1e-5 * exact_level.norm(), "as near as without packing"
+        assert error < 1.1 * allowed + 1e-5 * exact_level.norm(), "the error must not be larger than without packing"
 
 
 @pytest.mark.parametrize("groups", [1, 32])
@@ -58,33 +60,33 @@ def test_norms_of_a_resnet_are_folded_in(precision: Precision, groups: int) -> N
     optimize_for_cpu(body.float())
     with autocast(torch.device("cpu"), precision):
         maps = body(x)
-    for ours, exact in zip(maps, expected, strict=True):
-        assert (ours - exact).norm() < (1e-5 if precision == "float32" else 0.02) * exact.norm()
+    for level, expected_level in zip(maps, expected, strict=True):
+        assert (level - expected_level).norm() < (1e-5 if precision == "float32" else 0.02) * expected_level.norm()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_weights_are_kept_until_they_change(precision: Precision) -> None:
+def test_packed_weights_are_cached_until_the_parameters_change(precision: Precision) -> None:
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
     optimize_for_cpu(holder)
     packed, x = holder[0], torch.randn(1, 4, 8, 8)
     with autocast(torch.device("cpu"), precision):
         before = holder(x)
-        kept = packed.packed(before.dtype)
+        cached = packed.packed(before.dtype)
         holder(x)
-        assert packed.packed(before.dtype)[0] is kept[0]
+        assert packed.packed(before.dtype)[0] is cached[0]
         for parameter in packed.parameters():
             parameter.mul_(2)
         torch.testing.assert_close(holder(x), 2 * before)
         for parameter in packed.parameters():
             parameter.data = 2 * parameter.data
         torch.testing.assert_close(holder(x), 4 * before)
-    assert holder(x).dtype == torch.float32, "each precision has its own"
+    assert holder(x).dtype == torch.float32, "the packed weights depend on the precision"
 
 
 @torch.no_grad()
-def test_statistics_that_changed_alone_are_read_anew() -> None:
+def test_changed_statistics_are_folded_again() -> None:
     torch.manual_seed(0)
     body, x = ResNet(18, norm="bn"), torch.randn(2, 3, 32, 32)
     optimize_for_cpu(body.eval())
@@ -95,7 +97,7 @@ def test_statistics_that_changed_alone_are_read_anew() -> None:
     torch.testing.assert_close(body.eval()(x), expected(x))
 
 
-@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="oneDNN does not support bfloat16 on this CPU")
 @pytest.mark.parametrize(
     ("outputs", "dtype", "in_blocks"), [(256, "bfloat16", True), (720, "bfloat16", False), (256, "float32", False)]
 )
@@ -108,7 +110,7 @@ def test_weights_are_in_blocks_only_if_blocks_are_full_and_faster(
     assert packed.packed(getattr(torch, dtype))[0].is_mkldnn == (in_blocks and faster)
 
 
-@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="no bfloat16 for oneDNN on this CPU")
+@pytest.mark.skipif(not can_fuse(torch.bfloat16), reason="oneDNN does not support bfloat16 on this CPU")
 @pytest.mark.parametrize(("seconds_in_blocks", "faster"), [(0.5, True), (0.95, False), (5.0, False)])
 def test_blocks_are_faster_if_ten_percent_are_saved(
     seconds_in_blocks: float, faster: bool, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +126,7 @@ def test_blocks_are_faster_if_ten_percent_are_saved(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precision) -> None:
+def test_weights_created_in_inference_mode_are_not_cached(precision: Precision) -> None:
     torch.manual_seed(0)
     with torch.inference_mode(), autocast(torch.device("cpu"), precision):
         holder = nn.Sequential(nn.Conv2d(4, 8, 3))
@@ -136,14 +138,14 @@ def test_weights_made_in_inference_mode_are_read_as_they_are(precision: Precisio
             plain.weight.mul_(2)
 
 
-def test_a_packed_convolution_called_by_itself_has_gradients() -> None:
+def test_a_packed_convolution_that_is_called_has_gradients() -> None:
     holder = nn.Sequential(nn.Conv2d(4, 6, 1))
     optimize_for_cpu(holder)
     holder(torch.randn(1, 4, 5, 5)).sum().backward()
     assert holder[0].weight.grad is not None
 
 
-def test_a_packed_detector_still_learns() -> None:
+def test_an_optimized_backbone_still_trains() -> None:
     torch.manual_seed(0)
     plain = ResNet(18, frozen_stages=0)
     packed = ResNet(18, frozen_stages=0)
@@ -154,17 +156,15 @@ def test_a_packed_detector_still_learns() -> None:
     x = torch.randn(1, 3, 32, 32)
     for body in (plain, packed):
         body.train()(x)[-1].square().sum().backward()
-    for (name, ours), other in zip(packed.named_parameters(), plain.parameters(), strict=True):
-        assert (ours.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
+    for (name, actual), expected in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        assert (actual.grad - expected.grad).norm() <= 1e-3 * expected.grad.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("padding", [1, "same"])
 @torch.no_grad()
-def test_convolutions_of_other_kinds_answer_as_they_did(
-    padding: int | str, padding_mode: str, dtype: torch.dtype
-) -> None:
+def test_other_convolutions_have_the_same_output(padding: int | str, padding_mode: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode, dtype=dtype)
     holder, x = nn.Sequential(convolution), torch.randn(1, 4, 5, 5, dtype=dtype)

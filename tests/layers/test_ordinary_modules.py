@@ -1,4 +1,4 @@
-"""Every part of a detector is called: hooks fire, subclasses, pruning, parametrizations and replaced parts count."""
+"""Every part of a detector is called: hooks, subclasses, pruning, parametrizations and replaced parts take effect."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def random_batch_of(seed: int) -> Any:
 
 
 def outputs(detector: Any) -> list[Tensor]:
-    """The losses, and everything that is detected."""
+    """The losses, and the boxes, scores and masks of the detections."""
     batch = random_batch_of(0)
     with torch.no_grad():
         losses, detections = detector.losses(batch), detector.detect(batch)
@@ -50,13 +50,13 @@ def outputs(detector: Any) -> list[Tensor]:
     return [*losses.values(), detections.boxes, detections.scores, *masks]
 
 
-def assert_same(pred: list[Tensor], expected: list[Tensor]) -> None:
-    for tensor, other in zip(pred, expected, strict=True):
-        torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-3)
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for tensor, expected_tensor in zip(actual, expected, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, rtol=1e-3, atol=1e-3)
 
 
-def differ(pred: list[Tensor], other: list[Tensor]) -> bool:
-    return any(not torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(pred, other, strict=True))
+def differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    return any(not torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("optimized", [False, True])
@@ -159,7 +159,7 @@ def test_the_forward_of_a_subclass_is_used(layer: str, optimized: bool) -> None:
 
 @pytest.mark.parametrize("optimized", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_pruned_weights_are_left_out(layer: str, optimized: bool) -> None:
+def test_pruned_weights_are_zero(layer: str, optimized: bool) -> None:
     pruned, dense = small_detector("mask_rcnn").eval(), small_detector("mask_rcnn").eval()
     if optimized:
         optimize_for_cpu(pruned)
@@ -193,7 +193,7 @@ class LowRank(nn.Module):
 
 @pytest.mark.parametrize("optimized", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_low_rank_adapters_start_as_the_layer_and_train(layer: str, optimized: bool) -> None:
+def test_low_rank_adapters_start_with_the_output_of_the_layer_and_train(layer: str, optimized: bool) -> None:
     detector: Any = small_detector("mask_rcnn")
     if optimized:
         optimize_for_cpu(detector.eval())
@@ -268,7 +268,7 @@ def test_a_stage_of_a_resnet_can_be_replaced() -> None:
     ],
     ids=["group_norm", "kernel_5", "dilation", "groups", "reflect"],
 )
-def test_another_convolution_of_the_rpn_trains_and_detects(conv: Callable[[], nn.Module]) -> None:
+def test_a_replaced_convolution_of_the_rpn_trains_and_detects(conv: Callable[[], nn.Module]) -> None:
     detector: Any = small_detector("mask_rcnn")
     torch.manual_seed(1)
     detector.rpn.conv = conv()
@@ -286,7 +286,7 @@ def test_another_convolution_of_the_rpn_trains_and_detects(conv: Callable[[], nn
     assert detector.detect(batch).valid.any()
 
 
-def test_the_forward_of_an_rpn_subclass_is_what_trains() -> None:
+def test_the_forward_of_an_rpn_subclass_is_trained() -> None:
     from boxwright.heads.rpn_head import RPNHead, RPNOutput
 
     class Shifted(RPNHead):
@@ -303,7 +303,7 @@ def test_the_forward_of_an_rpn_subclass_is_what_trains() -> None:
     torch.testing.assert_close(shifted, stock + 1)
 
 
-def test_another_last_layer_of_the_mask_head_is_called() -> None:
+def test_a_replaced_last_layer_of_the_mask_head_is_called() -> None:
     detector: Any = small_detector("mask_rcnn").eval()
     head = detector.mask_head
     maps = [torch.randn(1, 32, size, size) for size in (16, 8, 4, 2)]

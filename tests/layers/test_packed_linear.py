@@ -21,7 +21,7 @@ def grids(memory_format: torch.memory_format = torch.channels_last) -> Tensor:
 
 
 def flat(layer: nn.Linear, grid: Tensor) -> Tensor:
-    """The product with the weights in the order in which they are stored."""
+    """The output of the layer for flattened grids, computed with the stored weights."""
     return F.linear(grid.contiguous().flatten(1), layer.weight, layer.bias)
 
 
@@ -34,8 +34,8 @@ def test_detection_equals_the_flat_product(
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         output, expected = linear_on_grid(layer, grid), flat(layer, grid)
     assert output.dtype == precision
-    close = 2**-7 if precision == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(output, expected, rtol=close, atol=close)
+    tolerance = 2**-7 if precision == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_changed_weights_are_packed_again(layer: PackedLinear) -> None:
@@ -43,9 +43,9 @@ def test_changed_weights_are_packed_again(layer: PackedLinear) -> None:
     torch.nn.init.normal_(other.weight)
     with torch.no_grad():
         linear_on_grid(layer, grid)
-        layer.weight.mul_(2)  # As an optimizer does, and `load_state_dict`.
+        layer.weight.mul_(2)  # Optimizers and `load_state_dict` change weights in place.
         torch.testing.assert_close(linear_on_grid(layer, grid), flat(layer, grid))
-        layer.weight.data = other.weight.data.clone()  # As moving a model does.
+        layer.weight.data = other.weight.data.clone()  # Moving a model replaces the data.
         torch.testing.assert_close(linear_on_grid(layer, grid), flat(layer, grid))
         layer.double()
         torch.testing.assert_close(linear_on_grid(layer, grid.double()), flat(layer, grid.double()))
@@ -71,7 +71,7 @@ def test_training_frees_the_packed_copy(layer: PackedLinear) -> None:
     assert layer._packed is None
 
 
-def test_weights_made_in_inference_mode_are_never_packed() -> None:
+def test_weights_created_in_inference_mode_are_never_packed() -> None:
     with torch.inference_mode():
         layer, grid = PackedLinear.of(nn.Linear(6 * 3 * 3, 5)).eval(), grids()
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""A module is stock only if calling it runs its class's own `forward`."""
+"""A module is stock only if a call runs the `forward` of its class and nothing else."""
 
 from __future__ import annotations
 
@@ -41,9 +41,18 @@ def test_a_plain_module_is_stock_for_its_exact_class_only() -> None:
         lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
         lambda conv: parametrize.register_parametrization(conv, "weight", nn.Identity()),
     ],
-    ids=["forward", "pre", "backward", "backward_pre", "own_forward", "own_conv_forward", "prune", "parametrize"],
+    ids=[
+        "forward",
+        "pre",
+        "backward",
+        "backward_pre",
+        "instance_forward",
+        "instance_conv_forward",
+        "prune",
+        "parametrize",
+    ],
 )
-def test_whatever_is_attached_makes_it_another_module(attach: Callable[[nn.Conv2d], Any]) -> None:
+def test_a_module_with_an_attachment_is_not_stock(attach: Callable[[nn.Conv2d], Any]) -> None:
     conv = nn.Conv2d(2, 2, 1)
     handle = attach(conv)
     assert not is_stock(conv, nn.Conv2d)
@@ -61,7 +70,7 @@ def test_whatever_is_attached_makes_it_another_module(attach: Callable[[nn.Conv2
         nn.modules.module.register_module_full_backward_pre_hook,
     ],
 )
-def test_global_hooks_count_for_every_module(register: Callable[[Any], Any]) -> None:
+def test_no_module_is_stock_under_a_global_hook(register: Callable[[Any], Any]) -> None:
     conv = nn.Conv2d(2, 2, 1)
     handle = register(hook)
     try:
@@ -76,13 +85,13 @@ def test_a_compiled_graph_notices_hooks_that_are_registered_later() -> None:
     conv = nn.Conv2d(2, 2, 1)
 
     @torch.compile(fullgraph=True, backend="eager")
-    def answer(x: Tensor) -> Tensor:
+    def output(x: Tensor) -> Tensor:
         return x + 1 if is_stock(conv, nn.Conv2d) else x - 1
 
     x = torch.zeros(())
     with compiler_settings():
-        assert answer(x) == 1
+        assert output(x) == 1
         handle = conv.register_forward_hook(hook)
-        assert answer(x) == -1
+        assert output(x) == -1
         handle.remove()
-        assert answer(x) == 1
+        assert output(x) == 1

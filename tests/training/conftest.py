@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums are bit for bit the same in another process only with as many threads; these models need but one."""
+    """Use one thread: sums are bit-identical in another process only with the same number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -15,7 +15,7 @@ CATEGORIES = [Category(id=3, name="square"), Category(id=7, name="circle")]
 
 
 class TinyDetector(nn.Module):
-    """Guesses one box and one class a image; has what real ones have: norm, chance, frozen parts."""
+    """Outputs one box and one class per image. Like real detectors, it has a norm, dropout and frozen parameters."""
 
     def __init__(self, num_classes: int, *, dropout: float, width: int = 8) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TinyDetector(nn.Module):
         present = (labels * weight[..., None]).amax(1)
         logits = self.classify(features)
         errors = (self.regress(features)[:, None] - boxes).abs().sum(-1)
-        # Means over images, which halves of a batch and ranks share out evenly.
+        # Means over images: halves of a batch, or of ranks, average to the mean of the whole batch.
         return {
             "class": nn.functional.binary_cross_entropy_with_logits(logits, present),
             "box": torch.where(batch.image_ids == self.bad_image, torch.nan, (errors * weight).sum(1)).mean(),
@@ -61,7 +61,7 @@ class TinyDetector(nn.Module):
 
 
 def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True) -> TinyDetector:
-    """One with or without what depends on the batch and on chance."""
+    """Build a `TinyDetector`, with or without a batch norm."""
     detector = TinyDetector(num_classes, dropout=dropout)
     if not norm:
         detector.norm = nn.Identity()  # type: ignore[assignment]
@@ -69,19 +69,19 @@ def tiny_detector(num_classes: int, *, dropout: float = 0.1, norm: bool = True) 
 
 
 def float64_detector(num_classes: int) -> TinyDetector:
-    """One in float64, without what depends on the batch or on chance: ranks together compute what one process does."""
+    """Build a detector in float64 without norm and dropout, so that two ranks compute the same as one process."""
     return tiny_detector(num_classes, dropout=0.0, norm=False).double()
 
 
-def stumbling_detector(num_classes: int, *, bad_image: int) -> TinyDetector:
-    """One whose loss is not a number on the image of this id, and that is otherwise plain."""
+def nan_detector(num_classes: int, *, bad_image: int) -> TinyDetector:
+    """Build a detector without norm and dropout, whose loss is NaN for the image with the id `bad_image`."""
     detector = tiny_detector(num_classes, dropout=0.0, norm=False)
     detector.bad_image = bad_image
     return detector
 
 
 class MaskedDetector(TinyDetector):
-    """One that wants masks."""
+    """A detector that needs masks in the targets."""
 
     needs_masks = True
 
@@ -93,42 +93,42 @@ class MaskedDetector(TinyDetector):
 
 
 def masked_detector(num_classes: int) -> MaskedDetector:
-    """One that wants masks."""
+    """Build a `MaskedDetector` without dropout."""
     return MaskedDetector(num_classes, dropout=0.0)
 
 
 class FakeImages:
-    """Random images with an object each; those whose position is in `empty` have none, and ids start at 100."""
+    """Random images with one or two objects each; images at positions in `empty` have none. Ids start at 100."""
 
     categories = CATEGORIES
 
-    def __init__(self, number: int = 16, empty: frozenset[int] = frozenset()) -> None:
-        self.number, self.empty = number, empty
-        self.image_sizes = np.full((number, 2), 32)
+    def __init__(self, num_images: int = 16, empty: frozenset[int] = frozenset()) -> None:
+        self.num_images, self.empty = num_images, empty
+        self.image_sizes = np.full((num_images, 2), 32)
         self.max_objects = 2
 
     def __len__(self) -> int:
-        return self.number
+        return self.num_images
 
     def __getitem__(self, position: int) -> Sample:
         rng = np.random.default_rng(position)
-        n = 0 if position in self.empty else 1 + position % 2
-        corner = rng.uniform(0, 16, (n, 2))
-        boxes = np.concatenate([corner, corner + rng.uniform(4, 16, (n, 2))], 1).astype(np.float32)
+        num_objects = 0 if position in self.empty else 1 + position % 2
+        corner = rng.uniform(0, 16, (num_objects, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(4, 16, (num_objects, 2))], 1).astype(np.float32)
         return Sample(
             image=rng.integers(0, 255, (32, 32, 3), dtype=np.uint8),
             image_id=100 + position,
             file_name=f"{position}.png",
             boxes=boxes,
-            labels=rng.integers(0, 2, n),
-            crowd=np.zeros(n, bool),
-            object_ids=np.arange(n),
+            labels=rng.integers(0, 2, num_objects),
+            crowd=np.zeros(num_objects, bool),
+            object_ids=np.arange(num_objects),
             masks=[ellipse(box) for box in boxes],
         )
 
 
 def ellipse(box: np.ndarray) -> list[np.ndarray]:
-    """The polygon of the ellipse that fills a box."""
+    """Polygon of the ellipse that is inscribed in a box."""
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     return [(box[:2] + box[2:]) / 2 + np.stack([np.cos(angles), np.sin(angles)], 1) * (box[2:] - box[:2]) / 2]
 

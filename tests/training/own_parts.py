@@ -1,4 +1,4 @@
-"""A user's module: parts of models given as classes, and detectors that know nothing of Boxwright's."""
+"""A user's module: parts of models that are classes, and detectors without parts of Boxwright."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PlainRPN(RPNHead):
 
 
 class PlainDetector(nn.Module):
-    """A detector with no more than what every detector must have."""
+    """A detector with only the members that every detector must have."""
 
     def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PlainDetector(nn.Module):
 
 
 class DerivedDetector(Detector, PlainDetector):
-    """The same, as a subclass of `Detector`."""
+    """`PlainDetector` as a subclass of `Detector`."""
 
     losses = PlainDetector.losses
     detect = PlainDetector.detect
@@ -93,7 +93,7 @@ def rcnn_of_parts(**settings: Any) -> Callable[..., RCNN]:
 
 @dataclass(frozen=True)
 class Doubled:
-    """Settings that change whenever they are made."""
+    """Settings whose constructor doubles `number`, so that a round trip through JSON changes them."""
 
     number: int
 
@@ -102,12 +102,12 @@ class Doubled:
 
 
 def doubled_detector(num_classes: int, *, options: Doubled) -> PlainDetector:
-    """A detector of such settings."""
+    """Build a `PlainDetector` of width `options.number`."""
     return PlainDetector(num_classes, options.number)
 
 
 class AgnosticDetector(PlainDetector):
-    """A detector of objects of any class, no proposal network of Boxwright's."""
+    """A class-agnostic detector that is not a `proposal_network`."""
 
     class_agnostic = True
 
@@ -116,5 +116,5 @@ class AgnosticDetector(PlainDetector):
 
 
 def experiment_of_a_lambda() -> Experiment:
-    """A recipe whose weights could not be loaded."""
+    """A recipe with a lambda as backbone, whose weights could not be loaded."""
     return Experiment(model=partial(faster_rcnn, backbone=lambda: Body(4)))

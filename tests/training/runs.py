@@ -1,4 +1,4 @@
-"""Short runs on the tiny detector, in this process and in others."""
+"""Short training runs, in this process and in other processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from boxwright.recipes.rpn import rpn_r18_fpn_small
 from boxwright.training.experiment import SGD, Experiment, StepSchedule, build
 from training.fakes import MODEL
 
-TIMES = {
+MEASURED = {
     "seconds_per_step",
     "images_per_second",
     "data_wait",
@@ -32,10 +32,11 @@ TIMES = {
     "eta_seconds",
     "seconds",
 }
+"""Fields of `metrics.jsonl` that differ between equal runs."""
 
 
 def tiny_experiment(**changes: Any) -> Experiment:
-    """Four steps an epoch on sixteen images, flips and all."""
+    """An experiment of four steps per epoch on the 16 images of `FakeImages`, with flips, warm-up and EMA."""
     settings: dict[str, Any] = {
         "model": MODEL,
         "resize": Resize(32, 32),
@@ -51,13 +52,13 @@ def tiny_experiment(**changes: Any) -> Experiment:
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock gave."""
+    """The lines of `metrics.jsonl` without times and memory."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:
-    """Two safetensors files hold the same, bit for bit."""
+    """Check that two safetensors files have the same tensors, bit for bit."""
     before, after = load_file(first), load_file(second)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -65,7 +66,7 @@ def assert_same_tensors(first: Path, second: Path) -> None:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Two runs saw the same losses and end with the same state, bit for bit."""
+    """Check that two runs logged the same metrics and ended in the same state, bit for bit."""
     assert curve(first) == curve(second)
     assert_same_tensors(first / "weights.safetensors", second / "weights.safetensors")
     last = max((first / "checkpoints").iterdir(), key=lambda path: int(path.name.split("_")[1])).name
@@ -75,7 +76,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def start_python(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Run Python code that may import from the tests, with one thread."""
+    """Start a process that runs Python code with one thread and can import from the tests."""
     tests = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
@@ -96,11 +97,11 @@ RECIPES = {
 
 
 def real_experiments(**changes: Any) -> dict[str, Experiment]:
-    """Small detectors, for four steps of two images out of eight."""
+    """Experiments with small detectors: one epoch of four steps on eight images, with two images per step."""
     settings = {
         "resize": Resize(64, 64),
         "scale_jitter": None,
-        # Not AdamW, whose first steps are as large for a gradient of rounding errors as for any other.
+        # Not AdamW: its first steps are as large for a gradient of rounding errors as for a real gradient.
         "optimizer": SGD(lr=0.02),
         "epochs": 1,
         "batch_size": 2,
@@ -110,16 +111,16 @@ def real_experiments(**changes: Any) -> dict[str, Experiment]:
 
 
 def float64_model(num_classes: int, *, recipe: str) -> nn.Module:
-    """The model of one of `RECIPES`, in float64."""
+    """Build the model of one of `RECIPES` in float64."""
     return build(RECIPES[recipe]().model, num_classes=num_classes).double()
 
 
 def float64_experiments(**changes: Any) -> dict[str, Experiment]:
-    """`real_experiments` whose arithmetic is float64, so that rounding is far below the precision of the log."""
+    """`real_experiments` in float64, so that rounding errors are far below the precision of the log."""
     experiments = real_experiments(**changes)
     return {name: replace(e, model=partial(float64_model, recipe=name)) for name, e in experiments.items()}
 
 
 FLOAT32_LOG = 1e-6
-"""Relative difference that rounding leaves between runs in float64: the log keeps float32, whose values are rounded by
-up to 6e-8 once on each rank and in the sum and the mean over the losses' parts."""
+"""Relative tolerance for the logs of float64 runs. Logged values are float32: each rank rounds them by up to 6e-8, and
+their sum and their mean over accumulated batches are rounded again."""

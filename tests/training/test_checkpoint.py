@@ -25,26 +25,26 @@ def save(folder: Path, step: int, state: TrainingState, keep: int = 3) -> Path:
     return checkpoint.save(folder, step, state, figures={"window": torch.ones(2, 3)}, metadata={"hello": 1}, keep=keep)
 
 
-def test_everything_comes_back(tmp_path: Path) -> None:
+def test_load_restores_everything(tmp_path: Path) -> None:
     state, other = make_state(), make_state()
     path = save(tmp_path, 7, state)
-    drawn = torch.rand(3)
+    next_random = torch.rand(3)
     loop = checkpoint.load(path, other)
     assert checkpoint.read_metadata(path) == {"step": 7, "hello": 1}
     assert torch.equal(loop["window"], torch.ones(2, 3))
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], tensor), name
-    for mine, others in zip(state.optimizer.state.values(), other.optimizer.state.values(), strict=True):
-        assert mine.keys() == others.keys()
-        assert all(torch.equal(mine[key], others[key]) for key in mine)
+    for saved, loaded in zip(state.optimizer.state.values(), other.optimizer.state.values(), strict=True):
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(saved[key], loaded[key]) for key in saved)
     assert state.ema is not None
     assert other.ema is not None
     assert all(torch.equal(other.ema.averages[name], tensor) for name, tensor in state.ema.averages.items())
     checkpoint.restore_random_state(loop, torch.device("cpu"))
-    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.rand(3), next_random)
 
 
-def test_newest_by_number_and_only_so_many_stay(tmp_path: Path) -> None:
+def test_newest_is_found_by_step_and_old_checkpoints_are_removed(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11):
         save(tmp_path, step, make_state(), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
@@ -54,7 +54,7 @@ def test_newest_by_number_and_only_so_many_stay(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") is None
 
 
-def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, make_state())
 
     def full_disk(*_: Any) -> None:
@@ -66,8 +66,8 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
 
 
-def test_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What writes tensors has an error of its own for it."""
+def test_full_disk_in_safetensors_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a full disk, safetensors raises another exception than the file system."""
 
     def full_disk(*_: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -78,12 +78,12 @@ def test_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("missing", [True, False])
 @pytest.mark.parametrize("name", ["model", "optimizer", "ema", "loop"])
-def test_damaged_checkpoint_is_named_and_changes_nothing(name: str, whole: bool, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_not_loaded(name: str, missing: bool, tmp_path: Path) -> None:
     path, state = save(tmp_path, 1, make_state()), make_state()
     file = path / f"{name}.safetensors"
-    if whole:
+    if missing:
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-5])
@@ -93,7 +93,7 @@ def test_damaged_checkpoint_is_named_and_changes_nothing(name: str, whole: bool,
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
 
 
-def test_damaged_page_is_named(tmp_path: Path) -> None:
+def test_damaged_metadata_is_named(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state())
     (path / "state.json").write_text('{"step": 1,')
     with pytest.raises(ValueError, match=r"step_1 is damaged"):
@@ -105,7 +105,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_other_model_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state(3))
     with pytest.raises(ValueError, match=r"step_1 does not match the model.*0\.weight"):
         checkpoint.load(path, make_state(4))

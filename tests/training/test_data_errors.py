@@ -46,14 +46,14 @@ def test_a_run_ends_with_the_error_of_its_data_set(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     code = CODE.format(images=2, out=str(tmp_path / "run"))
-    ranks = [start_python(code, RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
-    # The rank with the error first: torchrun waits for one to fail and then stops the others.
+    ranks = [start_python(code, RANK=str(i), LOCAL_RANK=str(i), **environment) for i in range(2)]
+    # Wait for the failing rank first, as torchrun does before it stops the other ranks.
     errors = errors_of(ranks[1])
     assert "SampleError: KeyError: 'no such column'" in errors
     assert ranks[1].returncode == 1

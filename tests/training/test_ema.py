@@ -6,7 +6,7 @@ from torch import nn
 from boxwright.training.ema import EMA
 
 
-def test_average_follows_its_formula() -> None:
+def test_average_equals_the_formula() -> None:
     model = nn.Linear(3, 2)
     ema = EMA(model, decay=0.9)
     expected = model.weight.detach().double()
@@ -19,15 +19,15 @@ def test_average_follows_its_formula() -> None:
     torch.testing.assert_close(ema.averages["weight"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_applied_puts_the_own_weights_back() -> None:
+def test_applied_restores_the_trained_weights() -> None:
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     ema = EMA(model, decay=0.9)
     start = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1)
-    own = model.weight.detach().clone()
+    trained = model.weight.detach().clone()
     with ema.applied():
         assert torch.equal(model.weight, start)
-    assert torch.equal(model.weight, own)
+    assert torch.equal(model.weight, trained)
     assert set(ema.state()) == {"weight"}

@@ -26,7 +26,7 @@ from boxwright.training.experiment import (
     from_json,
     to_json,
 )
-from training.fakes import tiny_detector  # a module of the tests, as a user's would be
+from training.fakes import tiny_detector  # stands for a user's module
 
 
 def head(*, width: int, num_classes: int, activation: str = "relu") -> dict[str, object]:
@@ -56,7 +56,7 @@ def through_json(experiment: Experiment, **options: object) -> Experiment:
     return from_json(json.loads(json.dumps(to_json(experiment))), **options)
 
 
-def test_defaults_are_the_2018_toolbox_s() -> None:
+def test_defaults_equal_those_of_mmdetection() -> None:
     experiment = Experiment(model=faster_rcnn)
     assert experiment.optimizer == SGD(lr=0.02, momentum=0.9, weight_decay=1e-4, decay_norm_and_bias=True)
     assert experiment.schedule == StepSchedule(epochs=(8, 11), factor=0.1, warmup_steps=500, warmup_factor=1 / 3)
@@ -75,24 +75,24 @@ def test_defaults_are_the_2018_toolbox_s() -> None:
         ({"scale_mode": "range"}, "scale_mode: 'range' needs the two ends"),
     ],
 )
-def test_impossible_numbers_are_refused(settings: dict, message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Experiment(model=faster_rcnn, **settings)
 
 
-def test_build_makes_inner_parts_first() -> None:
-    call = partial(pair, left=partial(pair, left=partial(head, width=3, num_classes=1)))
-    assert build(call) == (({"width": 3, "num_classes": 1, "activation": "relu"}, 2), 2)
+def test_build_calls_inner_parts_first() -> None:
+    part = partial(pair, left=partial(pair, left=partial(head, width=3, num_classes=1)))
+    assert build(part) == (({"width": 3, "num_classes": 1, "activation": "relu"}, 2), 2)
 
 
-def test_build_takes_a_function_for_a_part() -> None:
+def test_a_part_may_be_a_function() -> None:
     model = build(partial(proposal_network, backbone=partial(resnet_fpn, depth=18)), num_classes=5)
     assert isinstance(model, nn.Module)
     assert model.backbone.channels == [256] * 5
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("part", "message"),
     [
         (partial(head), "width"),
         (partial(head, width=3, colour="red"), "colour"),
@@ -100,16 +100,16 @@ def test_build_takes_a_function_for_a_part() -> None:
         (partial(pair, 3), "by name"),
     ],
 )
-def test_build_names_what_does_not_fit(call: partial, message: str) -> None:
+def test_build_names_the_wrong_argument(part: partial, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(call, num_classes=2)
+        build(part, num_classes=2)
 
 
-def test_json_holds_everything_defaults_included() -> None:
-    page = to_json(EXPERIMENT)
-    assert page["call"] == "boxwright.training.experiment.Experiment"
-    assert page["arguments"]["flip"] == 0.5
-    model = page["arguments"]["model"]
+def test_json_includes_defaults() -> None:
+    data = to_json(EXPERIMENT)
+    assert data["call"] == "boxwright.training.experiment.Experiment"
+    assert data["arguments"]["flip"] == 0.5
+    model = data["arguments"]["model"]
     assert model["call"] == "boxwright.detectors.rcnn.faster_rcnn"
     assert model["arguments"]["backbone"]["arguments"] == {
         "depth": 18,
@@ -131,22 +131,22 @@ def test_json_holds_everything_defaults_included() -> None:
 
 
 def test_json_round_trip() -> None:
-    again = through_json(EXPERIMENT)
-    assert to_json(again) == to_json(EXPERIMENT)
-    assert replace(again, model=EXPERIMENT.model) == EXPERIMENT
-    assert again.model.keywords["pixel_stats"] == CAFFE
-    assert again.model.keywords["rpn"] == RPNConfig(ratios=(1.0,), low_quality=None)
-    assert again.model.keywords["box"] == BoxConfig()
+    loaded = through_json(EXPERIMENT)
+    assert to_json(loaded) == to_json(EXPERIMENT)
+    assert replace(loaded, model=EXPERIMENT.model) == EXPERIMENT
+    assert loaded.model.keywords["pixel_stats"] == CAFFE
+    assert loaded.model.keywords["rpn"] == RPNConfig(ratios=(1.0,), low_quality=None)
+    assert loaded.model.keywords["box"] == BoxConfig()
 
 
-def test_a_module_of_yours_must_be_trusted() -> None:
+def test_a_module_of_the_user_must_be_trusted() -> None:
     experiment = Experiment(model=partial(tiny_detector, dropout=0.2))
     with pytest.raises(ValueError, match=r"training\.fakes\.tiny_detector is not Boxwright's"):
         through_json(experiment)
-    again = through_json(experiment, trusted_modules=["training"])
-    assert isinstance(again.model, partial)
-    assert again.model.func is tiny_detector
-    assert again.model.keywords == {"dropout": 0.2, "norm": True}
+    loaded = through_json(experiment, trusted_modules=["training"])
+    assert isinstance(loaded.model, partial)
+    assert loaded.model.func is tiny_detector
+    assert loaded.model.keywords == {"dropout": 0.2, "norm": True}
 
 
 @pytest.mark.parametrize(
@@ -166,19 +166,19 @@ def test_a_module_of_yours_must_be_trusted() -> None:
         ("boxwright.data.buckets.Resize", {}, "expected the JSON of an Experiment"),
     ],
 )
-def test_pages_cannot_call_what_is_no_part(name: str, arguments: dict, message: str) -> None:
+def test_json_may_call_only_parts_and_settings(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_json({"call": name, "arguments": arguments})
 
 
-@pytest.mark.parametrize("page", [None, [], {"call": "x"}, {"call": 3, "arguments": {}}, "experiment"])
-def test_pages_that_are_no_experiment(page: object) -> None:
-    with pytest.raises(ValueError, match=r"Experiment|no call"):
-        from_json(page)
+@pytest.mark.parametrize("data", [None, [], {"call": "x"}, {"call": 3, "arguments": {}}, "experiment"])
+def test_json_that_is_not_an_experiment_is_refused(data: object) -> None:
+    with pytest.raises(ValueError, match=r"expected the JSON of an Experiment|expected an object with the name 'call'"):
+        from_json(data)
 
 
 @pytest.mark.parametrize("value", [nn.ReLU(), {"a": 1}, dict, print, partial(nn.ReLU())])
-def test_what_json_cannot_hold_is_named(value: object) -> None:
+def test_values_without_a_json_form_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         to_json(partial(pair, left=value))
 

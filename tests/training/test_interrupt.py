@@ -8,7 +8,7 @@ import pytest
 from boxwright.training.interrupt import stop_request
 
 
-def test_first_signal_is_kept_and_handlers_come_back() -> None:
+def test_first_signal_is_stored_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_request() as stop:
         assert stop.agreed() == 0

@@ -9,10 +9,10 @@ import torch
 from boxwright.training.metrics import Log, Window, read_lines
 
 
-def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    whole = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (5, 10, 15))
-    path.write_text(whole + '{"kind": "train", "step": 2')
+    complete = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (5, 10, 15))
+    path.write_text(complete + '{"kind": "train", "step": 2')
     log = Log(tmp_path, step=10)
     log.write({"kind": "train", "step": 15}, {"loss": 1.0})
     log.close()
@@ -20,7 +20,7 @@ def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_window_keeps_a_row_a_step() -> None:
+def test_window_records_one_row_per_step() -> None:
     window = Window(3, torch.device("cpu"))
     for value in (1.0, 2.0):
         window.record({"loss": torch.tensor(value), "finite": torch.tensor(1.0)})
@@ -33,7 +33,7 @@ def test_window_keeps_a_row_a_step() -> None:
     assert len(other.read()) == 0
 
 
-def test_an_interval_goes_on_though_lines_come_more_often_now() -> None:
+def test_a_restored_interval_may_be_longer_than_the_window() -> None:
     window = Window(2, torch.device("cpu"))
     window.restore(["loss"], torch.ones(5, 1))
     for _ in range(2):

@@ -22,10 +22,10 @@ def assert_equal(one: Any, two: Any) -> None:
             assert_equal(left, right)
 
 
-def test_kept_batches_come_back_whole_with_their_masks(tmp_path: Path) -> None:
+def test_saved_batches_are_loaded_with_their_masks(tmp_path: Path) -> None:
     batches = [random_batch(), random_batch(num_objects=0)]
     assert batches[0].targets.masks is not None
     path, image_ids = keep_batches(tmp_path, 3, batches, loss_is_finite=False)
     assert image_ids == [0, 1, 0, 1]
-    for kept, batch in zip(load_batches(path), batches, strict=True):
-        assert_equal(kept, batch)
+    for loaded, batch in zip(load_batches(path), batches, strict=True):
+        assert_equal(loaded, batch)

@@ -1,4 +1,4 @@
-"""Parts given as classes and as factories train, save, resume and load; what could not be rebuilt is refused first."""
+"""Parts that are classes or factories can be trained, saved, resumed and loaded; others are refused before training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rcnn_experiment(**changes: Any) -> Experiment:
 
 
 class Nested:
-    """A class that holds another: neither can be imported as `module.name`."""
+    """A class with an inner class."""
 
     class Detector(PlainDetector):
         """Cannot be imported as `module.name`."""
@@ -70,20 +70,20 @@ def main_detector(num_classes: int) -> nn.Module:
 main_detector.__module__ = "__main__"
 
 
-def test_complete_parts_are_built_and_others_passed_on() -> None:
-    seen = {}
+def test_build_calls_complete_parts_and_passes_factories_on() -> None:
+    received = {}
 
     def model(*, body: nn.Module, whole: type, head: object, num_classes: int) -> object:
-        seen.update(body=body, whole=whole, head=head)
+        received.update(body=body, whole=whole, head=head)
 
     build(partial(model, body=partial(Body, width=4), whole=nn.Flatten, head=PlainRPN), num_classes=3)
-    assert isinstance(seen["body"], Body)
-    assert seen["head"] is PlainRPN
-    assert isinstance(seen["whole"], nn.Flatten), "a class without required parameters is complete"
+    assert isinstance(received["body"], Body)
+    assert received["head"] is PlainRPN
+    assert isinstance(received["whole"], nn.Flatten), "a class without required parameters is complete"
 
 
-def test_a_class_of_any_signature_can_take_the_place_of_a_default_head() -> None:
-    """`ScaledBoxHead` takes `*arguments`, so that its signature alone does not say that it needs some."""
+def test_a_class_with_any_signature_can_replace_a_default_head() -> None:
+    """The signature of `ScaledBoxHead` is `*arguments`, which does not show that it needs arguments."""
     detector = build(rcnn_of_parts(rpn=SMALL_RPN, box=SMALL_BOX), num_classes=5)
     assert isinstance(detector.backbone.body, Body)
     assert type(detector.rpn) is PlainRPN
@@ -93,11 +93,11 @@ def test_a_class_of_any_signature_can_take_the_place_of_a_default_head() -> None
     assert detector.box_head.num_classes == 5
 
 
-class OwnMaskHead(MaskHead):
+class CustomMaskHead(MaskHead):
     pass
 
 
-class OwnRetinaHead(RetinaHead):
+class CustomRetinaHead(RetinaHead):
     pass
 
 
@@ -106,20 +106,20 @@ class OwnRetinaHead(RetinaHead):
     [
         (proposal_network, {"rpn": SMALL_RPN}, {"rpn_head": PlainRPN}),
         (fast_rcnn, {"box": SMALL_BOX}, {"box_head": ScaledBoxHead}),
-        (fast_mask_rcnn, {"box": SMALL_BOX}, {"box_head": ScaledBoxHead, "mask_head": OwnMaskHead}),
+        (fast_mask_rcnn, {"box": SMALL_BOX}, {"box_head": ScaledBoxHead, "mask_head": CustomMaskHead}),
         (faster_rcnn, {"box": SMALL_BOX}, {"rpn_head": PlainRPN, "box_head": ScaledBoxHead}),
         (
             mask_rcnn,
             {"box": SMALL_BOX, "mask": SMALL_MASK},
-            {"rpn_head": PlainRPN, "box_head": ScaledBoxHead, "mask_head": OwnMaskHead},
+            {"rpn_head": PlainRPN, "box_head": ScaledBoxHead, "mask_head": CustomMaskHead},
         ),
         (cascade_rcnn, {"box": CASCADE_BOX}, {"rpn_head": PlainRPN, "box_head": ScaledBoxHead}),
         (
             cascade_mask_rcnn,
             {"box": CASCADE_BOX, "mask": SMALL_MASK},
-            {"rpn_head": PlainRPN, "box_head": ScaledBoxHead, "mask_head": OwnMaskHead},
+            {"rpn_head": PlainRPN, "box_head": ScaledBoxHead, "mask_head": CustomMaskHead},
         ),
-        (retinanet, {"retina": SMALL_RETINA}, {"retina_head": OwnRetinaHead}),
+        (retinanet, {"retina": SMALL_RETINA}, {"retina_head": CustomRetinaHead}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -129,13 +129,13 @@ def test_every_head_of_every_detector_can_be_replaced(
     detector = build(partial(builder, backbone=SMALL_BODY, **settings, **heads), num_classes=3)
     stock = {RPNHead, BoxHead, MaskHead, RetinaHead}
     kinds = {type(module) for module in detector.modules()}
-    assert not kinds & stock, "a head of the stock class is left"
+    assert not kinds & stock, "no head of a stock class may remain"
     assert set(heads.values()) <= kinds
 
 
-def test_json_names_classes_and_only_what_their_caller_does_not_pass() -> None:
-    page = to_json(rcnn_experiment())
-    model = page["arguments"]["model"]["arguments"]
+def test_json_names_classes_with_the_arguments_that_their_caller_does_not_pass() -> None:
+    data = to_json(rcnn_experiment())
+    model = data["arguments"]["model"]["arguments"]
     assert model["backbone"]["call"] == "boxwright.backbones.fpn.FPN"
     assert model["backbone"]["arguments"]["body"] == {"call": f"{MODULE}.Body", "arguments": {"width": 4}}
     assert model["box_head"] == {"call": f"{MODULE}.ScaledBoxHead", "arguments": {"extra": 3}}
@@ -146,15 +146,15 @@ def test_json_names_classes_and_only_what_their_caller_does_not_pass() -> None:
 
 def test_round_trip_through_json() -> None:
     experiment = rcnn_experiment()
-    again = through_json(experiment, MODULE)
-    assert to_json(again) == to_json(experiment)
-    detector = build(again.model, num_classes=2)
+    loaded = through_json(experiment, MODULE)
+    assert to_json(loaded) == to_json(experiment)
+    detector = build(loaded.model, num_classes=2)
     assert type(detector.box_head) is ScaledBoxHead
     assert detector.box_head.config == SMALL_BOX
     assert modules_of(experiment) == {MODULE}
 
 
-def test_experiments_written_before_heads_could_be_replaced_load() -> None:
+def test_experiments_saved_before_heads_were_replaceable_can_be_loaded() -> None:
     experiment = Experiment(model=partial(faster_rcnn, backbone=partial(resnet_fpn, depth=18), rpn=SMALL_RPN))
     old = to_json(experiment)
     for name in ("rpn_head", "box_head"):
@@ -170,9 +170,9 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(t
     checkpoints = tmp_path / "checkpoints"
     shutil.rmtree(checkpoints / "step_4")
     (file,) = (path for path in (checkpoints / "step_2").iterdir() if path.suffix == ".json")
-    page = json.loads(file.read_text())
-    del page["experiment"]["arguments"]["model"]["arguments"]["width"]
-    file.write_text(json.dumps(page))
+    data = json.loads(file.read_text())
+    del data["experiment"]["arguments"]["model"]["arguments"]["width"]
+    file.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"model\.width: 4 -> 5"):
         train(
             replace(experiment, model=partial(PlainDetector, width=5)),
@@ -185,7 +185,7 @@ def test_a_run_of_an_older_version_resumes_with_the_defaults_of_new_parameters(t
     assert (checkpoints / "step_4").is_dir()
 
 
-def test_json_calls_no_class_outside_the_model_modules_and_the_trusted_ones() -> None:
+def test_json_may_call_only_classes_of_model_modules_and_trusted_modules() -> None:
     for name, message in (
         ("torch.nn.modules.linear.Linear", r"trusted_modules=\['torch.nn.modules.linear'\].*--trust torch"),
         ("boxwright.training.ema.EMA", "neither a part of a model nor settings"),
@@ -220,26 +220,26 @@ def test_json_calls_no_class_outside_the_model_modules_and_the_trusted_ones() ->
     ids=["lambda", "local", "partial of local", "nested", "main", "object", "partial of object", "tensor"]
     + ["object as backbone", "by position", "lambda as head"],
 )
-def test_what_could_not_be_rebuilt_is_refused_before_the_first_step(model: Any, message: str, tmp_path: Path) -> None:
+def test_models_that_could_not_be_rebuilt_are_refused_before_training(model: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_experiment(model=model), FakeImages(), tmp_path / "run", num_workers=0)
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_that_come_back_as_others_are_refused() -> None:
+def test_settings_that_change_in_a_round_trip_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"read back from JSON, the experiment is .*Doubled.*\b4\b.* instead of .*\b2\b"
     ):
         require_rebuildable(tiny_experiment(model=partial(doubled_detector, options=Doubled(number=1))))
 
 
-def test_classes_can_be_shown_and_set() -> None:
+def test_arguments_of_classes_can_be_described_and_set() -> None:
     experiment = rcnn_experiment()
     text = describe(experiment).splitlines()
     for line in ("  box_head = ScaledBoxHead", "    extra = 3", "    body = Body", "      width = 4"):
         assert line in text, line
     start = text.index("  rpn_head = PlainRPN")
-    assert not text[start + 1].startswith("    "), "what faster_rcnn passes to its heads is not theirs to set"
+    assert not text[start + 1].startswith("    "), "arguments that faster_rcnn passes to its heads cannot be set"
     changed = with_settings(experiment, ["model.box_head.extra=5", "model.backbone.body.width=8"])
     detector = build(changed.model, num_classes=2)
     assert len(detector.box_head.scale) == 5
@@ -255,7 +255,7 @@ def test_pretrained_is_off_inside_classes() -> None:
     assert part.keywords["body"].keywords == {"pretrained": False}
 
 
-def test_replaced_parts_are_told() -> None:
+def test_replaced_parts_are_listed() -> None:
     assert replaced_parts(rcnn_of_parts()) == {
         "rpn_head": f"{MODULE}.PlainRPN",
         "box_head": f"{MODULE}.ScaledBoxHead",
@@ -263,14 +263,14 @@ def test_replaced_parts_are_told() -> None:
     assert replaced_parts(partial(faster_rcnn, backbone=resnet_fpn, box_head=BoxHead)) == {}
 
 
-def test_functions_keep_the_defaults_of_all_parameters() -> None:
-    """`build` passes by name, so that an experiment's model is no factory although it needs `num_classes`."""
-    page = to_json(tiny_experiment(model=PlainDetector))
-    assert page["arguments"]["model"]["arguments"] == {"width": 4}
+def test_arguments_of_a_model_include_all_defaults() -> None:
+    """The model of an experiment is not a factory although it needs `num_classes`, which `build` passes by name."""
+    data = to_json(tiny_experiment(model=PlainDetector))
+    assert data["arguments"]["model"]["arguments"] == {"width": 4}
     assert arguments_of(tiny_detector) == {"dropout": 0.1, "norm": True}
 
 
-FRESH = """
+FRESH_PROCESS = """
 import sys
 import numpy as np
 import pytest
@@ -286,8 +286,8 @@ with pytest.raises(ValueError, match="training.own_parts.*trusted_modules"):
 assert "training.own_parts" not in sys.modules
 model = boxwright.load(run, trusted_modules=["training"])
 assert type(model.detector.box_head).__name__ == "ScaledBoxHead"
-found = model.predict(np.full((32, 32, 3), 90, np.uint8))
-np.savez({out!r}, boxes=found.boxes, scores=found.scores, labels=found.labels)
+prediction = model.predict(np.full((32, 32, 3), 90, np.uint8))
+np.savez({out!r}, boxes=prediction.boxes, scores=prediction.scores, labels=prediction.labels)
 
 def cli(*words, trust=True, status=0):
     result = CliRunner().invoke(app, [*words, *(["--trust", "training.own_parts"] if trust else [])])
@@ -306,7 +306,7 @@ assert boxwright.load(files[0], trusted_modules=["training"]).predict(np.zeros((
 """
 
 
-def test_parts_given_as_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
+def test_parts_that_are_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "shapes"
     write_shapes(data, train=8, val=2)
     dataset = IndexedDataset(data / "annotations" / "instances_train.json", data / "train")
@@ -321,10 +321,10 @@ def test_parts_given_as_classes_from_training_to_a_fresh_process(tmp_path: Path)
     image = np.full((32, 32, 3), 90, np.uint8)
     expected = boxwright.load(run, trusted_modules=[MODULE]).predict(image)
     assert len(expected)
-    out = tmp_path / "found.npz"
-    process = start_python(FRESH.format(run=str(run), data=str(data), out=str(out)))
+    out = tmp_path / "prediction.npz"
+    process = start_python(FRESH_PROCESS.format(run=str(run), data=str(data), out=str(out)))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    found = np.load(out)
+    prediction = np.load(out)
     for name in ("boxes", "scores", "labels"):
-        assert np.array_equal(found[name], getattr(expected, name)), name
+        assert np.array_equal(prediction[name], getattr(expected, name)), name

@@ -1,4 +1,4 @@
-"""The loop with real detectors, for what the tiny detector cannot show."""
+"""Training with real detectors, for behaviour that the tiny detector cannot show."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ with process_group("cpu") as device:
 """
 
 
-def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
-    """In some steps the image of one rank holds no object, in others neither image does.
+def test_two_ranks_train_like_one_process(tmp_path: Path) -> None:
+    """In some steps the image of one rank has no object, in other steps both images have none.
 
-    In float64: convolutions of one image and of two are rounded differently, by an amount that depends on the
-    processor and that four steps of training increase. In float32 the losses differ by 1e-5 or more.
+    The runs use float64, because convolutions of one image and of two images are rounded differently. The difference
+    depends on the processor, and four steps of training increase it: in float32 the losses differ by 1e-5 or more.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     experiments = float64_experiments(images_per_device=2)
@@ -38,8 +38,8 @@ def test_two_ranks_learn_as_one_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [start_python(RANK.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [start_python(RANK.format(out=str(two)), RANK=str(i), LOCAL_RANK=str(i), **environment) for i in range(2)]
     for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

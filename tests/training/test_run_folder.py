@@ -7,7 +7,7 @@ import pytest
 from boxwright.training.run_folder import require_same
 
 
-def test_changed_fields_are_named_as_set_names_them() -> None:
+def test_changed_fields_have_the_names_of_the_set_option() -> None:
     before = {
         "call": "a.Experiment",
         "arguments": {"model": {"call": "a.m", "arguments": {"depth": 50}}, "at": [8, 11]},

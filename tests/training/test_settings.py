@@ -59,36 +59,36 @@ def value_at(experiment: Experiment, name: str) -> object:
 def test_set_one_field(setting: str, value: object) -> None:
     changed = with_settings(EXPERIMENT, [setting])
     name = setting.partition("=")[0]
-    found = value_at(changed, name)
-    assert found == value
-    assert type(found) is type(value)
-    # Nothing else changed, and not the original.
+    actual = value_at(changed, name)
+    assert actual == value
+    assert type(actual) is type(value)
+    # The other fields and the original experiment are unchanged.
     before, after = _leaves(to_json(EXPERIMENT)), _leaves(to_json(changed))
     assert all(before[leaf] == after[leaf] for leaf in before if leaf in after and not leaf.startswith(name))
 
 
-def _leaves(page: object, name: str = "") -> dict[str, object]:
-    if not isinstance(page, dict):
-        return {name: page}
+def _leaves(data: object, name: str = "") -> dict[str, object]:
+    if not isinstance(data, dict):
+        return {name: data}
     leaves = {}
-    for key, value in page["arguments"].items():
+    for key, value in data["arguments"].items():
         leaves.update(_leaves(value, f"{name}.{key}" if name else key))
     return leaves
 
 
-def test_what_is_shown_can_be_set() -> None:
+def test_described_scales_can_be_set() -> None:
     scaled = with_settings(EXPERIMENT, ["scales=(640,1333),(800,1333)", "scale_mode=range"])
-    assert (shown := [line for line in describe(scaled).splitlines() if line.startswith("scale")]) == [
+    assert (described := [line for line in describe(scaled).splitlines() if line.startswith("scale")]) == [
         "scales = (640,1333),(800,1333)",
         "scale_mode = range",
         "scale_jitter = none",
     ]
-    assert with_settings(EXPERIMENT, [line.replace(" ", "") for line in shown]) == scaled
+    assert with_settings(EXPERIMENT, [line.replace(" ", "") for line in described]) == scaled
     assert from_json(json.loads(json.dumps(to_json(scaled)))).scales == ((640, 1333), (800, 1333))
 
 
 def test_settings_apply_together() -> None:
-    # One after the other would pass through a resize whose short side is longer than its long side.
+    # One by one, the first change would make the short side longer than the long side.
     assert with_settings(EXPERIMENT, ["resize.short=1500", "resize.long=2500"]).resize == Resize(1500, 2500)
     changed = with_settings(EXPERIMENT, ["optimizer.lr=0.5", "optimizer=AdamW", "epochs=3", "epochs=4"])
     assert (changed.optimizer, changed.epochs) == (AdamW(lr=0.5), 4)
@@ -127,7 +127,7 @@ def test_settings_apply_together() -> None:
         ("resize.short=2000", "short <= long"),
     ],
 )
-def test_wrong_settings_name_the_right_ones(setting: str, message: str) -> None:
+def test_wrong_settings_name_the_valid_ones(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_settings(EXPERIMENT, [setting])
 
@@ -136,13 +136,13 @@ def unannotated(*, num_classes, depth=3, **options):
     raise NotImplementedError
 
 
-def test_functions_without_types_and_with_options_can_be_set() -> None:
+def test_arguments_without_annotations_can_be_set() -> None:
     experiment = Experiment(model=partial(unannotated, drop_path=0.1))
     changed = with_settings(experiment, ["model.depth=5", "model.drop_path=0.2"])
     assert arguments_of(changed.model) == {"depth": 5, "drop_path": 0.2}
 
 
-def test_describe_shows_everything_and_can_be_set_back() -> None:
+def test_everything_that_describe_prints_can_be_set() -> None:
     text = describe(EXPERIMENT)
     lines = text.splitlines()
     start = lines.index("model = faster_rcnn")
@@ -162,7 +162,7 @@ def test_describe_shows_everything_and_can_be_set_back() -> None:
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, value = line.strip().partition(" = ")
         path[depth:] = [name]
-        # Parts cannot be set, and pixel statistics have no defaults.
+        # A part cannot be set by its name, and pixel statistics have no defaults.
         if not value.startswith("(") and name not in ("model", "backbone", "pixel_stats", "rpn_head", "box_head"):
             settings.append(f"{'.'.join(path)}={value}")
     assert to_json(with_settings(EXPERIMENT, settings)) == to_json(EXPERIMENT)

@@ -16,7 +16,7 @@ from boxwright.structures import Batch, map_tensors
 from boxwright.training.experiment import SGD, AdamW
 from boxwright.training.optimizer import build_optimizer
 from boxwright.training.step import TrainStep
-from training.fakes import FakeImages, stumbling_detector
+from training.fakes import FakeImages, nan_detector
 
 
 def batches(number: int, size: int = 4) -> list[Batch]:
@@ -29,7 +29,7 @@ def batches(number: int, size: int = 4) -> list[Batch]:
 
 def make(config: SGD | AdamW | None = None, **options: Any) -> tuple[nn.Module, TrainStep, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    detector = stumbling_detector(2, bad_image=options.pop("bad_image", -1))
+    detector = nan_detector(2, bad_image=options.pop("bad_image", -1))
     optimizer = build_optimizer(config or SGD(lr=0.1), detector)
     return detector, TrainStep(detector, optimizer, device=torch.device("cpu"), **options), optimizer
 
@@ -40,14 +40,17 @@ def parameters(detector: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("config", [SGD(lr=0.1), SGD(lr=0.1, momentum=0.0), AdamW(lr=0.1)])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_step_is_plain_torch(config: SGD | AdamW, clip_norm: float | None) -> None:
-    """The reference is written out: backward, torch's own clip, torch's default optimizer with a number as the rate."""
+def test_step_equals_plain_pytorch(config: SGD | AdamW, clip_norm: float | None) -> None:
+    """The reference uses `backward`, `clip_grad_norm_` and the default optimizer with a float learning rate."""
     detector, step, _ = make(config, clip_norm=clip_norm)
     reference, _, _ = make()
     trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     weights = [parameter for parameter in trained if parameter.ndim > 1]
-    rest = [parameter for parameter in trained if parameter.ndim == 1]
-    groups = [{"params": weights}, {"params": rest, **({} if config.decay_norm_and_bias else {"weight_decay": 0.0})}]
+    norms_and_biases = [parameter for parameter in trained if parameter.ndim == 1]
+    groups = [
+        {"params": weights},
+        {"params": norms_and_biases, **({} if config.decay_norm_and_bias else {"weight_decay": 0.0})},
+    ]
     if isinstance(config, AdamW):
         plain: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     else:
@@ -63,52 +66,52 @@ def test_step_is_plain_torch(config: SGD | AdamW, clip_norm: float | None) -> No
         plain.step()
         torch.testing.assert_close(scalars["grad_norm"], norm)
         torch.testing.assert_close(scalars["total"], total.detach())
-    for one, other in zip(parameters(detector), parameters(reference), strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected in zip(parameters(detector), parameters(reference), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
-def test_accumulation_is_the_big_batch() -> None:
-    big = batches(1, size=8)[0]
-    halves = [map_tensors(big, lambda t: t[:4]), map_tensors(big, lambda t: t[4:])]
+def test_accumulation_equals_one_large_batch() -> None:
+    large = batches(1, size=8)[0]
+    halves = [map_tensors(large, lambda t: t[:4]), map_tensors(large, lambda t: t[4:])]
     first, step, _ = make()
-    whole = step([big], 0.1)
+    expected = step([large], 0.1)
     second, step, _ = make()
-    parts = step(halves, 0.1)
-    torch.testing.assert_close(whole, parts)
+    accumulated = step(halves, 0.1)
+    torch.testing.assert_close(accumulated, expected)
     for one, other in zip(parameters(first), parameters(second), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_cuda_graphs_may_write_over_their_results_between_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are summed in memory that no graph has given, in every step the same, and nothing else changes."""
-    asked: list[dict[str, Any]] = []
+def test_cuda_graphs_may_overwrite_their_outputs_between_accumulated_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are summed outside of the graphs, at the same addresses in every step. Nothing else changes."""
+    compile_options: list[dict[str, Any]] = []
 
     def compile(losses: nn.Module, **options: Any) -> nn.Module:
-        asked.append(options)
+        compile_options.append(options)
         return losses
 
     monkeypatch.setattr(torch, "compile", compile)
     plain, plain_step, _ = make(compile=True)
     graphed, step, _ = make(compile=True, cuda_graphs=True)
-    assert [options["mode"] for options in asked] == [None, "reduce-overhead"]
+    assert [options["mode"] for options in compile_options] == [None, "reduce-overhead"]
     trained = [parameter for parameter in graphed.parameters() if parameter.requires_grad]
-    places = [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None]
-    assert len(places) == len(trained)
+    addresses = [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None]
+    assert len(addresses) == len(trained)
     for pair in (batches(2), batches(2)):
         torch.testing.assert_close(step(pair, 0.1), plain_step(pair, 0.1))
-        assert [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None] == places
+        assert [parameter.grad.data_ptr() for parameter in trained if parameter.grad is not None] == addresses
     for one, other in zip(parameters(graphed), parameters(plain), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_cuda_graphs_are_refused_in_one_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_are_refused_with_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ValueError, match="single process"):
         make(compile=True, cuda_graphs=True)
 
 
 @pytest.mark.parametrize("config", [SGD(lr=0.1), AdamW(lr=0.1)])
-def test_non_finite_step_changes_nothing_even_as_the_first(config: SGD | AdamW) -> None:
+def test_non_finite_step_changes_nothing_even_if_it_is_the_first(config: SGD | AdamW) -> None:
     good = batches(1)[0]
     bad = replace(good, image_ids=good.image_ids.new_full((4,), 5))
     detector, step, optimizer = make(config, bad_image=5, allowed_non_finite=2, clip_norm=1.0)
@@ -124,10 +127,10 @@ def test_non_finite_step_changes_nothing_even_as_the_first(config: SGD | AdamW) 
     assert step.num_non_finite == 2
     assert all(torch.equal(one, other) for one, other in zip(parameters(clean), parameters(detector), strict=True))
     states = zip(optimizer.state.values(), clean_optimizer.state.values(), strict=True)
-    assert all(torch.equal(mine[key], others[key]) for mine, others in states for key in others)
+    assert all(torch.equal(actual[key], expected[key]) for actual, expected in states for key in expected)
 
 
-def test_beyond_the_allowance_every_step_is_left_out() -> None:
+def test_after_too_many_non_finite_steps_every_step_is_skipped() -> None:
     good = batches(1)[0]
     bad = replace(good, image_ids=good.image_ids.new_full((4,), 5))
     detector, step, _ = make(bad_image=5)
@@ -137,7 +140,7 @@ def test_beyond_the_allowance_every_step_is_left_out() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, parameters(detector), strict=True))
 
 
-def test_infinite_loss_with_finite_gradients_is_caught() -> None:
+def test_infinite_loss_with_finite_gradients_is_detected() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -152,7 +155,7 @@ def test_infinite_loss_with_finite_gradients_is_caught() -> None:
     assert detector.weight == 1
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_not_optimized() -> None:
     detector, step, optimizer = make()
     stem = detector.stem.weight.clone()
     step(batches(1), 0.1)
@@ -179,8 +182,8 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_as_many_graphs_as_canvases() -> None:
-    """PyTorch's own limit is 8 graphs; the next one raises FailOnRecompileLimitHit."""
+def test_number_of_graphs_is_limited_by_canvases_only() -> None:
+    """PyTorch's default limit is 8 graphs; one more graph raises FailOnRecompileLimitHit."""
     num_canvases = torch._dynamo.config.recompile_limit + 2
     _, step, _ = make(compile=True, num_canvases=num_canvases)
     batch = batches(1)[0]

@@ -20,6 +20,7 @@ from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Category, Dataset
 from boxwright.data.masks import Masks
 from boxwright.detectors.detector import Detector, as_detector
+from boxwright.distributed import rank, world_size
 from boxwright.evaluation.coco import CocoMetrics, coco_limits, coco_metrics
 from boxwright.evaluation.paste import paste_masks
 from boxwright.evaluation.proposals import LIMITS, proposal_recall, recall_names
@@ -82,7 +83,7 @@ def evaluate_proposals(
     The results contain the best 1000 proposals per image, which is the largest limit of the metrics.
     """
     results = detect_dataset(detector, batches, device=device, precision=precision, progress=progress, limit=LIMITS[-1])
-    if _is_first_rank():
+    if rank() == 0:
         recalls = proposal_recall(dataset, results)
     else:
         recalls = dict.fromkeys(recall_names(), -1.0)
@@ -223,10 +224,10 @@ def _file_table(batch: Batch, detections: Detections) -> np.ndarray:
 
 def _gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Concatenate the rows of all ranks. Tensors are sent because gathering Python objects would unpickle data."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return rows
     count = torch.tensor([len(rows)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
     lengths = [int(count.item()) for count in counts]
     local = torch.from_numpy(rows).to(device)
@@ -258,15 +259,11 @@ def shared_metrics(
     max_detections: tuple[int, int, int] = (1, 10, 100),
 ) -> CocoMetrics:
     """Compute `coco_metrics` on rank 0 and send them to all ranks, so that only one process reads the annotations."""
-    if _is_first_rank():
+    if rank() == 0:
         metrics = coco_metrics(dataset, results, max_detections=max_detections)
     else:
         metrics = CocoMetrics.blank(dataset.categories, max_detections, with_masks=results.masks is not None)
     return metrics.unpack(_from_first_rank(metrics.pack(), device))
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _from_first_rank(values: np.ndarray, device: torch.device | str) -> np.ndarray:

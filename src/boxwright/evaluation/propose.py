@@ -20,6 +20,7 @@ from boxwright.checks import check_count, check_device
 from boxwright.data.dataset import Dataset
 from boxwright.data.proposals import ImageProposals, ProposalFile, write_proposals
 from boxwright.detectors.detector import as_detector
+from boxwright.distributed import rank, world_size
 from boxwright.evaluation.evaluate import file_boxes, without_non_finite
 from boxwright.evaluation.proposals import RecallCounter
 from boxwright.precision import Precision, autocast
@@ -37,7 +38,7 @@ class ProposalWriter:
         self._orders: list[list[int]] = []
 
     def __enter__(self) -> ProposalWriter:
-        if _rank() == 0:  # fail before the work if the file cannot be written
+        if rank() == 0:  # fail before the work if the file cannot be written
             if self.path.is_dir():
                 raise IsADirectoryError(f"{self.path} is a folder. Use the path of a file.")
             shutil.rmtree(self._parts, ignore_errors=True)
@@ -49,7 +50,7 @@ class ProposalWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(self._parts, ignore_errors=True)
 
     def add(
@@ -66,7 +67,7 @@ class ProposalWriter:
         self._orders.append(list(image_ids))
         self._splits.append({"name": name, "annotations": annotations, "images": len(self._orders[-1])})
         write_proposals(
-            self._part(len(self._splits) - 1, _rank()),
+            self._part(len(self._splits) - 1, rank()),
             image_ids=proposals.keys(),
             counts=[len(image.boxes) for image in proposals.values()],
             images=proposals.values(),
@@ -84,7 +85,7 @@ class ProposalWriter:
         """
         _barrier()
         total = (0, 0)
-        if _rank() == 0:
+        if rank() == 0:
             counts = np.concatenate([self._counts(number) for number in range(len(self._splits))])
             write_proposals(
                 self.path,
@@ -111,10 +112,10 @@ class ProposalWriter:
                 yield owner[image_id].of(image_id)
 
     def _open(self, number: int) -> list[ProposalFile]:
-        return [ProposalFile(self._part(number, rank), limit=2**31) for rank in range(_world_size())]
+        return [ProposalFile(self._part(number, part_rank), limit=2**31) for part_rank in range(world_size())]
 
-    def _part(self, number: int, rank: int) -> Path:
-        return self._parts / f"split_{number}_rank_{rank}.safetensors"
+    def _part(self, number: int, part_rank: int) -> Path:
+        return self._parts / f"split_{number}_rank_{part_rank}.safetensors"
 
 
 def propose(
@@ -167,14 +168,6 @@ def propose(
         counts = torch.from_numpy(counter.counts)
         dist.all_reduce(counts)  # in place, on the host
     return proposals, counter.recall()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _barrier() -> None:

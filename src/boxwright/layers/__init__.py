@@ -1,1 +1,1 @@
-"""Layers that detectors share, and how a CPU computes them fast without changing what they mean."""
+"""Layers that detectors share, and their fast computation on a CPU."""

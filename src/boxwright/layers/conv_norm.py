@@ -38,18 +38,18 @@ class ConvNorm(nn.Sequential):
 def conv_norm(
     conv: nn.Module, norm: nn.Module | None, x: Tensor, add: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
-    """`relu(norm(conv(x)) + add)`.
+    """Compute `relu(norm(conv(x)) + add)`.
 
     Both modules are called, with their hooks, unless they are stock (see `is_stock`). A stock norm with constant
-    statistics is folded into the weight and bias of a stock convolution: equal in real arithmetic, gradients included,
-    without another pass over the map and without a second map for the backward pass. On a CPU, oneDNN computes the sum
-    and the ReLU in the same call.
+    statistics is folded into the weight and bias of a stock convolution. Output and gradients are the same up to
+    rounding, without a second pass over the map and without a second map for the backward pass. On a CPU, oneDNN
+    computes the sum and the ReLU in the same call.
 
     Args:
-        conv: any module. A stock `ConvNorm` is a convolution and its norm.
-        norm: of the convolution's output; None for none.
+        conv: any module. A stock `ConvNorm` counts as its convolution and its norm.
+        norm: norm of the convolution's output, or None.
         x: [B, inputs, H, W].
-        add: [B, C, H', W']; None for nothing.
+        add: [B, C, H', W'], or None.
         relu: whether a ReLU follows.
 
     Returns:
@@ -69,7 +69,7 @@ def conv_norm(
 
 
 def keeps_map_size(conv: nn.Conv2d, *, kernel: int) -> bool:
-    """Whether a convolution keeps the size of a map: a square kernel, zero padding of half of it, stride 1, one group.
+    """Whether a convolution has a square kernel, half of it as zero padding, stride 1, no dilation and one group.
 
     Args:
         conv: any convolution.

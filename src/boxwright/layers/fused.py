@@ -29,14 +29,14 @@ def fused_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
 
 @cache
 def can_fuse(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has oneDNN, and this CPU what oneDNN needs to compute in `dtype`."""
+    """Whether PyTorch has oneDNN, and oneDNN supports `dtype` on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def fused_operator() -> Any:
-    """OneDNN's convolution with a sum and a ReLU, which the FLOP counters of PyTorch do not know."""
+    """OneDNN's convolution with add and ReLU. PyTorch's FLOP counters do not count it."""
     return torch.ops.mkldnn._convolution_pointwise
 
 
@@ -49,11 +49,11 @@ def fused_convolution(
     *,
     relu: bool = False,
 ) -> Tensor:
-    """`relu(convolution(x) + add)` with its gradient, in one call of oneDNN.
+    """Compute `relu(convolution(x) + add)` in one call of oneDNN, with gradients.
 
     Args:
-        conv: its padding, stride, dilation and groups are used; its weights are not.
-        weight: [C, inputs / groups, K, K] of a `fused_dtype`; without gradient also in oneDNN's blocks.
+        conv: convolution whose padding, stride, dilation and groups are used; its weights are not.
+        weight: [C, inputs / groups, K, K] in a `fused_dtype`. If no gradient is needed, it may be in oneDNN's blocks.
         bias: [C], or None.
         x: [B, inputs, H, W].
         add: [B, C, H', W'], or None.
@@ -74,7 +74,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, geometry: Any, relu: bool
     ) -> Tensor:
         y = _call(x, weight, bias, add, geometry, relu)
-        # The gradient of the ReLU needs to know where y is above 0.
+        # The gradient of the ReLU is 0 where y is 0.
         ctx.save_for_backward(x, weight, y if relu else None)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
         return y
@@ -110,13 +110,13 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, ge
 
 
 def to_blocks(conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    """A weight in the blocks that oneDNN prefers when it does not know the size of the map.
+    """Reorder a weight to the blocks that oneDNN prefers when it does not know the size of the map.
 
     Other sizes may need other blocks. oneDNN then reorders the weight in every call, which can take ten times as long
     as the convolution: see `blocks_are_faster`.
 
     Args:
-        conv: its padding, stride, dilation and groups are used.
+        conv: convolution whose padding, stride, dilation and groups are used.
         weight: [C, inputs / groups, K, K] bfloat16.
     """
     reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
@@ -133,16 +133,16 @@ _ROUNDS = 2
 def blocks_are_faster() -> bool:
     """Whether this processor computes bfloat16 convolutions at least 10% faster from `to_blocks`.
 
-    Measured once per process, in less than 0.1 s, on a 1x1 convolution of ResNet's third stage: its map is small, so
-    that the blocks that suit it depend on the processor. An AMD EPYC with AVX-512 bf16 takes 12 times as long with
-    blocks. The output is the same to the bit either way.
+    This is measured once per process, in less than 0.1 s, on a 1x1 convolution of ResNet's third stage. Its map is
+    small, and for small maps the best blocks depend on the processor: an AMD EPYC with AVX-512 bf16 takes 12 times as
+    long with blocks. The output is bit-identical with and without blocks.
     """
     conv = nn.Conv2d(256, 1024, 1, bias=False, dtype=torch.bfloat16)
     x = torch.rand(1, 256, 20, 20, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     plain = conv.weight.detach().contiguous(memory_format=torch.channels_last)
     weights = plain, to_blocks(conv, plain)
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + _ROUNDS):  # The first round only prepares.
+    for _ in range(1 + _ROUNDS):  # The first round is a warm-up.
         for weight, times in zip(weights, seconds, strict=True):
             start = time.perf_counter()
             fused_convolution(conv, weight, None, x)

@@ -40,14 +40,14 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised input, in its own dtype.
+        """Normalise `x`; the output has the dtype of `x`.
 
-        `F.batch_norm` is the folded `x * scale + bias` in one pass, in float32 inside also where x is bfloat16.
+        `F.batch_norm` applies the folded `x * scale + bias` in one pass. Its arithmetic is float32 for bfloat16, too.
         """
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # nn.BatchNorm2d counts the batches of its statistics; ours never change.
+        # nn.BatchNorm2d counts the batches that updated its statistics. Frozen statistics are never updated.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -68,7 +68,7 @@ def has_untrained_statistics(model: nn.Module) -> bool:
 
 
 def make_norm(norm: Norm, channels: int, *, train_affine: bool = True) -> nn.Module:
-    """A normalisation layer.
+    """Build a normalisation layer.
 
     Args:
         norm: "frozen_bn" constant statistics; "bn" statistics of this process's images; "sync_bn" statistics of all
@@ -93,7 +93,7 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
     Args:
         conv: any convolution.
-        norm: one with constant statistics, see `has_constant_statistics`.
+        norm: batch norm with constant statistics, see `has_constant_statistics`.
     """
     assert isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d)
     assert norm.running_mean is not None

@@ -16,13 +16,13 @@ from boxwright.layers.stock import is_stock, is_unhooked
 
 
 def optimize_for_cpu(model: nn.Module) -> None:
-    """Make a model detect faster on a CPU, in place.
+    """Prepare a model, in place, for faster detection on a CPU.
 
-    Every stock `nn.Conv2d` caches its weights in the form that the CPU computes with. A batch norm that `conv_norm`
-    applies to its output is folded in, and its repr names that norm. A linear layer that reads RoI features caches its
-    weights in the order of these features. Parameters, their names and their precision do not change, and the model can
-    still be trained. Modules with hooks, subclasses and parametrized modules are not changed, and hooks that are
-    registered later are called as usual.
+    Every stock `nn.Conv2d` caches its weights in the form that the CPU computes with. If `conv_norm` applies a batch
+    norm to its output, the norm is folded in, and the repr of the convolution names the norm. A linear layer that reads
+    RoI features caches its weights in the order of these features. Parameters, their names and their precision do not
+    change, and the model can still be trained. Modules with hooks, subclasses and parametrized modules are not changed.
+    Hooks that are registered later are called as usual.
 
     Args:
         model: any module, usually a detector in eval mode.
@@ -48,7 +48,7 @@ def optimize_for_cpu(model: nn.Module) -> None:
 
 @torch.no_grad()
 def optimize_for_cuda(model: nn.Module) -> None:
-    """Make a model detect faster on a GPU, in place and for good.
+    """Prepare a model, in place and permanently, for faster detection on a GPU.
 
     Each batch norm with constant statistics is multiplied into the convolution before it, which gets a bias, and an
     `nn.Identity` replaces it. Weights become channels last. Parameters change, so do not train or save the model

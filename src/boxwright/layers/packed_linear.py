@@ -1,6 +1,6 @@
-"""The linear layer that reads RoIAlign's grids.
+"""The linear layer that reads RoI features.
 
-N boxes, C channels, S x S cells of a grid.
+N boxes, C channels, S x S cells of the grid of a box.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from boxwright.layers.stock import is_stock
 
 
 def linear_on_grid(linear: nn.Module, grid: Tensor) -> Tensor:
-    """`linear(grid.flatten(1))`.
+    """Compute `linear(grid.flatten(1))`.
 
     Args:
         linear: any module that maps [N, C * S * S] to [N, outputs]. Without gradients, a stock `PackedLinear` reads the
@@ -34,23 +34,23 @@ def linear_on_grid(linear: nn.Module, grid: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that keeps its weights in the order of channels-last grids, for `linear_on_grid`.
+    """A linear layer that caches its weights in the order of channels-last grids, for `linear_on_grid`.
 
-    RoIAlign's grids have channels last in memory. Copying 2,000 of them to the order of the weights takes a twentieth
-    of a detection; this reorders the weights once instead.
+    RoIAlign outputs channels-last grids. Copying 2,000 of them to the order of the weights takes a twentieth of the
+    time of a detection. Instead, the weights are reordered once.
     """
 
     _packed: tuple[tuple[object, ...], Tensor] | None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
-        """Make one that shares the parameters of a linear layer."""
+        """Make a packed linear layer that shares the parameters of `linear`."""
         packed = cls.__new__(cls)
         packed.__dict__.update(linear.__dict__, _packed=None)
         return packed
 
     def weight_like(self, grid: Tensor) -> Tensor:
-        """[outputs, S * S * C] in the product's dtype, without gradient; computed again after the weight changed."""
+        """[outputs, S * S * C] in the dtype of the product, without gradient; recomputed after the weight changed."""
         weight = self.weight
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
         state = weight.data_ptr(), weight._version, dtype
@@ -60,7 +60,7 @@ class PackedLinear(nn.Linear):
         return self._packed[1]
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """As in any module; training frees the weights that only detection uses."""
+        """Set the mode. Training mode frees the cached weights, which only detection uses."""
         if mode:
             self._packed = None
         super().train(mode)

@@ -1,14 +1,15 @@
-"""Checkpoints: everything training needs to go on as if it had never stopped, in a folder that is whole or not there.
+"""Checkpoints: everything that a resumed run needs to give the same results as an uninterrupted run.
 
-A checkpoint is `checkpoints/step_N/` with safetensors (no pickle) and a JSON page:
+A checkpoint is the folder `checkpoints/step_N/`, which exists only if it is complete. It contains safetensors files (no
+pickle) and a JSON file:
 
-- `model.safetensors`: parameters and buffers, those that do not train included;
-- `optimizer.safetensors`: momenta, `<kind>/<parameter>`;
-- `ema.safetensors`: averaged parameters, where the experiment keeps them;
-- `loop.safetensors`: random states of every rank, and the figures gathered since the last log line;
-- `state.json`: the step (which is also the loader's position and the schedule's), the experiment, versions, ranks.
+- `model.safetensors`: parameters and buffers, including frozen ones;
+- `optimizer.safetensors`: momenta, named `<kind>/<parameter>`;
+- `ema.safetensors`: averaged parameters, if the experiment has `ema_decay`;
+- `loop.safetensors`: random states of every rank, and the scalars recorded since the last log line;
+- `state.json`: the step (also the position of the loader and the schedule), experiment, versions, number of ranks.
 
-The learning rate is no state: the schedule gives it from the step.
+The learning rate is not saved, because the schedule computes it from the step.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def save(
         ) from error
     _flush(folder)
     for old in _checkpoints(folder)[:-keep]:
-        # Renamed first, so that an interrupted removal does not leave an incomplete checkpoint under a valid name.
+        # Rename first: an interrupted removal must not leave an incomplete checkpoint with a valid name.
         doomed = old.rename(folder / f".removed_{old.name}")
         shutil.rmtree(doomed)
     return target
@@ -161,7 +162,7 @@ def restore_random_state(loop: Mapping[str, Tensor], device: torch.device) -> No
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove folders that a killed process had not finished to write or to remove."""
+    """Remove folders that a killed process was writing or removing."""
     for pattern in (".partial_*", ".removed_*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -169,7 +170,7 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Turn errors of reading a file into an error that names the checkpoint and the way to continue without it."""
+    """Replace errors of reading a file by an error that names the checkpoint and the fix."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

@@ -1,6 +1,6 @@
 """A detector's losses as a `forward`, plain or compiled.
 
-Compiler settings apply within our own calls only, so that the program that uses Boxwright keeps its settings.
+Compiler settings apply within the calls of this module only, so that a program that uses Boxwright keeps its settings.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CompiledLosses(nn.Module):
 
         Args:
             detector: the model, on its device.
-            num_canvases: canvas shapes that batches have, which bounds the number of graphs.
-            cuda_graphs: capture the compiled graphs as CUDA graphs and replay them.
+            num_canvases: number of canvas shapes, which is the maximum number of graphs.
+            cuda_graphs: whether to capture the compiled graphs as CUDA graphs and replay them.
         """
         super().__init__()
         mode = "reduce-overhead" if cuda_graphs else None
@@ -61,9 +61,9 @@ def compiler_settings(num_canvases: int = 1) -> Iterator[None]:
     - The recompile limit, by default 8, becomes the number of canvases if that is larger. At the limit, compiling the
       next canvas raises an error.
     - Graphs that contain a `torch.autograd.Function` (the focal loss is one) are stored in the compile cache on disk,
-      where later processes find them. PyTorch leaves such graphs out, since a function may depend on more than its
-      arguments; ours depend on their arguments alone.
-    - Graphs are checked for hooks in every call, because a fast path is only right for a module without hooks.
+      where later processes find them. By default PyTorch does not store such graphs, because a function may depend on
+      more than its arguments. The functions of Boxwright depend on their arguments only.
+    - Every call checks for hooks, because the fast formulas are valid only for modules without hooks.
     """
     # The shapes of other detectors in the same process count towards the accumulated limit.
     settings = {

@@ -1,4 +1,4 @@
-"""Rank, world size, and the collectives that training needs.
+"""The process group of a run, and the collectives that training needs.
 
 torchrun starts one process per device and passes the rank in environment variables. CUDA tensors are exchanged over
 NCCL and host tensors over gloo, so that flags and checkpoints need no device synchronisation. Without torchrun, every
@@ -18,18 +18,12 @@ from torch import Tensor, nn
 
 from boxwright.checks import check_device
 
+# Re-exported: both were defined here before evaluation needed them too.
+from boxwright.distributed import rank as rank
+from boxwright.distributed import world_size as world_size
+
 TIMEOUT = timedelta(minutes=30)
 """Timeout of collectives. It is long because rank 0 computes the metrics of an evaluation alone."""
-
-
-def rank() -> int:
-    """Rank of this process; 0 for a single process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM within the block. Only in the main thread, as Python demands."""
+    """Catch SIGINT and SIGTERM within the block. In other threads nothing is caught, because Python forbids it."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

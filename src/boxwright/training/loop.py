@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom. To train differently, copy this file and change it.
+"""The training loop. Read it from top to bottom; to train differently, copy this file and change it.
 
 The host waits for the device at log lines, checkpoints and evaluations, and never in between.
 """
@@ -56,9 +56,9 @@ class Training:
         """Build every part, and load the newest checkpoint if the run is resumed.
 
         Args:
-            experiment: what to train and how.
+            experiment: model and training settings.
             dataset: training set; its categories give the number of classes.
-            out: the run's folder.
+            out: folder of the run.
             options: fields of `TrainingOptions`.
 
         Raises:

@@ -34,9 +34,9 @@ class NonFiniteGuard:
         """Set up the guard.
 
         Args:
-            folder: where batches and weights of non-finite steps go.
+            folder: folder for the batches and weights of non-finite steps.
             allowed: number of non-finite steps that are skipped; the next one stops training.
-            read_batches: reads this rank's batches of a step once more; the first step is 0.
+            read_batches: reads this rank's batches of a step again; the first step is 0.
             write_weights: writes the current weights to a file.
         """
         self._folder, self._allowed = folder, allowed
@@ -48,7 +48,7 @@ class NonFiniteGuard:
         self._num_checked, self._num_non_finite = step, num_non_finite
 
     def check(self, rows: Tensor, names: Sequence[str], step: int) -> None:
-        """Look at the steps that are not checked yet. Every rank calls it together.
+        """Check the steps that were not checked before. All ranks must call it together.
 
         Args:
             rows: [steps, names] this rank's scalars of the latest steps, on the host.
@@ -84,7 +84,7 @@ class NonFiniteGuard:
 
 
 def keep_batches(folder: Path, step: int, batches: Sequence[Batch], *, loss_is_finite: bool) -> tuple[Path, list[int]]:
-    """Write each rank's batches of a step. Every rank calls it together.
+    """Write each rank's batches of a step. All ranks must call it together.
 
     Args:
         folder: created if it does not exist.
@@ -110,7 +110,7 @@ def keep_batches(folder: Path, step: int, batches: Sequence[Batch], *, loss_is_f
 
 
 def load_batches(path: Path) -> list[Batch]:
-    """The batches in a file that the guard wrote, to repeat the step."""
+    """Load the batches of a non-finite step from a file that the guard wrote."""
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         part, name = key.split("/", 1)

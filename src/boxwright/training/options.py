@@ -23,7 +23,7 @@ class TrainingOptions:
     device: torch.device | str = "cpu"
     """Device to train on; under torchrun, the device that `process_group` gives."""
     evaluate: Evaluate | None = None
-    """Called every `experiment.evaluate_every` epochs and at the end; None for no evaluation."""
+    """Called every `experiment.evaluate_every` epochs and at the end; None disables evaluation."""
     resume: bool = False
     """Resume from the newest checkpoint in the run's folder, if there is one."""
     init: Path | None = None

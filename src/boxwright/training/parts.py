@@ -46,19 +46,20 @@ def build(part: Callable[..., Any], **arguments: Any) -> Any:
     """Build a part: first the parts among its arguments, then the part itself. Factories are passed on uncalled.
 
     Args:
-        part: a part, see the module's docstring.
-        arguments: further arguments, such as `num_classes`. The part may bind them only to their defaults, as
-            experiments read from JSON do.
+        part: a part, see the docstring of this module.
+        arguments: further arguments, such as `num_classes`. A part may already bind one of them to its default, as
+            parts read from JSON do.
 
     Raises:
-        ValueError: the part does not take these arguments, or needs more.
+        ValueError: The part does not have these parameters, an argument is missing, or the part binds an argument that
+            is also in `arguments`.
     """
-    function, given = _split(part)
+    function, bound = _split(part)
     signature = inspect.signature(function)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    given = {name: value for name, value in given.items() if name not in arguments or value != defaults.get(name)}
+    bound = {name: value for name, value in bound.items() if name not in arguments or value != defaults.get(name)}
     factories = factories_in(part)
-    parts = {name: build(value) if is_part(value) and name not in factories else value for name, value in given.items()}
+    parts = {name: build(value) if is_part(value) and name not in factories else value for name, value in bound.items()}
     try:
         signature.bind(**parts, **arguments)
     except TypeError as error:
@@ -69,14 +70,14 @@ def build(part: Callable[..., Any], **arguments: Any) -> Any:
 def factories_in(value: Any) -> set[str]:
     """Names of the arguments of a part that are factories; none for a dataclass instance.
 
-    A part is a factory if it still needs arguments, or if the parameter's default is a factory, so that a class whose
-    signature is `*args, **kwargs` can take the place of `BoxHead`.
+    A part is a factory if it still needs arguments. It is also a factory if the default of its parameter is one, so
+    that a class with the signature `*args, **kwargs` can replace `BoxHead`.
     """
     if not is_part(value):
         return set()
-    function, given = _split(value)
+    function, bound = _split(value)
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-    named = {**defaults, **given}
+    named = {**defaults, **bound}
     return {
         name for name in named if _is_factory(named[name]) or (is_part(named[name]) and _is_factory(defaults.get(name)))
     }
@@ -86,21 +87,21 @@ def _is_factory(value: Any) -> bool:
     """Whether a value is a part with a required parameter that has no value."""
     if not is_part(value):
         return False
-    function, given = _split(value)
+    function, bound = _split(value)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(
-        parameter.default is inspect.Parameter.empty and parameter.kind not in variadic and name not in given
+        parameter.default is inspect.Parameter.empty and parameter.kind not in variadic and name not in bound
         for name, parameter in inspect.signature(function).parameters.items()
     )
 
 
 def replaced_parts(part: Callable[..., Any]) -> dict[str, str]:
     """Full names of the parts that replace a default part, such as another `box_head`, by argument."""
-    function, given = _split(part)
+    function, bound = _split(part)
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     return {
         name: call_name(value)
-        for name, value in given.items()
+        for name, value in bound.items()
         if is_part(value) and is_part(defaults.get(name)) and call_name(value) != call_name(defaults[name])
     }
 
@@ -128,15 +129,15 @@ def arguments_of(value: Any, *, factory: bool = False) -> dict[str, Any]:
     """
     if not is_part(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    function, given = _split(value)
+    function, bound = _split(value)
     parameters = inspect.signature(function).parameters.values()
     defaults = {
         p.name: p.default
         for p in parameters
         if p.default is not inspect.Parameter.empty and not (factory and p.kind is not inspect.Parameter.KEYWORD_ONLY)
     }
-    named = {p.name: {**defaults, **given}[p.name] for p in parameters if p.name in defaults or p.name in given}
-    return {**named, **given}
+    named = {p.name: {**defaults, **bound}[p.name] for p in parameters if p.name in defaults or p.name in bound}
+    return {**named, **bound}
 
 
 def _split(part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -152,13 +153,13 @@ def _split(part: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def to_json(value: Any) -> Any:
-    """Convert a value to what `json` can write, defaults included, so that a later change of a default has no effect.
+    """Convert a value to JSON types. Defaults are included, so that a later change of a default has no effect.
 
     A part or a dataclass instance becomes `{"call": "boxwright.backbones.fpn.resnet_fpn", "arguments": {...}}`.
 
     Raises:
-        ValueError: something in the value is neither a part, nor a dataclass instance, number, string, bool, None or
-            tuple of these; or a part cannot be imported by its name.
+        ValueError: The value contains something else than parts, dataclass instances, numbers, strings, bools, None and
+            tuples, or a part that cannot be imported by its name.
     """
     return _encode(value, "")
 
@@ -167,7 +168,7 @@ def _encode(value: Any, path: str, *, factory: bool = False) -> Any:
     if is_part(value) or is_settings(value):
         name = call_name(value)
         target = _target(value)
-        # Lambdas and what is defined inside a function or a class have no name in their module.
+        # Lambdas, and functions and classes defined inside others, have no name in their module.
         if not target.__qualname__.isidentifier() or target.__module__ == "__main__":
             raise ValueError(
                 f"{_at(path)}{name} cannot be imported by its name, so the model could not be rebuilt from its "
@@ -207,45 +208,44 @@ def modules_of(value: Any) -> set[str]:
 
 
 def not_pretrained(part: Any) -> Any:
-    """The part with `pretrained` off in it and in its arguments, for parts of Boxwright.
+    """Set `pretrained` to False in a part and in the parts among its arguments, for parts of Boxwright.
 
-    For a model whose weights come from a file: pretrained weights would be downloaded and then overwritten.
+    Used for a model whose weights come from a file: pretrained weights would be downloaded and then overwritten.
     """
     if not is_part(part):
         return part
-    function, given = _split(part)
-    changes = {name: not_pretrained(value) for name, value in given.items() if is_part(value)}
-    if _inside(function.__module__, ("boxwright",)) and given.get("pretrained"):
+    function, bound = _split(part)
+    changes = {name: not_pretrained(value) for name, value in bound.items() if is_part(value)}
+    if _inside(function.__module__, ("boxwright",)) and bound.get("pretrained"):
         changes["pretrained"] = False
     return partial(part, **changes) if changes else part
 
 
 def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Any:
-    """Undo `to_json`. Lists come back as tuples, functions and classes as partials of all their recorded arguments.
+    """Convert the result of `to_json` back. Lists become tuples; functions and classes become partials of them.
 
     Args:
-        data: as `json` reads it.
-        trusted_modules: modules, or packages with everything in them, whose functions and classes may be called besides
-            Boxwright's own.
+        data: JSON as `json.loads` returns it.
+        trusted_modules: modules and packages whose functions and classes may be called, in addition to Boxwright's.
 
     Raises:
-        ValueError: `data` has another structure, or names what does not exist or is not trusted.
+        ValueError: `data` has another structure, or names something that does not exist or is not trusted.
     """
     trusted = tuple(trusted_modules)
     if isinstance(data, list):
         return tuple(from_json(element, trusted) for element in data)
     if not isinstance(data, dict):
         return data
-    name, given = data.get("call"), data.get("arguments")
-    if set(data) != {"call", "arguments"} or not isinstance(name, str) or not isinstance(given, dict):
+    name, values = data.get("call"), data.get("arguments")
+    if set(data) != {"call", "arguments"} or not isinstance(name, str) or not isinstance(values, dict):
         raise ValueError(f'invalid experiment: expected {{"call": NAME, "arguments": {{...}}}}, got {data!r}')
     target = _find(name, trusted)
     known = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        for argument in given:
+        for argument in values:
             if argument not in known:
                 raise ValueError(f"{name} has no {argument!r}{nearest(argument, known)}")
-    arguments = {argument: from_json(value, trusted) for argument, value in given.items()}
+    arguments = {argument: from_json(value, trusted) for argument, value in values.items()}
     if is_part(target):
         return partial(target, **arguments)
     try:
@@ -255,10 +255,10 @@ def from_json(data: Any, trusted_modules: Collection[str] = ()) -> Any:
 
 
 def _find(name: str, trusted: tuple[str, ...]) -> Any:
-    """The function or class of a name, if JSON may name it.
+    """Import the function or class of a name that JSON may contain.
 
     Raises:
-        ValueError: it may not, or there is no such thing.
+        ValueError: JSON may not contain the name, or it does not exist.
     """
     module_name, _, attribute = name.rpartition(".")
     if not _inside(module_name, ("boxwright", *trusted)):
@@ -282,7 +282,7 @@ def _find(name: str, trusted: tuple[str, ...]) -> Any:
         ) from None
     is_model_part = is_part(target) and _inside(module_name, (*MODEL_MODULES, *trusted))
     is_settings_class = isinstance(target, type) and dataclasses.is_dataclass(target)
-    # A module also holds what it imports, and Boxwright has functions that write files.
+    # A module also has the names that it imports, and some of Boxwright's functions write files.
     if getattr(target, "__module__", None) != module_name or not (is_model_part or is_settings_class):
         raise ValueError(f"{name} is neither a part of a model nor settings")
     return target
@@ -297,7 +297,7 @@ def _inside(module: str, packages: Collection[str]) -> bool:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """End of an error message about a wrong name: the names that contain it if several do, the closest, or all."""
+    """End of an error message about a wrong name: the names that contain it, or the closest name, or all names."""
     containing = [right for right in names if name in right]
     close = get_close_matches(name, list(names), n=1)
     if len(containing) < 2 and close:

@@ -29,9 +29,9 @@ class Plan:
         """Plan a run.
 
         Args:
-            experiment: what to train.
-            options: how often to log and to save.
-            batches_per_epoch: batches of each rank in an epoch.
+            experiment: the experiment.
+            options: options of the run: how often it logs and saves.
+            batches_per_epoch: number of batches of each rank per epoch.
             world_size: number of ranks.
         """
         steps_per_epoch = max(1, batches_per_epoch // experiment.accumulate)

@@ -30,9 +30,9 @@ def require_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Pat
     """Check that a resumed run has the same experiment and data as before.
 
     Args:
-        saved: the metadata stored with the checkpoint.
-        present: the metadata of the resumed run.
-        folder: the run's folder, for the message.
+        saved: metadata stored with the checkpoint.
+        present: metadata of the resumed run.
+        folder: folder of the run, for the message.
 
     Raises:
         ValueError: They differ; the message names every changed field.

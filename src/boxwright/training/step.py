@@ -21,7 +21,7 @@ from boxwright.training.compiled import CompiledLosses, Losses
 
 
 class TrainStep:
-    """Each call trains on one global batch.
+    """A training step: each call trains on one global batch.
 
     A step with a loss or gradient norm that is not finite on any rank is skipped: parameters and momenta keep their
     values. After more than `allowed_non_finite` such steps every later step is skipped too, so that the weights of the
@@ -45,18 +45,18 @@ class TrainStep:
 
         Args:
             detector: the model, on its device, in training mode.
-            optimizer: over the parameters that train, its learning rate a tensor (see `build_optimizer`).
-            device: the detector's device.
-            precision: precision of the detector's arithmetic; weights, losses and boxes stay float32.
-            clip_norm: gradients are scaled down to at most this L2 norm over all parameters.
-            compile: compile the losses, as one graph for each canvas shape.
+            optimizer: optimizer of the trainable parameters, whose learning rate is a tensor (see `build_optimizer`).
+            device: device of the detector.
+            precision: precision of convolutions and matrix products; weights, losses and boxes stay float32.
+            clip_norm: maximum L2 norm of the gradient of all parameters; None disables clipping.
+            compile: whether to compile the losses, as one graph for each canvas shape.
             num_canvases: number of canvas shapes in training; only `compile` uses it.
-            cuda_graphs: capture the compiled losses as CUDA graphs and replay them: a forward and a backward graph for
+            cuda_graphs: whether to capture the compiled losses as CUDA graphs: a forward and a backward graph for
                 each canvas shape. They share one memory pool, into which each batch is copied.
-            allowed_non_finite: how many non-finite steps are skipped before every later step is skipped.
+            allowed_non_finite: number of non-finite steps after which every later step is skipped, too.
 
         Raises:
-            ValueError: CUDA graphs are asked for in a run with several processes.
+            ValueError: `cuda_graphs` is set in a run with several processes.
         """
         check_device(device)
         check_precision(precision)
@@ -65,7 +65,7 @@ class TrainStep:
             check_number("clip_norm", clip_norm, 0, above=True)
         if cuda_graphs and dist.is_initialized():
             # The all-reduce of the losses' denominators would be captured too, which is untested.
-            raise ValueError("cuda_graphs=true works in a single process only: set cuda_graphs=false under torchrun")
+            raise ValueError("cuda_graphs: expected false under torchrun, got true. CUDA graphs need a single process.")
         losses: nn.Module = Losses(detector)
         if compile:
             losses = CompiledLosses(detector, num_canvases=num_canvases, cuda_graphs=cuda_graphs)
@@ -92,7 +92,7 @@ class TrainStep:
         """[] float32, number of non-finite steps so far."""
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> dict[str, Tensor]:
-        """Do one step.
+        """Train on one global batch.
 
         Args:
             batches: this rank's images, on the device, one batch for each part of an accumulated step.
@@ -110,8 +110,8 @@ class TrainStep:
                 with autocast(self._device, self._precision), shared_denominators():
                     losses = self._losses(batch)
                 total = torch.stack(list(losses.values())).sum()
-                # A loss may be infinite with finite gradients. NaN gradients on the rank that had it reach every rank
-                # with the sum of the gradients, so that all ranks agree without another collective.
+                # An infinite loss may have finite gradients. They become NaN here, and NaN reaches every rank with the
+                # sum of the gradients. So all ranks skip the step without another collective.
                 poison = torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)
                 (total * poison / len(batches)).backward()
             for name, loss in {**losses, "total": total}.items():

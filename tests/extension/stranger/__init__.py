@@ -1,1 +1,1 @@
-"""What an outside package would hold: nothing here edits or patches Boxwright."""
+"""Stands for an outside package: nothing here edits or patches Boxwright."""

@@ -1,4 +1,4 @@
-"""A hand-written backbone, and changes to a ResNet's layers that are common outside of a detection toolbox."""
+"""A hand-written backbone, and common changes to the layers of a ResNet: LoRA and pruning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PlainNet(nn.Module):
 
 
 class PlainFPN(FPN):
-    """A feature pyramid on a `PlainNet`; given to a detector as a class."""
+    """A feature pyramid on a `PlainNet`, passed to a detector as a class."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(PlainNet(width), channels=32)
@@ -67,10 +67,10 @@ def lora_resnet_fpn() -> FPN:
 
 
 def pruned_resnet_fpn() -> FPN:
-    """A ResNet with half of the weights of one convolution pruned."""
+    """A ResNet with half of the weights of one convolution pruned, and all weights of another."""
     fpn = small_resnet_fpn()
     body: Any = fpn.body
     prune.l1_unstructured(body.layer2[0].conv1, "weight", amount=0.5)
-    # Channels that are pruned as a whole, so that the effect is easy to see.
+    # Prune all weights of a second convolution, so that the effect is large.
     prune.custom_from_mask(body.layer3[0].conv2, "weight", torch.zeros_like(body.layer3[0].conv2.weight))
     return fpn

@@ -1,4 +1,4 @@
-"""Heads of an outside package: a box head given as a class, an RPN with another convolution, a box loss."""
+"""Heads of an outside package: a box head that is a class, an RPN with another convolution, a box loss."""
 
 from __future__ import annotations
 
