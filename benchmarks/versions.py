@@ -3,8 +3,8 @@
 git worktree add /tmp/before COMMIT
 python benchmarks/versions.py --before /tmp/before/src --after src --out versions.md
 
-Each version runs in a process of its own. Both processes take the same random images and objects; they run in turns,
-one training step or detection at a time, so that a change in the machine's load meets both. Peak memory is measured in
+Each version runs in a separate process. Both processes use the same random images and objects. They alternate, one
+training step or detection at a time, so that a change in the machine's load affects both. Peak memory is measured in
 fresh processes.
 """
 
@@ -99,7 +99,7 @@ def serve(arguments: list[str]) -> None:
 
 
 class Worker:
-    """One version in a process of its own."""
+    """A version of Boxwright in a separate process."""
 
     def __init__(self, source: Path, case: tuple[str, str, str], options: argparse.Namespace) -> None:
         environment = {**os.environ, "PYTHONPATH": str(source.resolve()), "OMP_NUM_THREADS": str(options.threads)}

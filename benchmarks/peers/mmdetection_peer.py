@@ -49,7 +49,7 @@ def build(family: str, depth: int, num_classes: int, device: str) -> nn.Module:
     """The model of a published configuration."""
     if family not in CONFIGURATIONS:
         raise ValueError(f"there is no adapter of mmdetection's {family}, only of {', '.join(CONFIGURATIONS)}")
-    # It would tell of every tensor how it was initialised.
+    # Otherwise mmdetection logs the initialisation of every tensor.
     MMLogger.get_current_instance().setLevel("WARNING")
     register_all_modules()
     config = get_config("mmdet::" + CONFIGURATIONS[family].format(depth=depth)).model

@@ -111,7 +111,7 @@ class Server:
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bfloat16")
         self._model = self._adapter.build(family, depth, num_classes, device).to(device).train(training)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        # It learns nothing, so that every step does the same work.
+        # With a learning rate of 0 the weights stay constant, so every step does the same work.
         self._optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4) if training else None
         return {"versions": {"torch": str(torch.__version__), **self._adapter.versions()}}
 
@@ -235,7 +235,7 @@ def main() -> None:
             if server is None:
                 server = Server(importlib.import_module(f"{sys.argv[1]}_peer"))
             answer = {"done": order["do"], **server.answer(dict(order))}
-        except Exception as error:  # whatever it is, the other side is told
+        except Exception as error:  # report every error to the other process
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,4 +1,4 @@
-"""Settled random weights give a detector the work that a trained one has."""
+"""With calibrated random weights, a detector does about as much work as a trained detector."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batch() -> Batch:
 
 
 def passing(detector: nn.Module, batch: Batch) -> float:
-    """Pairs of box and class that pass a score of 0.05: of an R-CNN a proposal, of a RetinaNet a image."""
+    """Number of (box, class) pairs with a score above 0.05, per proposal (R-CNN) or per image (RetinaNet)."""
     features = detector.backbone(detector.normalize(batch.images, batch.image_sizes))
     if isinstance(detector, RetinaNet):
         scores = torch.cat(detector.head(features, batch.images.shape[-2:]).logits, 1).sigmoid()
@@ -56,13 +56,13 @@ def passing(detector: nn.Module, batch: Batch) -> float:
 @torch.no_grad()
 def test_a_few_scores_pass_the_threshold(kind: str, least: float, most: float, batch: Batch) -> None:
     detector = built(kind).eval()
-    assert not least < passing(detector, batch) < most, "fresh weights would do"
+    assert not least < passing(detector, batch) < most, "untrained weights already pass, so the test is not meaningful"
     settle(detector, batch)
     assert least < passing(detector, batch) < most
     assert detector.detect(batch).valid.any(1).all()
 
 
-def test_losses_and_gradients_are_those_of_a_start(batch: Batch) -> None:
+def test_calibrated_weights_give_moderate_losses_and_finite_gradients(batch: Batch) -> None:
     detector = built("mask_rcnn")
     settle(detector, batch)
     losses = detector.losses(batch)

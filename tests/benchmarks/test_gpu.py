@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end on the CPU, within its time, and keeps what it has when an item fails."""
+"""The GPU benchmark runs from end to end on the CPU, within its time, and keeps earlier results when an item fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def item(work: Any, limit: float = 60.0) -> Item:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return True if a process exists and is not a zombie."""
     path = Path(f"/proc/{process}/stat")
     return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -54,11 +54,11 @@ def test_a_dry_run_writes_every_item_and_a_summary(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stdout + process.stderr
 
-    page = json.loads((tmp_path / "run.json").read_text())
-    assert page["format"] == "boxwright-gpu-1"
-    assert page["facts"]["torch"] == torch.__version__
-    assert {row["status"] for row in page["items"]} == {"ok"}
-    names = [row["item"] for row in page["items"]]
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert document["format"] == "boxwright-gpu-1"
+    assert document["facts"]["torch"] == torch.__version__
+    assert {row["status"] for row in document["items"]} == {"ok"}
+    names = [row["item"] for row in document["items"]]
     assert names == [item.name for item in items(TINY) if item.name in names]
     files = sorted(tmp_path.glob("[0-9]*.json"))
     results = {content["item"]: content["result"] for content in (json.loads(file.read_text()) for file in files)}
@@ -145,7 +145,7 @@ def test_an_item_that_fails_dies_or_hangs_does_not_stop_the_next(tmp_path: Path)
 class TimedWorker:
     """Fake worker whose items take 100 s on a fake clock."""
 
-    facts: dict[str, str] = {}  # noqa: RUF012, as of the real one
+    facts: dict[str, str] = {}  # noqa: RUF012, like the real worker
 
     def __init__(self, device: str) -> None:
         self.now = 0.0
@@ -157,7 +157,7 @@ class TimedWorker:
         return Outcome(group=item.group, item=item.name, limit=left)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no process to end."""
 
 
 def test_items_share_the_total_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +183,8 @@ def test_an_item_has_no_more_time_than_the_run(tmp_path: Path) -> None:
 
 def test_skipped_items_are_no_failure(tmp_path: Path) -> None:
     assert main(["--dry-run", "--seconds", "0", "--out", str(tmp_path)]) == 0
-    page = json.loads((tmp_path / "run.json").read_text())
-    assert [row["status"] for row in page["items"]] == ["skipped"] * len(items(TINY))
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert [row["status"] for row in document["items"]] == ["skipped"] * len(items(TINY))
 
 
 def test_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +233,7 @@ def test_parts_sum_to_the_call_and_leave_no_trace() -> None:
     start = time.perf_counter()
     parts = timing.parts_of(TINY, model, call)
     assert sum(parts.values()) <= time.perf_counter() - start
-    assert set(parts) == {"rest", "backward"}  # layers of PyTorch itself are no parts
+    assert set(parts) == {"rest", "backward"}  # PyTorch's own layers are not counted as parts
     assert vars(model.backbone.body) == before
     assert torch.autograd.backward.__module__ == "torch.autograd"
 

@@ -1,4 +1,4 @@
-"""Peers' random weights are settled as ours are, and adapters name the layers that their code bases have."""
+"""Random weights of peers are calibrated like Boxwright's, and adapters name the layers of their code bases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMPORTS = {
     "mmengine": ["", ".hub", ".logging", ".structures"],
     "mmcv": [""],
 }
-# As version 0.6 of Detectron2 and 3.3.0 of mmdetection name them, by adapter and family.
+# Layer names in Detectron2 0.6 and mmdetection 3.3.0, by adapter and family.
 WEAK = {"detectron2": "bottom_up.res2.0.conv3.norm.weight", "mmdetection": "layer1.0.bn3.weight"}
 SPREAD = {
     ("detectron2", "rpn"): [
@@ -46,7 +46,7 @@ SPREAD = {
 
 
 class Model(nn.Module):
-    """A norm and a layer whose channels answer as differently as those of an untrained head do."""
+    """A norm and a layer whose outputs differ between channels as much as in an untrained head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def image() -> Tensor:
     return torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_settled_answers_spread_over_all_channels_but_for_their_biases(image: Tensor) -> None:
+def test_calibrated_outputs_spread_over_all_channels_before_the_biases(image: Tensor) -> None:
     torch.manual_seed(0)
     model = Model().train()
     biases = model.head.bias[:-1].tolist()
@@ -77,12 +77,12 @@ def test_settled_answers_spread_over_all_channels_but_for_their_biases(image: Te
     assert model.head.bias.tolist() == [*biases, serve.BACKGROUND]
     answers = model.eval()(image) - model.head.bias[:, None, None]
     assert answers.std().item() == pytest.approx(0.4, rel=1e-3)
-    # Of a channel alone it is far less: had it been made as much, the whole would score too high.
+    # The spread within a channel is far smaller. If it were as large as the total spread, scores would be too high.
     assert answers.std((0, 2, 3)).max() < 0.1
 
 
 @pytest.mark.parametrize("changes", [{"WEAK": ["bn3.weight"]}, {"SPREAD": {"rpn_head.rpn_cls": 1.0}}])
-def test_an_adapter_that_names_nothing_is_told(image: Tensor, changes: dict[str, Any]) -> None:
+def test_an_adapter_that_names_no_layer_is_reported(image: Tensor, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"the adapter's {next(iter(changes))} names nothing"):
         serve.settle(Model(), adapter(**changes), image)
 

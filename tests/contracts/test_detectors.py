@@ -1,4 +1,4 @@
-"""What every detector promises: one graph, static shapes, padding that changes nothing, gradients for all."""
+"""The contract of every detector: one graph, static shapes, no effect of padding, a gradient for every parameter."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def fresh_graphs() -> None:
 
 
 class Cached(CompileCounterWithBackend):
-    """Refuses a graph that PyTorch would compile anew in each process, since it cannot tell it from others."""
+    """Raises for a graph that PyTorch cannot cache and would therefore compile again in every process."""
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        check_cacheable(gm)  # Here, since what it looks at is dropped after compiling.
+        check_cacheable(gm)  # Must run before compilation, which drops the metadata that it checks.
         return super().__call__(gm, example_inputs)
 
 
 def with_gradients(
     detector: torch.nn.Module, losses: Callable[[Batch], dict[str, torch.Tensor]], batch: Batch
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The losses, and the gradient of their sum to each parameter."""
+    """Return the losses, and the gradient of their sum for each parameter."""
     detector.zero_grad()
-    found = losses(batch)
-    sum(found.values()).backward()
-    return found, {name: parameter.grad for name, parameter in detector.named_parameters()}
+    values = losses(batch)
+    sum(values.values()).backward()
+    return values, {name: parameter.grad for name, parameter in detector.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
-def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> None:
+def test_shapes_of_losses_and_detections_do_not_depend_on_data(kind: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         detector = small_detector(kind)
         batch = map_tensors(random_batch(num_slots=NUM_SLOTS), mode.from_tensor)
@@ -60,9 +60,9 @@ def test_losses_and_detections_need_no_data_to_know_their_shapes(kind: str) -> N
 
 @pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in CONTRACT_DETECTORS), ("mask_rcnn", True)])
 def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> None:
-    """AOTAutograd traces losses and gradients once, as one graph, also if blocks are recomputed in the backward pass.
+    """AOTAutograd traces losses and gradients once, as one graph, even with activation checkpointing (`recompute`).
 
-    The next process can read the compiled graph from the cache, see `Cached`.
+    The graph can be cached for the next process, see `Cached`.
     """
     detector = small_detector(kind, recompute=recompute)
     counter = Cached("aot_eager")
@@ -74,7 +74,7 @@ def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> N
         expected, gradients = with_gradients(detector, detector.losses, batch)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6, msg=f"{count} objects")
         for name, gradient in gradients.items():
-            # Sums of many terms round relative to their largest term, so small elements have no precision of their own.
+            # A sum rounds relative to its largest term, so compare with the gradient's largest element.
             atol = 1e-4 * gradient.abs().max().item() + 1e-8
             torch.testing.assert_close(compiled_gradients[name], gradient, rtol=0, atol=atol, msg=f"{name}, {count}")
     assert counter.frame_count == 1
@@ -83,7 +83,7 @@ def test_one_graph_serves_any_number_of_objects(kind: str, recompute: bool) -> N
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 @torch.no_grad()
 def test_detection_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Eager mode looks at fewer slots on a CPU, where sums are rounded otherwise; here both look at all.
+    # On a CPU, eager mode skips unused slots, which changes rounding. Make both modes process all slots.
     for head in (box_head, mask_head):
         monkeypatch.setattr(head, "used_slots", lambda valid: valid.shape[1])
     detector = small_detector(kind)
@@ -103,15 +103,15 @@ def test_every_parameter_gets_a_finite_gradient(kind: str, count: int) -> None:
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, parameter in detector.named_parameters():
-        assert parameter.grad is not None, f"{name} got no gradient"
-        assert parameter.grad.isfinite().all(), f"{name} got a gradient that is not finite"
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), f"gradient of {name} is not finite"
 
 
 @pytest.mark.parametrize("kind", [*CONTRACT_DETECTORS, "ohem_cascade_rcnn"])
 def test_every_parameter_gets_a_gradient_under_autocast(kind: str) -> None:
     """Autocast caches bfloat16 copies of weights; a copy made without a graph would cut off the weight's gradient."""
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
-    # Proposals of all sizes, so that every level of the pyramid is pooled from.
+    # Proposals of all sizes, so that RoIAlign pools from every level of the pyramid.
     corners, ends = batch.proposals.boxes.split(2, dim=-1)
     scales = torch.tensor([1.0, 6.0, 16.0]).repeat(NUM_PROPOSALS)[:NUM_PROPOSALS, None]
     boxes = torch.cat([corners, corners + scales * (ends - corners)], dim=-1)
@@ -126,10 +126,10 @@ def test_every_parameter_gets_a_gradient_under_autocast(kind: str) -> None:
 @pytest.mark.parametrize("count", [0, NUM_SLOTS])
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
 def test_bfloat16_is_close_to_float32(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, losses and boxes stay float32, and the whole gradient points where float32's does.
+    """Weights, losses and boxes stay float32, and the full gradient has nearly the direction of float32's gradient.
 
-    Both look at the boxes that float32 samples: of a proposal that rounding takes over the IoU of positives, the loss
-    is another one. Nothing else that is decided by a threshold depends on what the detector computes.
+    Both runs use the RoIs sampled in float32: rounding may move a proposal across the positive IoU threshold, which
+    would change the loss. No other threshold in the losses depends on the detector's outputs.
     """
     detector = small_detector(kind)
     batch = random_batch(num_slots=NUM_SLOTS, num_objects=count)
@@ -141,13 +141,13 @@ def test_bfloat16_is_close_to_float32(kind: str, count: int, monkeypatch: pytest
     sum(expected.values()).backward()
     gradient = torch.cat([p.grad.flatten() for p in detector.parameters()])
     detector.zero_grad()
-    given_again = iter(sampled)
-    monkeypatch.setattr(BoxHead, "sample", lambda *_: next(given_again))
+    replayed = iter(sampled)
+    monkeypatch.setattr(BoxHead, "sample", lambda *_: next(replayed))
     with torch.autocast("cpu", torch.bfloat16):
         actual = detector.losses(batch)
         with torch.no_grad():
             detections = detector.detect(batch)
-    assert next(given_again, None) is None
+    assert next(replayed, None) is None
     sum(actual.values()).backward()
     for name, loss in actual.items():
         assert loss.dtype == torch.float32
@@ -166,7 +166,7 @@ def outside_the_image(batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
-def test_what_padding_holds_changes_nothing(kind: str) -> None:
+def test_content_of_padding_has_no_effect(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
     targets = batch.targets
     padded = ~targets.valid
@@ -195,7 +195,7 @@ def test_what_padding_holds_changes_nothing(kind: str) -> None:
         assert torch.equal(actual_boxes.masks, expected_boxes.masks)
 
 
-def test_what_padding_of_given_proposals_holds_changes_nothing() -> None:
+def test_content_of_proposal_padding_has_no_effect() -> None:
     detector, batch = small_detector("fast_rcnn"), random_batch()
     proposals = batch.proposals
     padded = ~proposals.valid
@@ -216,7 +216,7 @@ def test_what_padding_of_given_proposals_holds_changes_nothing() -> None:
         torch.testing.assert_close(detections.boxes[expected.valid], expected.boxes[expected.valid])
 
 
-def test_the_order_of_given_proposals_changes_no_loss() -> None:
+def test_losses_do_not_depend_on_the_order_of_proposals() -> None:
     detector, batch = small_detector("fast_rcnn"), random_batch()
     turned = replace(batch, proposals=map_tensors(batch.proposals, lambda t: t.flip(1)))
     losses, expected = detector.losses(turned), detector.losses(batch)
@@ -225,7 +225,7 @@ def test_the_order_of_given_proposals_changes_no_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", CONTRACT_DETECTORS)
-def test_more_object_slots_change_nothing(kind: str) -> None:
+def test_additional_object_slots_have_no_effect(kind: str) -> None:
     detector, batch = small_detector(kind), random_batch(num_slots=NUM_SLOTS)
     wider = map_tensors(batch.targets, lambda t: torch.cat([t, torch.zeros_like(t).expand(-1, 8, *t.shape[2:])], 1))
     actual, expected = detector.losses(replace(batch, targets=wider)), detector.losses(batch)

@@ -1,4 +1,4 @@
-"""Operators take zero images, zero boxes, zero candidates and zero object slots."""
+"""Operators accept zero images, zero boxes, zero candidates and zero object slots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from boxwright.ops.soft_nms import every_box_a_round, soft_nms
 from boxwright.structures import MaskGrids, Targets
 
 EMPTY = [(0, 0), (0, 5), (2, 0)]
-"""Images and boxes of each."""
+"""Number of images and number of boxes per image."""
 
 
 def targets_of(num_images: int, num_slots: int) -> Targets:
@@ -49,7 +49,7 @@ def test_roi_align(
     )
     assert pooled.shape == (num_images, num_boxes, 3, 7, 7)
     pooled.sum().backward()
-    if num_images:  # torchvision's does not take a batch without images
+    if num_images:  # torchvision does not accept a batch without images
         theirs = [level.detach().requires_grad_() for level in maps]
         pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
         features = OrderedDict(zip("01", theirs, strict=True))
@@ -60,7 +60,7 @@ def test_roi_align(
         assert torch.equal(level.grad, torch.zeros_like(level))
 
 
-def test_roi_align_needs_a_level() -> None:
+def test_roi_align_without_feature_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="no feature maps"):
         multilevel_roi_align([], torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool), strides=(), output_size=7)
 
@@ -70,7 +70,7 @@ def test_roi_align_needs_a_level() -> None:
 def test_nms(num_images: int, num_boxes: int, max_keep: int) -> None:
     boxes, scores = torch.zeros(num_images, num_boxes, 4), torch.ones(num_images, num_boxes)
     groups, valid = scores.long(), scores.bool()
-    found = [
+    results = [
         nms(boxes, scores, groups, valid, iou_threshold=0.5, max_keep=max_keep),
         every_box_a_round(boxes, scores, groups, valid, True, 0.5, 0.5, 0.0, max_keep, 0.0),
         soft_nms(
@@ -82,14 +82,14 @@ def test_nms(num_images: int, num_boxes: int, max_keep: int) -> None:
             max_keep=max_keep,
         ),
     ]
-    for indices, *_, kept in found:
-        assert indices.shape == kept.shape == (num_images, max_keep)
-        assert not kept.any()
+    for indices, *_, keep in results:
+        assert indices.shape == keep.shape == (num_images, max_keep)
+        assert not keep.any()
 
 
 @pytest.mark.parametrize("form", ["operator", "tiles"])
 @pytest.mark.parametrize("low_quality", [None, 0.0, 0.3])
-@pytest.mark.parametrize("shared", [False, True], ids=["of each image", "of all images"])
+@pytest.mark.parametrize("shared", [False, True], ids=["per image", "shared"])
 @pytest.mark.parametrize(
     ("num_images", "num_slots", "num_candidates"), [(0, 0, 0), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 0)]
 )
@@ -104,7 +104,7 @@ def test_match(
     device = "meta" if form == "tiles" else "cpu"
     candidates = torch.rand((num_candidates, 4) if shared else (num_images, num_candidates, 4), device=device)
     targets = targets_of(num_images, num_slots)
-    if device == "meta":  # goes the way of a GPU
+    if device == "meta":  # the meta device takes the code path of GPUs
         targets = Targets(**{n: getattr(targets, n).to("meta") for n in ("boxes", "labels", "valid", "crowd")})
     thresholds: dict[str, Any] = {"positive_iou": 0.7, "negative_iou": 0.3, "low_quality": low_quality}
     matches = match(candidates, targets, **thresholds)

@@ -1,6 +1,6 @@
-"""A candidate whose score or box is not finite is never ranked before one that is, and never kept.
+"""Candidates with a non-finite score or box never outrank finite candidates and are never kept.
 
-The expected result is always that of the same input without the faulty candidates.
+The expected result is always the result for the same input without the faulty candidates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = torch.tensor([[64, 96]])
 
 
 def spread_boxes(count: int) -> Tensor:
-    """[1, count, 4] boxes that overlap nothing."""
+    """[1, count, 4] boxes that do not overlap."""
     x = torch.arange(count) * 20.0
     return torch.stack([x, x * 0, x + 10, x * 0 + 10], 1)[None]
 
@@ -53,7 +53,7 @@ def rpn_output(head: RPNHead) -> RPNOutput:
 @pytest.mark.parametrize("conventions", [MODERN, CAFFE2])
 @pytest.mark.parametrize("training", [True, False])
 def test_rpn(value: float, conventions: Conventions, training: bool) -> None:
-    """More faulty anchors than a level has candidates; the proposals are those of a level without them."""
+    """The faulty anchors outnumber `pre_nms_per_level`; the proposals equal the proposals without faulty anchors."""
     config = RPNConfig(pre_nms_per_level=20, num_proposals=30, test_pre_nms_per_level=20, test_num_proposals=30)
     torch.manual_seed(0)
     head = RPNHead(6, (4, 8), config, conventions)
@@ -69,7 +69,7 @@ def test_rpn(value: float, conventions: Conventions, training: bool) -> None:
     for name in ("boxes", "scores", "sources"):
         assert torch.equal(getattr(proposals, name)[proposals.valid], getattr(expected, name)[expected.valid])
 
-    for place in range(4 if value != value else 2):  # decoding bounds infinite sizes
+    for place in range(4 if value != value else 2):  # decoding clamps infinite sizes
         deltas = output.deltas.clone()
         deltas[..., place] = value
         assert not head.proposals(output._replace(deltas=deltas), SIZES, training=training).valid.any()
@@ -86,10 +86,10 @@ def test_box_head(value: float) -> None:
     deltas = torch.zeros(1, 3, 3, 4)
 
     def labels() -> list[int]:
-        found = head.best_detections(logits.softmax(-1), head.refine(boxes, deltas, SIZES), valid)
-        assert found.scores[found.valid].isfinite().all()
-        assert found.boxes[found.valid].isfinite().all()
-        return found.labels[found.valid].tolist()[:3]
+        detections = head.best_detections(logits.softmax(-1), head.refine(boxes, deltas, SIZES), valid)
+        assert detections.scores[detections.valid].isfinite().all()
+        assert detections.boxes[detections.valid].isfinite().all()
+        return detections.labels[detections.valid].tolist()[:3]
 
     assert labels()[:1] == [0]
     deltas[:, 0, :, 0] = value
@@ -101,7 +101,7 @@ def test_box_head(value: float) -> None:
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("clip_first", [True, False])
 def test_retinanet(value: float, clip_first: bool) -> None:
-    """One anchor in two is faulty: the detections are those of the others."""
+    """Every second anchor is faulty; the detections equal the detections of the other anchors."""
     config = RetinaConfig(num_convs=1, pre_nms_per_level=10, score_threshold=0.0, clip_first=clip_first)
     torch.manual_seed(0)
     head = RetinaHead(6, (8, 16), 3, config)
@@ -123,16 +123,16 @@ def test_retinanet(value: float, clip_first: bool) -> None:
     assert expected.valid.sum() > 10
     for places in (slice(None), slice(1, 2)):
         if places == slice(1, 2) and value == -INF:
-            continue  # a class that is impossible, which leaves the others possible
-        found = detect(value, places)
-        assert torch.equal(found.valid, expected.valid)
-        assert torch.equal(found.boxes[found.valid], expected.boxes[expected.valid])
-        assert torch.equal(found.scores[found.valid], expected.scores[expected.valid])
+            continue  # a logit of -inf is valid: it only rules out this class
+        detections = detect(value, places)
+        assert torch.equal(detections.valid, expected.valid)
+        assert torch.equal(detections.boxes[detections.valid], expected.boxes[expected.valid])
+        assert torch.equal(detections.scores[detections.valid], expected.scores[expected.valid])
 
     deltas = output.deltas.clone()
     deltas[..., 1] = value
-    found = head.detect(RetinaOutput(tuple(logits), deltas, output.anchors, output.level_lengths), SIZES)
-    assert not found.valid.any()
+    detections = head.detect(RetinaOutput(tuple(logits), deltas, output.anchors, output.level_lengths), SIZES)
+    assert not detections.valid.any()
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -143,34 +143,34 @@ def test_nms(value: float, kind: str) -> None:
     boxes[0, 3, 2] = value
     groups, valid = torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool)
     if kind == "nms":
-        indices, kept = nms(boxes, scores, groups, valid, iou_threshold=0.5, max_keep=6)
+        indices, keep = nms(boxes, scores, groups, valid, iou_threshold=0.5, max_keep=6)
     elif kind == "gaussian on a GPU":
         suppression = Suppression(score_threshold=0.0, iou_threshold=0.5, max_detections=6, method="gaussian")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("boxwright.ops.soft_nms.grouped_soft_nms", every_box_a_round)
-            indices, _, kept = suppression.keep(boxes, scores, groups, valid)
+            indices, _, keep = suppression.keep(boxes, scores, groups, valid)
     else:
-        indices, lowered, kept = soft_nms(
+        indices, lowered, keep = soft_nms(
             boxes, scores, groups, valid, decay=kind, iou_threshold=0.5, sigma=0.5, min_score=0.0, max_keep=6
         )
-        assert lowered[kept].tolist() == pytest.approx([0.9, 0.7, 0.5])
-    assert indices[kept].tolist() == [0, 2, 4]
+        assert lowered[keep].tolist() == pytest.approx([0.9, 0.7, 0.5])
+    assert indices[keep].tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("value", BAD)
 def test_hard_examples(value: float) -> None:
-    """They come last, and are not left out: where all losses are NaN, the loss must be NaN too."""
+    """Non-finite losses rank last but can be sampled: if all losses are NaN, the total loss must be NaN."""
     labels = torch.tensor([[0, 0, 0, 1, 1, 0]])
     losses = torch.tensor([[0.1, value, 0.3, value, 0.5, 0.0]])
     identities = torch.arange(6)[None]
     sampled = hardest(labels, losses, identities, num=4, positive_fraction=0.25)
     assert sampled.indices[sampled.valid].tolist() == [4, 2, 0, 5]
-    all_taken = hardest(labels, losses, identities, num=6, positive_fraction=0.5)
-    assert all_taken.indices[all_taken.valid].tolist() == [4, 3, 2, 0, 5, 1]
+    all_sampled = hardest(labels, losses, identities, num=6, positive_fraction=0.5)
+    assert all_sampled.indices[all_sampled.valid].tolist() == [4, 3, 2, 0, 5, 1]
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_roi_align_pools_no_box_that_is_not_finite(value: float) -> None:
+def test_roi_align_gives_zeros_for_non_finite_boxes(value: float) -> None:
     boxes, valid = spread_boxes(3), torch.ones(1, 3, dtype=torch.bool)
     boxes[0, 1, 3] = value
     maps = [torch.ones(1, 2, 16, 24), torch.ones(1, 2, 8, 12)]
@@ -180,23 +180,23 @@ def test_roi_align_pools_no_box_that_is_not_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_cascade_whose_first_stage_is_not_finite(value: float) -> None:
+def test_cascade_with_a_non_finite_first_stage(value: float) -> None:
     detector = small_detector("cascade_rcnn")
     assert isinstance(detector, CascadeRCNN)
     batch = random_batch()
     nn.init.constant_(detector.box_heads[0].box_deltas.bias, value)
     detector.eval()
     with torch.no_grad():
-        found = detector.detect(batch)
-    assert found.boxes[found.valid].isfinite().all()
-    assert found.scores[found.valid].isfinite().all()
+        detections = detector.detect(batch)
+    assert detections.boxes[detections.valid].isfinite().all()
+    assert detections.scores[detections.valid].isfinite().all()
     losses = detector.losses(batch)
-    assert not losses["box_regression_1"].isfinite(), "training must show it"
+    assert not losses["box_regression_1"].isfinite(), "the loss must reveal the fault during training"
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
-def test_no_detector_keeps_what_is_not_finite(kind: str) -> None:
-    """Every parameter NaN, then one in a hundred."""
+def test_no_detector_keeps_non_finite_detections(kind: str) -> None:
+    """All parameters are NaN, then one in a hundred."""
     for share in (1.0, 0.01):
         detector = small_detector(kind)
         assert isinstance(detector, nn.Module)
@@ -206,13 +206,13 @@ def test_no_detector_keeps_what_is_not_finite(kind: str) -> None:
                 parameter[torch.rand(parameter.shape, generator=generator) < share] = NAN
         detector.eval()
         with torch.no_grad():
-            found = detector.detect(random_batch())
-        assert found.boxes[found.valid].isfinite().all()
-        assert found.scores[found.valid].isfinite().all()
+            detections = detector.detect(random_batch())
+        assert detections.boxes[detections.valid].isfinite().all()
+        assert detections.scores[detections.valid].isfinite().all()
 
 
 class Careless(nn.Module):
-    """A detector of someone else's, which keeps what is not finite and boxes turned inside out."""
+    """A third-party detector that returns non-finite values and inverted boxes."""
 
     num_classes, max_detections = 1, 4
 
@@ -237,14 +237,14 @@ def one_batch() -> Batch:
     return replace(batch, targets=None)
 
 
-def test_evaluation_and_proposals_leave_out_what_other_detectors_keep() -> None:
+def test_evaluation_and_proposals_drop_faulty_detections_of_third_party_detectors() -> None:
     batch = one_batch()
     results = detect_dataset(Careless(), [batch], device="cpu")
     count = len(batch.images)
     assert results.scores.tolist() == pytest.approx([0.9, 0.6] * count)
     assert results.masks is not None
     assert len(results.masks) == len(results) == 2 * count
-    results.check()  # a box turned inside out has no area
+    results.check()  # inverted boxes get zero area
 
     class Nothing:
         categories = (Category(1, "thing"),)
@@ -255,8 +255,8 @@ def test_evaluation_and_proposals_leave_out_what_other_detectors_keep() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("boxwright.evaluation.propose.RecallCounter", lambda dataset: _Uncounted())
         proposals, _ = propose(Careless(), Nothing(), [batch], device="cpu")  # type: ignore[arg-type]
-    for own in proposals.values():
-        assert own.scores.tolist() == pytest.approx([0.9, 0.6])
+    for of_image in proposals.values():
+        assert of_image.scores.tolist() == pytest.approx([0.9, 0.6])
 
 
 class _Uncounted:

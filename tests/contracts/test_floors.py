@@ -1,4 +1,4 @@
-"""A file imports only from floors below its own, so that the house can be read from the ground up."""
+"""A file imports only from lower layers ("floors") of the package, so the package can be read bottom-up."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 
 
 def imports_of(file: Path) -> set[str]:
-    """The folders and top-level files of the package that a file imports anywhere in it."""
-    found = set()
+    """Return the folders and top-level modules of the package that a file imports, including local imports."""
+    imports = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
@@ -47,15 +47,15 @@ def imports_of(file: Path) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "boxwright" and len(parts) > 1 and parts[1] != "__version__":
-                found.add(parts[1])
-    return found
+                imports.add(parts[1])
+    return imports
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_only_from_floors_below(file: Path) -> None:
-    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-    if own in ("__init__", "__main__"):
+    part = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    if part in ("__init__", "__main__"):
         return
-    assert own in HEIGHT, f"{own} stands on no floor: add it to FLOORS here and to the design"
-    above = {name for name in imports_of(file) if name != own and HEIGHT[name] >= HEIGHT[own]}
-    assert not above, f"{file.name} imports {sorted(above)}, which stand on its own floor or above"
+    assert part in HEIGHT, f"{part} has no floor: add it to FLOORS in this file and to the design page"
+    above = {name for name in imports_of(file) if name != part and HEIGHT[name] >= HEIGHT[part]}
+    assert not above, f"{file.name} imports {sorted(above)}, which are not below its floor"

@@ -1,6 +1,6 @@
-"""Damaged files of every format are read, or refused by a ValueError that names the file.
+"""A damaged file of any format is either read or refused with a ValueError that names the file.
 
-`python tests/contracts/test_mutated_files.py 20000` reads that many mutants of each format and counts the outcomes.
+`python tests/contracts/test_mutated_files.py 20000` reads 20,000 mutants of each format and counts the outcomes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from boxwright.data.dataset import Category
 from boxwright.data.decode import decode_image
 from boxwright.data.formats import read_annotations
 from boxwright.data.proposals import FORMAT as PROPOSALS_FORMAT
-from boxwright.data.proposals import GivenProposals, write_proposals
+from boxwright.data.proposals import ImageProposals, write_proposals
 from boxwright.data.proposals_foreign import open_proposals
 from boxwright.evaluation.results import read_results
 from boxwright.importers.categories import read_categories
@@ -40,7 +40,7 @@ from boxwright.weights.foreign import read_foreign
 from boxwright.weights.ours import load_weights, save_weights
 
 MUTANTS = 150
-"""Of each format, in the test."""
+"""Mutants per format in the test."""
 EXTREMES = (
     b"\x00" * 8,
     b"\xff" * 8,
@@ -53,7 +53,7 @@ EXTREMES = (
 
 
 def mutant(content: bytes, random_state: random.Random) -> bytes:
-    """The content truncated, with flipped bits, changed or extreme bytes, or with a piece moved, doubled or cut out."""
+    """Truncate the content, flip bits, write random or extreme bytes, or insert, delete or overwrite a slice."""
     data = bytearray(content)
     for _ in range(random_state.choice((1, 1, 1, 2, 4))):
         size = max(len(data), 1)
@@ -106,19 +106,19 @@ def list_of_proposals() -> bytes:
     return pickle.dumps([np.array([[1, 2, 3, 4, 0.5]], np.float32), np.zeros((0, 5), np.float32)], 2)
 
 
-def own_file(write: Callable[[Path], Any]) -> bytes:
+def bytes_of(write: Callable[[Path], Any]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "file")
         return (Path(folder) / "file").read_bytes()
 
 
-def own_proposals(path: Path) -> None:
-    image = GivenProposals(np.array([[1, 2, 3, 4]], np.float32), np.array([0.5], np.float32))
-    page = {"splits": [{"name": "val", "images": 2}]}
-    write_proposals(path, image_ids=[7, 3], counts=[1, 1], images=[image, image], page=page)
+def boxwright_proposals(path: Path) -> None:
+    image = ImageProposals(np.array([[1, 2, 3, 4]], np.float32), np.array([0.5], np.float32))
+    metadata = {"splits": [{"name": "val", "images": 2}]}
+    write_proposals(path, image_ids=[7, 3], counts=[1, 1], images=[image, image], metadata=metadata)
 
 
-def own_weights(path: Path) -> None:
+def boxwright_weights(path: Path) -> None:
     save_weights(path, tensors()["state_dict"], {"categories": [{"id": 1, "name": "a"}], "step": 3})
 
 
@@ -147,7 +147,7 @@ def read_coco(path: Path) -> None:
 
 
 def read_voc(path: Path) -> None:
-    """The mutant is the XML file of the only image."""
+    """Read the data set whose only annotation file is the mutant."""
     raise_faults(read_annotations(path.parent.parent / "ImageSets" / "Main" / "train.txt"))
 
 
@@ -167,9 +167,9 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "pickle 2": (partial(arrays, 2), "x.pkl", read_foreign),
     "pickle 5": (partial(arrays, 5), "x.pkl", read_foreign),
     "safetensors": (lambda: save_tensors(tensors()["state_dict"]), "x.safetensors", read_foreign),
-    "our weights": (partial(own_file, own_weights), "x.safetensors", load_weights),
-    "our proposals": (partial(own_file, own_proposals), "x.safetensors", read_proposals),
-    "detectron's proposals": (detectron_proposals, "x.pkl", read_proposals),
+    "Boxwright weights": (partial(bytes_of, boxwright_weights), "x.safetensors", load_weights),
+    "Boxwright proposals": (partial(bytes_of, boxwright_proposals), "x.safetensors", read_proposals),
+    "Detectron proposals": (detectron_proposals, "x.pkl", read_proposals),
     "list of proposals": (list_of_proposals, "x.pkl", read_proposals),
     "JPEG": (partial(image, ".jpg"), "x.jpg", decode_image),
     "PNG": (partial(image, ".png"), "x.png", decode_image),
@@ -185,7 +185,7 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
 
 
 def outcome(read: Callable[[Path], Any], path: Path) -> str:
-    """What became of a file: "read", "refused" or a fault of the reader."""
+    """Return "read", "refused", or a description of the reader's fault."""
     try:
         read(path)
     except ValueError as error:
@@ -198,7 +198,7 @@ def outcome(read: Callable[[Path], Any], path: Path) -> str:
 
 
 def outcomes(name: str, folder: Path, count: int, seed: int = 0) -> Counter[str]:
-    """What became of so many mutants of a format."""
+    """Read `count` mutants of a format and count the outcomes."""
     make, file_name, read = FORMATS[name]
     content, path = make(), folder / file_name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,25 +209,25 @@ def outcomes(name: str, folder: Path, count: int, seed: int = 0) -> Counter[str]
     path.write_bytes(content)
     assert outcome(read, path) == "read"
     random_state = random.Random(f"{seed} {name}")
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for _ in range(count):
         path.write_bytes(mutant(content, random_state))
-        found[outcome(read, path)] += 1
-    return found
+        counts[outcome(read, path)] += 1
+    return counts
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutants(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOXWRIGHT_CACHE", str(tmp_path / "cache"))
-    found = outcomes(name, tmp_path, MUTANTS)
-    assert set(found) <= {"read", "refused"}
-    assert found["refused"] > MUTANTS // 20, "the mutations must do damage"
+    counts = outcomes(name, tmp_path, MUTANTS)
+    assert set(counts) <= {"read", "refused"}
+    assert counts["refused"] > MUTANTS // 20, "too few mutants were refused: the mutations must do damage"
 
 
 @pytest.mark.parametrize("read", [load_weights, read_foreign, read_proposals])
 @pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "C64", "U64", "BOOL"])
-def test_number_types_that_a_library_lacks(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
-    """Safetensors knows types that numpy and torch have no name for."""
+def test_dtypes_that_numpy_or_torch_lack(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
+    """Safetensors has dtypes that numpy and torch lack."""
     columns = ("image_ids", "offsets", "boxes", "scores")
     shapes = [[8], [8], [2, 4], [8]]
     size = {"F4": 4, "F6_E2M3": 6, "F8_E8M0": 8, "F8_E4M3": 8, "C64": 64, "U64": 64, "BOOL": 8}[kind]

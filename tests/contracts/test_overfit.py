@@ -1,4 +1,4 @@
-"""A detector that cannot learn four real images by heart cannot learn at all."""
+"""A detector must be able to overfit four real images."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ PEAK_LEARNING_RATE = 2.5e-3
 
 
 def four_images(folder: Path, annotations: Path) -> IndexedDataset:
-    """The first images of `coco_mini` with one to three large objects each and nothing else."""
-    page = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
+    """The first images of `coco_mini` that contain one to three objects, all of them large."""
+    document = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     objects: dict[int, list[dict]] = {}
-    for annotation in page["annotations"]:
+    for annotation in document["annotations"]:
         objects.setdefault(annotation["image_id"], []).append(annotation)
-    chosen = [
+    images = [
         image
-        for image in page["images"]
+        for image in document["images"]
         if image["width"] > image["height"]
         and 1 <= len(objects.get(image["id"], ())) <= 3
         and all(o["area"] > 6000 and not o["iscrowd"] for o in objects[image["id"]])
     ][:4]
-    kept = [o for image in chosen for o in objects[image["id"]]]
-    annotations.write_text(json.dumps({**page, "images": chosen, "annotations": kept}))
+    objects_kept = [o for image in images for o in objects[image["id"]]]
+    annotations.write_text(json.dumps({**document, "images": images, "annotations": objects_kept}))
     return IndexedDataset(annotations, folder / "train2017")
 
 
-def test_four_real_images_and_their_masks_are_learnt_by_heart(data_dir: Path, tmp_path: Path) -> None:
-    """The whole way of boxes and masks: from polygons in a file to masks that are pasted into the images."""
+def test_boxes_and_masks_of_four_real_images_are_overfitted(data_dir: Path, tmp_path: Path) -> None:
+    """End to end for boxes and masks: from polygons in a file to masks pasted into the images."""
     dataset = four_images(data_dir / "coco_mini", tmp_path / "four.json")
     torch.manual_seed(0)
     detector = mask_rcnn(

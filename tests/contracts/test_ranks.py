@@ -1,4 +1,4 @@
-"""Training on two ranks equals training in one process, also if the images of one rank have no object."""
+"""Gradients on two ranks equal those of one process, even if the images of one rank contain no objects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def join_ranks(processes: list[subprocess.Popen[str]], timeout: float) -> None:
             assert process.returncode == 0, errors
     finally:
         for process in processes:
-            with process:  # Closes its pipes.
+            with process:  # Leaving the context closes the pipes.
                 process.kill()
 
 
@@ -49,7 +49,7 @@ def init_group(rank: int, folder: Path) -> None:
 
 
 def gradients(kind: str, batch: Batch) -> dict[str, Tensor]:
-    detector = small_detector(kind).double()  # Rounding depends on the batch; float64 keeps it from changing a match.
+    detector = small_detector(kind).double()  # Rounding depends on the batch size; in float64 it cannot change a match.
     sum(detector.losses(batch).values()).backward()
     return {f"{kind}/{name}": p.grad for name, p in detector.named_parameters()}
 
@@ -69,7 +69,7 @@ def average_gradients(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-def test_a_rank_without_objects_takes_part_in_the_mean(tmp_path: Path) -> None:
+def test_gradients_are_averaged_correctly_if_a_rank_has_no_objects(tmp_path: Path) -> None:
     processes = start_ranks(average_gradients, tmp_path)
     expected = {name: gradient for kind in DETECTORS for name, gradient in gradients(kind, full_and_empty()).items()}
     join_ranks(processes, timeout=300)

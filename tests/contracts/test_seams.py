@@ -1,4 +1,4 @@
-"""No command asks for the kind of a detector or a head: what it needs to know is an attribute that each of them has."""
+"""Code outside `detectors` and `heads` reads attributes of the protocol instead of checking types."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "boxwright"
 ATTRIBUTES = {name for name in vars(Detector) if not name.startswith("_")} | set(Detector.__annotations__)
 FREE = ("detectors", "heads")
-"""Folders whose files may ask: they are the detectors and heads."""
+"""Folders that may check types: they define the detectors and heads."""
 CHECKED = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in FREE]
 
 
 def kinds_imported(tree: ast.AST) -> set[str]:
-    """Names in a file that stand for one of Boxwright's detector or head classes."""
+    """Return the names in a file that are bound to Boxwright's detector or head classes."""
     kinds = set()
     for node in ast.walk(tree):
         if (
@@ -37,33 +37,35 @@ def kinds_imported(tree: ast.AST) -> set[str]:
 
 
 def faults(source: str) -> list[str]:
-    """Places in a file that ask for a kind, or read a detector's attribute by getattr or hasattr."""
+    """List the lines that check a detector or head type, or read a protocol attribute with getattr or hasattr."""
     tree = ast.parse(source)
-    kinds, found = kinds_imported(tree), []
+    kinds, faults_found = kinds_imported(tree), []
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             continue
         if node.func.id in ("isinstance", "issubclass"):
             names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
-            found += [f"line {node.lineno}: asks for kind {name}" for name in sorted(names & kinds)]
+            faults_found += [f"line {node.lineno}: type check against {name}" for name in sorted(names & kinds)]
         if node.func.id in ("getattr", "hasattr"):
             names = {name.value for name in node.args[1:2] if isinstance(name, ast.Constant)}
-            found += [f"line {node.lineno}: asks for attribute {name}" for name in sorted(names & ATTRIBUTES)]
-    return found
+            faults_found += [f"line {node.lineno}: getattr or hasattr of {name}" for name in sorted(names & ATTRIBUTES)]
+    return faults_found
 
 
 @pytest.mark.parametrize("file", CHECKED, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_file_asks_for_the_kind_of_a_detector_or_head(file: Path) -> None:
-    assert not faults(file.read_text("utf-8")), "declare it on Detector (or on the head) and read the attribute"
+def test_no_file_checks_the_type_of_a_detector_or_head(file: Path) -> None:
+    assert not faults(file.read_text("utf-8")), (
+        "declare the attribute on Detector (or on the head) and read it directly"
+    )
 
 
-def test_attributes_are_those_of_the_protocol() -> None:
+def test_protocol_has_the_expected_attributes() -> None:
     required = {"num_classes", "max_detections", "losses", "detect"}
     assert required | {"needs_masks", "needs_proposals", "class_agnostic", "suppression"} == ATTRIBUTES
 
 
 @pytest.mark.parametrize(
-    ("source", "number"),
+    ("source", "count"),
     [
         ("from boxwright.heads.rpn_head import RPNHead\nisinstance(x, (RPNHead, int))", 1),
         ("from boxwright.detectors.proposal_network import ProposalNetwork as P\nisinstance(x, P)", 1),
@@ -74,5 +76,5 @@ def test_attributes_are_those_of_the_protocol() -> None:
         ("from boxwright.heads.rpn_head import RPNConfig\nisinstance(x, RPNConfig)\ngetattr(x, 'image_ids', None)", 0),
     ],
 )
-def test_faults_are_seen(source: str, number: int) -> None:
-    assert len(faults(source)) == number
+def test_type_checks_are_detected(source: str, count: int) -> None:
+    assert len(faults(source)) == count

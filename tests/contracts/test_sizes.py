@@ -13,20 +13,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 MAX_PARAMETERS = 12
 EXCEPTIONS = {
-    # Commands of typer: each parameter is an option of the command line.
+    # Typer commands: each parameter is a command-line option.
     ("cli/benchmark.py", "benchmark"),
     ("cli/test.py", "measure"),
     ("cli/train.py", "train"),
-    # Kernels of Triton take each pointer, stride and block size by itself.
+    # Triton kernels take every pointer, stride and block size as a separate argument.
     ("ops/roi_align_triton.py", "_pool_kernel"),
     ("ops/roi_align_triton.py", "_backward_kernel"),
-    # Recipes and weights files of all versions name its parameters.
+    # Recipes and weights files of all versions refer to its parameters by name.
     ("backbones/fpn.py", "resnet_fpn"),
 }
 
 
 def long_functions(source: str) -> Iterator[tuple[str, int]]:
-    """Name and number of parameters, `self` and `cls` not counted, of each function that has too many."""
+    """Yield name and parameter count, without `self` and `cls`, of each function with too many parameters."""
     tree = ast.parse(source)
     methods = {node for kind in ast.walk(tree) if isinstance(kind, ast.ClassDef) for node in kind.body}
     for node in ast.walk(tree):
@@ -46,12 +46,12 @@ def test_no_file_is_too_long(file: Path) -> None:
 
 
 def test_no_function_has_too_many_parameters() -> None:
-    found = {
+    exceeding = {
         (file.relative_to(PACKAGE).as_posix(), name)
         for file in FILES
         for name, _ in long_functions(file.read_text("utf-8"))
     }
-    assert found == EXCEPTIONS, "group the parameters in a dataclass; remove exceptions that are no longer needed"
+    assert exceeding == EXCEPTIONS, "group the parameters in a dataclass; remove exceptions that are no longer needed"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The evaluator gives the known answers, and what pycocotools gives, for boxes and for masks."""
+"""The evaluator reproduces published results and pycocotools, for boxes and for masks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def yolox(data_dir: Path) -> tuple[AnnotationFile, Path]:
     return AnnotationFile(folder / "instances_val2017.json"), results
 
 
-def test_known_answers(data_dir: Path) -> None:
+def test_published_results(data_dir: Path) -> None:
     dataset = AnnotationFile(data_dir / "coco_eval" / "instances_val2014_100.json")
     path = data_dir / "coco_eval" / "instances_val2014_fakebbox100_results.json"
     metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
-    known = [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
-    assert [round(value, 3) for value in metrics.summary.values()] == known
+    expected = [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
+    assert [round(value, 3) for value in metrics.summary.values()] == expected
 
 
-def test_known_answers_of_masks(data_dir: Path) -> None:
+def test_published_results_of_masks(data_dir: Path) -> None:
     dataset = AnnotationFile(data_dir / "coco_eval" / "instances_val2014_100.json")
     path = data_dir / "coco_eval" / "instances_val2014_fakesegm100_results.json"
     metrics = coco_metrics(dataset, read_results(path, dataset.categories, dataset.image_ids))
-    known = [0.320, 0.562, 0.299, 0.387, 0.310, 0.327, 0.268, 0.415, 0.417, 0.469, 0.377, 0.381]
+    expected = [0.320, 0.562, 0.299, 0.387, 0.310, 0.327, 0.268, 0.415, 0.417, 0.469, 0.377, 0.381]
     assert metrics.masks is not None
-    assert [round(value, 3) for value in metrics.masks.summary.values()] == known
+    assert [round(value, 3) for value in metrics.masks.summary.values()] == expected
     evaluator = oracle(dataset.annotations, path, kind="segm")
     np.testing.assert_allclose(list(metrics.masks.summary.values()), evaluator.stats, atol=1e-9)
     assert metrics.numbers == {
@@ -50,7 +50,7 @@ def test_known_answers_of_masks(data_dir: Path) -> None:
 
 
 def test_masks_beside_crowd_regions_equal_pycocotools(data_dir: Path, tmp_path: Path) -> None:
-    """Real objects, shifted, as detections: polygons and runs of crowds on the other side."""
+    """The detections are shifted annotated objects; the ground truth contains polygons and RLE crowd regions."""
     dataset = AnnotationFile(data_dir / "coco_mini" / "annotations" / "instances_val2017.json")
     with silent():
         truth = COCO(str(dataset.annotations))
@@ -72,8 +72,8 @@ def test_masks_beside_crowd_regions_equal_pycocotools(data_dir: Path, tmp_path: 
     assert 0.1 < metrics.masks.summary["AP"] < 0.9
 
 
-def test_sizes_of_masks_go_by_their_own_area(tmp_path: Path) -> None:
-    """A thin ring has few pixels in a large box: among the small objects, as a thing and as a detection."""
+def test_size_ranges_of_masks_use_the_mask_area(tmp_path: Path) -> None:
+    """A thin ring has a large box but few pixels, so both the object and its detection count as small."""
     ring = np.zeros((200, 200), np.uint8)
     ring[20:180, 20:180] = 1
     ring[21:179, 21:179] = 0
@@ -92,7 +92,7 @@ def test_sizes_of_masks_go_by_their_own_area(tmp_path: Path) -> None:
     dataset = AnnotationFile(tmp_path / "truth.json")
     masks = coco_metrics(dataset, read_results(tmp_path / "results.json", dataset.categories)).masks
     assert masks is not None
-    # Box areas would make the wrong one a large detection, which measuring the small ones passes over.
+    # By box area, the wrong detection would be large and ignored in APs.
     assert masks.summary["APs"] == pytest.approx(0.5, abs=0.01)
 
 
@@ -110,24 +110,24 @@ def test_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
         assert metrics.per_class[row, 0] == pytest.approx(expected, abs=1e-6)
     np.testing.assert_allclose(metrics.precision[1], precision[0, :, :, 0, -1], atol=1e-6)
     np.testing.assert_allclose(metrics.precision[2], precision[5, :, :, 0, -1], atol=1e-6)
-    counted = [len(evaluator.cocoGt.getAnnIds(catIds=[c.id], iscrowd=False)) for c in dataset.categories]
-    assert metrics.num_objects.tolist() == counted
+    num_objects = [len(evaluator.cocoGt.getAnnIds(catIds=[c.id], iscrowd=False)) for c in dataset.categories]
+    assert metrics.num_objects.tolist() == num_objects
 
 
 def test_a_subset_and_other_limits_equal_pycocotools(yolox: tuple[AnnotationFile, Path]) -> None:
     dataset, path = yolox
-    some = dataset.image_ids[::3]
-    results = read_results(path, dataset.categories, some)
+    subset = dataset.image_ids[::3]
+    results = read_results(path, dataset.categories, subset)
     metrics = coco_metrics(dataset, results, max_detections=(1, 5, 20))
     assert list(metrics.summary)[6:9] == ["AR1", "AR5", "AR20"]
-    expected = oracle(dataset.annotations, path, imgIds=some, maxDets=[1, 5, 20])
+    expected = oracle(dataset.annotations, path, imgIds=subset, maxDets=[1, 5, 20])
     assert metrics.summary["AP50"] == pytest.approx(expected.stats[1], abs=1e-6)
     assert metrics.summary["AR20"] == pytest.approx(expected.stats[8], abs=1e-6)
     assert metrics.summary["APs"] == pytest.approx(expected.stats[3], abs=1e-6)
-    assert metrics.num_objects.sum() == len(expected.cocoGt.getAnnIds(imgIds=some, iscrowd=False))
+    assert metrics.num_objects.sum() == len(expected.cocoGt.getAnnIds(imgIds=subset, iscrowd=False))
 
 
-def test_order_of_categories_is_free(yolox: tuple[AnnotationFile, Path]) -> None:
+def test_metrics_do_not_depend_on_the_order_of_categories(yolox: tuple[AnnotationFile, Path]) -> None:
     dataset, path = yolox
     metrics = coco_metrics(dataset, read_results(path, dataset.categories))
 
@@ -145,7 +145,7 @@ def test_order_of_categories_is_free(yolox: tuple[AnnotationFile, Path]) -> None
 
 def test_more_than_a_hundred_objects_in_an_image_count() -> None:
     corners = np.stack(np.meshgrid(np.arange(20) * 20, np.arange(15) * 20), axis=-1).reshape(-1, 2)
-    dataset = Made([np.concatenate([corners, corners + 10], axis=1)])
+    dataset = InMemory([np.concatenate([corners, corners + 10], axis=1)])
     results = detections(np.concatenate([corners, np.full_like(corners, 10)], axis=1))
     assert coco_metrics(dataset, results).summary["AR100"] == pytest.approx(1 / 3, abs=1e-3)
     metrics = coco_metrics(dataset, results, max_detections=(1, 10, 500))
@@ -153,20 +153,20 @@ def test_more_than_a_hundred_objects_in_an_image_count() -> None:
     assert metrics.summary["AR500"] == pytest.approx(1)
 
 
-def test_what_cannot_be_measured_is_minus_one() -> None:
-    dataset = Made([np.array([[0, 0, 10, 10]])])
+def test_undefined_metrics_are_minus_one() -> None:
+    dataset = InMemory([np.array([[0, 0, 10, 10]])])
     metrics = coco_metrics(dataset, detections(np.array([[0, 0, 10, 10]])))
     assert metrics.summary["APs"] == pytest.approx(1)
     assert metrics.summary["APl"] == -1
     assert metrics.per_class[1, 0] == -1
 
-    nothing_found = coco_metrics(dataset, detections(np.zeros((0, 4))))
-    assert nothing_found.summary["AP"] == 0
+    no_detections = coco_metrics(dataset, detections(np.zeros((0, 4))))
+    assert no_detections.summary["AP"] == 0
     with pytest.raises(ValueError, match="no image"):
         coco_metrics(dataset, detections(np.zeros((0, 4)), evaluated=[]))
 
 
-def test_packed_metrics_come_back_the_same(yolox: tuple[AnnotationFile, Path]) -> None:
+def test_metrics_survive_packing(yolox: tuple[AnnotationFile, Path]) -> None:
     dataset, path = yolox
     metrics = coco_metrics(dataset, read_results(path, dataset.categories))
     again = CocoMetrics.blank(dataset.categories).unpack(metrics.pack())
@@ -195,8 +195,8 @@ def test_proposal_recall_equals_pycocotools(yolox: tuple[AnnotationFile, Path]) 
             assert value == pytest.approx(recall[recall > -1].mean(), abs=1e-6)
 
 
-class Made:
-    """A data set without a file: two categories, objects of the first one."""
+class InMemory:
+    """A data set without an annotation file: two categories, objects of the first category only."""
 
     categories = (Category(id=7, name="cell"), Category(id=3, name="dust"))
 
@@ -239,24 +239,24 @@ def test_categories_that_share_a_name_keep_their_order() -> None:
 
 
 def test_proposal_recall_of_many_boxes_equals_pycocotools_to_the_last_bit(data_dir: Path, tmp_path: Path) -> None:
-    """Proposals around objects that overlap one another and crowds, many with equal scores, on 30 crowded images."""
-    page = json.loads((data_dir / "coco_mini" / "annotations" / "instances_val2017.json").read_bytes())
-    crowded = {thing["image_id"] for thing in page["annotations"] if thing["iscrowd"]}
-    page["images"].sort(key=lambda image: image["id"] not in crowded)
-    page["images"] = page["images"][:30]
-    kept = {image["id"] for image in page["images"]}
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+    """Proposals on 30 images, mostly with crowd regions; they overlap each other, and groups of four share a score."""
+    document = json.loads((data_dir / "coco_mini" / "annotations" / "instances_val2017.json").read_bytes())
+    crowded = {thing["image_id"] for thing in document["annotations"] if thing["iscrowd"]}
+    document["images"].sort(key=lambda image: image["id"] not in crowded)
+    document["images"] = document["images"][:30]
+    kept_ids = {image["id"] for image in document["images"]}
+    document["annotations"] = [thing for thing in document["annotations"] if thing["image_id"] in kept_ids]
     rng = np.random.default_rng(0)
     rows = []
-    for image in page["images"]:
-        boxes = np.array([thing["bbox"] for thing in page["annotations"] if thing["image_id"] == image["id"]])
+    for image in document["images"]:
+        boxes = np.array([thing["bbox"] for thing in document["annotations"] if thing["image_id"] == image["id"]])
         for number in range(320):
             x, y, width, height = boxes[rng.integers(len(boxes))] * np.exp(rng.normal(0, 0.15, 4))
             bbox = [round(x, 2), round(y, 2), round(width, 2), round(height, 2)]
             row = {"image_id": image["id"], "category_id": 1, "bbox": bbox, "score": 1 - number // 4 / 100}
             rows.append(row)
     annotations, path = tmp_path / "annotations.json", tmp_path / "results.json"
-    annotations.write_text(json.dumps(page))
+    annotations.write_text(json.dumps(document))
     path.write_text(json.dumps(rows))
     dataset = AnnotationFile(annotations)
     recalls = proposal_recall(dataset, read_results(path, dataset.categories, dataset.image_ids))

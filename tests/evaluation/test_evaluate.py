@@ -1,4 +1,4 @@
-"""Running a detector over a data set brings every box back to its file, the same for any number of ranks."""
+"""Detections over a data set are in the coordinates of the original images, equal for any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from boxwright.data.buckets import Resize
 from boxwright.data.dataset import Category
 from boxwright.data.loader import EvaluationLoader
 from boxwright.data.masks import Masks, rle
-from boxwright.evaluation import evaluate as evaluating
+from boxwright.evaluation import evaluate as evaluate_module
 from boxwright.evaluation.coco import coco_metrics
 from boxwright.evaluation.evaluate import detect_dataset, evaluate, file_masks
 from boxwright.evaluation.propose import propose
@@ -30,7 +30,7 @@ IMAGES = GeneratedImages(11)
 
 
 class Oracle(nn.Module):
-    """Knows the objects of `IMAGES`, and puts them where they lie on the canvas."""
+    """Returns the ground truth of `IMAGES`, in coordinates of the canvas."""
 
     num_classes = 2
     max_detections = 4
@@ -56,7 +56,7 @@ class Oracle(nn.Module):
 
 
 class MaskOracle(Oracle):
-    """Knows that the objects are ellipses, too."""
+    """Also returns an ellipse as the mask of every object."""
 
     def detect(self, batch: Batch) -> Detections:
         places = torch.linspace(-1, 1, 28)
@@ -72,11 +72,11 @@ def loader(rank: int = 0, world_size: int = 1) -> EvaluationLoader:
     )
 
 
-def test_boxes_come_back_to_the_files() -> None:
-    detector, seen = Oracle(), []
-    results = detect_dataset(detector, loader(), device="cpu", progress=seen.append)
+def test_boxes_are_mapped_to_the_original_images() -> None:
+    detector, steps = Oracle(), []
+    results = detect_dataset(detector, loader(), device="cpu", progress=steps.append)
     assert detector.training
-    assert sum(seen) == len(IMAGES)
+    assert sum(steps) == len(IMAGES)
     assert results.evaluated.tolist() == list(range(100, 111))
     for index in range(len(IMAGES)):
         sample = IMAGES[index]
@@ -88,7 +88,7 @@ def test_boxes_come_back_to_the_files() -> None:
         assert results.labels[rows].tolist() == sample.labels.tolist()
 
 
-def test_masks_come_back_to_the_files() -> None:
+def test_masks_are_mapped_to_the_original_images() -> None:
     results = detect_dataset(MaskOracle(), loader(), device="cpu")
     masks = results.masks
     assert masks is not None
@@ -99,48 +99,50 @@ def test_masks_come_back_to_the_files() -> None:
         inside = mask[max(0, round(y - 1)) : round(y + height + 1), max(0, round(x - 1)) : round(x + width + 1)]
         assert inside.sum() == mask.sum()
         assert mask.sum() == pytest.approx(0.73 * width * height, rel=0.15)
-    some = results.select(results.scores > 0.75).relabel([1, 0])
-    assert some.masks is not None
-    assert some.masks.to_coco() == masks.select(results.scores > 0.75).to_coco()
+    selected = results.select(results.scores > 0.75).relabel([1, 0])
+    assert selected.masks is not None
+    assert selected.masks.to_coco() == masks.select(results.scores > 0.75).to_coco()
 
 
 def test_masks_are_encoded_while_the_next_batch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = detect_dataset(MaskOracle(), loader(), device="cpu")
-    batches, begun = list(loader()), []
-    next_begins = [threading.Event() for _ in batches]
+    batches, started = list(loader()), []
+    next_started = [threading.Event() for _ in batches]
 
-    class Telling(MaskOracle):
+    class Signalling(MaskOracle):
         def detect(self, batch: Batch) -> Detections:
-            if begun:
-                next_begins[len(begun) - 1].set()
-            begun.append(batch)
+            if started:
+                next_started[len(started) - 1].set()
+            started.append(batch)
             return super().detect(batch)
 
-    def patient(batch: Batch, detections: Detections) -> Masks:
+    def wait_for_next_batch(batch: Batch, detections: Detections) -> Masks:
         number = next(index for index, other in enumerate(batches) if other is batch)
-        assert number == len(batches) - 1 or next_begins[number].wait(timeout=30), "the next batch waited for masks"
+        assert number == len(batches) - 1 or next_started[number].wait(timeout=30), (
+            "the next batch must not wait for masks"
+        )
         return file_masks(batch, detections)
 
-    monkeypatch.setattr(evaluating, "file_masks", patient)
-    given = detect_dataset(Telling(), batches, device="cpu")
-    assert len(begun) == len(batches) > 2
-    assert given.masks is not None
+    monkeypatch.setattr(evaluate_module, "file_masks", wait_for_next_batch)
+    actual = detect_dataset(Signalling(), batches, device="cpu")
+    assert len(started) == len(batches) > 2
+    assert actual.masks is not None
     assert expected.masks is not None
-    assert given.masks.to_coco() == expected.masks.to_coco()
+    assert actual.masks.to_coco() == expected.masks.to_coco()
 
 
-def test_an_error_in_masks_ends_detecting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_encoding_masks_stops_detection(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Masks:
         raise ValueError("no such size")
 
-    seen: list[int] = []
-    monkeypatch.setattr(evaluating, "file_masks", broken)
+    steps: list[int] = []
+    monkeypatch.setattr(evaluate_module, "file_masks", broken)
     with pytest.raises(ValueError, match="no such size"):
-        detect_dataset(MaskOracle(), loader(), device="cpu", progress=seen.append)
-    assert seen == [2]
+        detect_dataset(MaskOracle(), loader(), device="cpu", progress=steps.append)
+    assert steps == [2]
 
 
-def test_the_training_mode_is_left_as_found_when_detecting_is_broken_off() -> None:
+def test_training_mode_is_restored_when_detection_is_interrupted() -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
@@ -150,7 +152,7 @@ def test_the_training_mode_is_left_as_found_when_detecting_is_broken_off() -> No
     assert detector.training
 
 
-def test_the_detectors_own_limit_counts() -> None:
+def test_the_limit_of_the_detector_is_the_default_limit_of_the_metrics() -> None:
     _, metrics = evaluate(Oracle(), IMAGES, loader(), device="cpu")
     assert "AR100" in metrics.summary
     crowded = Oracle()
@@ -161,7 +163,7 @@ def test_the_detectors_own_limit_counts() -> None:
     assert "AR100" in metrics.summary
 
 
-def test_the_best_of_an_image_can_be_all_that_is_kept() -> None:
+def test_limit_keeps_the_best_detections_of_each_image() -> None:
     everything, best = (detect_dataset(Oracle(), loader(), device="cpu", limit=limit) for limit in (None, 2))
     assert len(best) < len(everything)
     for image_id in everything.evaluated:
@@ -170,8 +172,8 @@ def test_the_best_of_an_image_can_be_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize("label", [2, -1])
-def test_a_label_that_is_no_class_is_refused(label: int) -> None:
-    """As a row of the categories, 2 would be out of range and -1 the last class."""
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    """As an index into the categories, 2 would raise an IndexError and -1 would select the last class."""
 
     class OtherLabel(Oracle):
         def detect(self, batch: Batch) -> Detections:
@@ -193,7 +195,7 @@ def test_labels_of_invalid_slots_may_be_anything() -> None:
 
 
 @pytest.mark.parametrize("label", [2, -1])
-def test_metrics_refuse_labels_that_are_no_categories(label: int) -> None:
+def test_metrics_refuse_labels_out_of_range(label: int) -> None:
     results = detect_dataset(Oracle(), loader(), device="cpu")
     wrong = replace(results, labels=np.full_like(results.labels, label))
     for measure in (coco_metrics, voc_metrics):
@@ -203,7 +205,7 @@ def test_metrics_refuse_labels_that_are_no_categories(label: int) -> None:
             measure(IMAGES, wrong)
 
 
-def test_the_training_mode_is_left_as_found_when_proposing_is_broken_off() -> None:
+def test_training_mode_is_restored_when_proposing_fails() -> None:
     detector = Oracle()
     with pytest.raises(ValueError, match="broken"):
         propose(detector, IMAGES, loader(), device="cpu", progress=_break)
@@ -235,7 +237,7 @@ def _on_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def _share_few_images(rank: int, world_size: int) -> None:
-    """One image without objects, and none for the second rank; then two, of which the second has an object."""
+    """Evaluate one image without objects (rank 1 gets no image), then two images, of which the second has an object."""
     for count in (1, 2):
         few = GeneratedImages(count)
         batches = EvaluationLoader(
@@ -249,7 +251,7 @@ def _share_few_images(rank: int, world_size: int) -> None:
         assert metrics.masks is not None
 
 
-def test_two_ranks_have_what_one_has_even_without_images_or_detections(tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one_even_without_images_or_detections(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
     results, metrics = evaluate(MaskOracle(), IMAGES, loader(), device="cpu")
     assert results.masks is not None
@@ -276,7 +278,7 @@ def test_results_files_of_masks(tmp_path: Path) -> None:
 
     rows = json.loads(path.read_text())
     assert set(rows[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
-    for row, mask in zip(rows, results.masks, strict=True):  # masks alone, their runs as plain numbers
+    for row, mask in zip(rows, results.masks, strict=True):  # masks without boxes, uncompressed RLE
         del row["bbox"]
         runs = rle.decompress(row["segmentation"]["counts"].encode())
         row["segmentation"]["counts"] = runs.tolist()
@@ -309,7 +311,7 @@ MASK = {"size": [4, 5], "counts": [5, 10, 5]}
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"segmentation": {"size": [4, 5], "counts": [-5, 25]}}, "not a COCO"),
         (
@@ -324,14 +326,14 @@ MASK = {"size": [4, 5], "counts": [5, 10, 5]}
         ({"image_id": -1, "segmentation": MASK}, "not a COCO"),
     ],
 )
-def test_results_files_that_hold_no_masks_or_ids_are_told(tmp_path: Path, changed: dict, told: str) -> None:
+def test_results_files_with_invalid_masks_or_ids_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 100, "category_id": 1, "score": 0.5, **changed}]))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_results(path, IMAGES.categories)
 
 
-def test_boxes_are_made_of_masks_only_where_there_is_none(tmp_path: Path) -> None:
+def test_boxes_are_computed_from_masks_only_if_missing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     entry = {"image_id": 100, "category_id": 1, "score": 0.5, "segmentation": MASK}
     path.write_text(json.dumps([{**entry, "bbox": [1, 1, 2, 2.5]}, entry]))

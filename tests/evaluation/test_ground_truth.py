@@ -1,4 +1,4 @@
-"""What is measured against is what the annotations say, however a data set gives them."""
+"""The ground truth equals the annotations, for every way in which a data set provides them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AREA_NAMES = ("APs", "APm", "APl", "ARs", "ARm", "ARl")
 
 
 class Hidden:
-    """A data set without a word of its annotation file, some of its images."""
+    """A subset of a data set that hides its annotation file."""
 
     def __init__(self, dataset: Dataset, positions: range) -> None:
         self.dataset, self.positions, self.categories = dataset, positions, dataset.categories
@@ -42,21 +42,21 @@ class Hidden:
 
 @pytest.fixture(scope="module")
 def coco_mini(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexedDataset:
-    """40 images of COCO, those with crowd regions first; categories in the file's order."""
+    """40 images of COCO, images with crowd regions first; categories in the order of the file."""
     source = data_dir / "coco_mini"
-    page = json.loads((source / "annotations" / "instances_val2017.json").read_bytes())
-    crowded = {thing["image_id"] for thing in page["annotations"] if thing["iscrowd"]}
-    page["images"] = sorted(page["images"], key=lambda image: image["id"] not in crowded)[:40]
-    kept = {image["id"] for image in page["images"]}
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
-    assert sum(thing["iscrowd"] for thing in page["annotations"]) > 10
+    document = json.loads((source / "annotations" / "instances_val2017.json").read_bytes())
+    crowded = {thing["image_id"] for thing in document["annotations"] if thing["iscrowd"]}
+    document["images"] = sorted(document["images"], key=lambda image: image["id"] not in crowded)[:40]
+    kept_ids = {image["id"] for image in document["images"]}
+    document["annotations"] = [thing for thing in document["annotations"] if thing["image_id"] in kept_ids]
+    assert sum(thing["iscrowd"] for thing in document["annotations"]) > 10
     folder = tmp_path_factory.mktemp("coco_mini")
-    (folder / "instances.json").write_text(json.dumps(page))
+    (folder / "instances.json").write_text(json.dumps(document))
     return IndexedDataset(folder / "instances.json", source / "val2017", cache_dir=folder / "cache")
 
 
 def shifted(dataset: Dataset) -> Results:
-    """Each object of a data set, moved by some pixels, as a detection with its mask."""
+    """Detections with masks: every object of the data set, shifted by a few pixels."""
     truth = GroundTruth(dataset)
     objects = truth.coco.load_anns(truth.coco.get_ann_ids())
     labels = {category.id: label for label, category in enumerate(truth.categories)}
@@ -74,13 +74,15 @@ def shifted(dataset: Dataset) -> Results:
     )
 
 
-def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: IndexedDataset, tmp_path: Path) -> None:
-    """Polygons, several of an object, and the runs of crowd regions come through the samples."""
+def test_ground_truth_from_samples_and_from_the_file_equals_pycocotools(
+    coco_mini: IndexedDataset, tmp_path: Path
+) -> None:
+    """The samples provide polygons, several per object, and the RLE of crowd regions."""
     results = shifted(coco_mini)
     write_results(tmp_path / "results.json", results, coco_mini.categories)
     rows = json.loads((tmp_path / "results.json").read_text())
     for row in rows:
-        del row["bbox"]  # whose area pycocotools would take for the mask's
+        del row["bbox"]  # pycocotools would use the area of the box for the mask
     (tmp_path / "results.json").write_text(json.dumps(rows))
     of_file = coco_metrics(coco_mini, results)
     of_samples = coco_metrics(Hidden(coco_mini, range(len(coco_mini))), results)
@@ -90,23 +92,23 @@ def test_samples_and_file_are_measured_as_pycocotools_does(coco_mini: IndexedDat
     np.testing.assert_allclose(list(of_file.masks.summary.values()), stats, atol=1e-9)
     assert 0.1 < stats[0] < 0.9
     for name, value in of_file.masks.summary.items():
-        # Areas are annotated of the polygons, and counted in pixels where there is no annotation of them.
+        # The file contains areas of polygons. Without the file, areas are counted in pixels.
         tolerance = 0.02 if name in AREA_NAMES else 1e-9
         assert of_samples.masks.summary[name] == pytest.approx(value, abs=tolerance)
     assert of_samples.masks.num_objects.tolist() == of_file.masks.num_objects.tolist()
 
 
-def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_path: Path) -> None:
-    """Areas, crowd regions and boxes beyond the image are the files' own; classes and ids those of the whole."""
-    page = json.loads(coco_mini.annotations.read_bytes())
-    page["annotations"][0]["bbox"][0] -= 7  # training cuts this box
+def test_two_joined_halves_equal_the_whole(coco_mini: IndexedDataset, tmp_path: Path) -> None:
+    """Areas, crowd regions and boxes beyond the image come from the files; classes and ids from the joined data set."""
+    document = json.loads(coco_mini.annotations.read_bytes())
+    document["annotations"][0]["bbox"][0] -= 7  # training clips this box
     parts = []
     for half in range(2):
-        kept = {image["id"] for image in page["images"][half::2]}
-        other = {**page, "images": page["images"][half::2]}
-        other["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
+        kept_ids = {image["id"] for image in document["images"][half::2]}
+        other = {**document, "images": document["images"][half::2]}
+        other["annotations"] = [thing for thing in document["annotations"] if thing["image_id"] in kept_ids]
         if half:  # other class ids in another order
-            other["categories"] = [{**each, "id": 1000 - each["id"]} for each in page["categories"]]
+            other["categories"] = [{**each, "id": 1000 - each["id"]} for each in document["categories"]]
             other["annotations"] = [
                 {**thing, "category_id": 1000 - thing["category_id"]} for thing in other["annotations"]
             ]
@@ -114,7 +116,7 @@ def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_
         path.write_text(json.dumps(other))
         parts.append(IndexedDataset(path, coco_mini.images, cache_dir=tmp_path))
     path = tmp_path / "whole.json"
-    path.write_text(json.dumps(page))
+    path.write_text(json.dumps(document))
     whole, joined = IndexedDataset(path, coco_mini.images, cache_dir=tmp_path), ConcatDataset(parts)
     results = shifted(whole)
     expected, metrics = coco_metrics(whole, results), coco_metrics(joined, results)
@@ -123,16 +125,16 @@ def test_joined_halves_are_measured_as_the_whole(coco_mini: IndexedDataset, tmp_
     assert proposal_recall(joined, results) == proposal_recall(whole, results)
 
 
-def test_a_part_twice_is_measured_twice_without_images_that_it_leaves_out(
+def test_a_data_set_joined_with_itself_counts_twice_without_its_dropped_images(
     coco_mini: IndexedDataset, tmp_path: Path
 ) -> None:
-    page = json.loads(coco_mini.annotations.read_bytes())
-    page["images"] = page["images"][-20:]
-    empty, *kept = [image["id"] for image in page["images"]]
-    page["annotations"] = [thing for thing in page["annotations"] if thing["image_id"] in kept]
-    (tmp_path / "a.json").write_text(json.dumps(page))
+    document = json.loads(coco_mini.annotations.read_bytes())
+    document["images"] = document["images"][-20:]
+    empty_id, *kept_ids = [image["id"] for image in document["images"]]
+    document["annotations"] = [thing for thing in document["annotations"] if thing["image_id"] in kept_ids]
+    (tmp_path / "a.json").write_text(json.dumps(document))
     full = IndexedDataset(tmp_path / "a.json", coco_mini.images, keep_empty=False, cache_dir=tmp_path)
-    assert empty not in full.image_ids
+    assert empty_id not in full.image_ids
     twice = ConcatDataset([full, full])
     results = shifted(twice)
     assert len(results.evaluated) == 2 * len(full)
@@ -152,7 +154,7 @@ FORMS: dict[str, Callable[[np.ndarray], Mask]] = {
 
 @dataclass
 class OneImage:
-    """One image of 60 x 80 with an object of a given mask and one without."""
+    """One image of 60 x 80 pixels with two objects; the tests pass a mask for the first object."""
 
     masks: list[Mask]
     categories = (Category(id=3, name="cell"),)
@@ -180,7 +182,7 @@ def one_object() -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
+def test_every_mask_format_is_evaluated_and_defines_the_area(form: str) -> None:
     pixels = one_object()
     truth = GroundTruth(OneImage([FORMS[form](pixels), None]))
     objects = truth.coco.load_anns(truth.coco.get_ann_ids())
@@ -188,24 +190,24 @@ def test_every_form_of_mask_is_measured_and_gives_the_area(form: str) -> None:
     masks = truth.masks(objects)
     np.testing.assert_array_equal(masks[0], pixels)
     assert masks[1].sum() == 15 * 45
-    found = Masks.of([FORMS["runs"](pixels)], (60, 80))  # type: ignore[list-item]
+    detected = Masks.of([FORMS["runs"](pixels)], (60, 80))  # type: ignore[list-item]
     results = Results(
         image_ids=np.array([7]),
         boxes=np.array([[10.0, 10, 40, 20]]),
         scores=np.array([0.9]),
         labels=np.array([0]),
         evaluated=np.array([7]),
-        masks=found,
+        masks=detected,
     )
     metrics = coco_metrics(truth, results).masks
     assert metrics is not None
     assert metrics.summary["AP"] == pytest.approx(1)
     assert metrics.num_objects.tolist() == [1]
-    page = worst_images(OneImage([FORMS[form](pixels), None]), truth, find_mistakes(truth, results), 1)
-    assert "1 right · 0 wrong · 1 missed" in page
+    html = worst_images(OneImage([FORMS[form](pixels), None]), truth, find_mistakes(truth, results), 1)
+    assert "1 right · 0 wrong · 1 missed" in html
 
 
-def test_masks_that_do_not_fit_are_told() -> None:
+def test_masks_with_wrong_sizes_or_counts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a.png: invalid mask: shape \(80, 60\)"):
         GroundTruth(OneImage([one_object().T, None]))
     with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, but the image has 60 x 80"):
@@ -214,7 +216,7 @@ def test_masks_that_do_not_fit_are_told() -> None:
         GroundTruth(OneImage([None]))
 
 
-def test_detections_with_masks_of_another_size_are_told() -> None:
+def test_detected_masks_of_another_size_are_refused() -> None:
     truth = GroundTruth(OneImage([one_object(), None]))
     results = Results(
         image_ids=np.array([7]),
@@ -228,7 +230,7 @@ def test_detections_with_masks_of_another_size_are_told() -> None:
         coco_metrics(truth, results)
 
 
-def test_images_that_share_an_id_are_told() -> None:
+def test_duplicate_image_ids_are_refused() -> None:
     for dataset in (
         RepeatDataset(GeneratedImages(3), 2),
         ConcatDataset([GeneratedImages(2), RepeatDataset(GeneratedImages(3), 2)]),
@@ -237,7 +239,7 @@ def test_images_that_share_an_id_are_told() -> None:
             GroundTruth(dataset)
 
 
-def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
+def test_objects_without_a_mask_do_not_count_for_mask_ap(tmp_path: Path) -> None:
     polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
     objects = [{"bbox": [10, 10, 20, 20], "segmentation": polygon}, {"bbox": [50, 50, 20, 20]}]
     content = {
@@ -276,9 +278,9 @@ def test_objects_without_a_mask_are_not_counted(tmp_path: Path) -> None:
 def test_joined_data_sets_are_measured_as_one() -> None:
     joined = ConcatDataset(
         [GeneratedImages(4), GeneratedImages(4)]
-    )  # four of eight images repeat ids, which must not mix them up
-    found = [joined[1], joined[7]]
-    rows = [(each.image_id, box, label) for each in found for box, label in zip(each.boxes, each.labels, strict=True)]
+    )  # the ids of four images occur twice and must stay distinct
+    samples = [joined[1], joined[7]]
+    rows = [(each.image_id, box, label) for each in samples for box, label in zip(each.boxes, each.labels, strict=True)]
     corners = np.array([box for _, box, _ in rows], np.float64)
     results = Results(
         image_ids=np.array([image_id for image_id, _, _ in rows]),
@@ -288,13 +290,13 @@ def test_joined_data_sets_are_measured_as_one() -> None:
         evaluated=joined.image_ids,
     )
     metrics = coco_metrics(joined, results)
-    # Of label 0, images 1, 2, 3 have one object each (the third of a image is a crowd); label 1: images 2, 3.
+    # Label 0: images 1, 2 and 3 have one object each (a third object is a crowd region). Label 1: images 2 and 3.
     assert metrics.num_objects.tolist() == [6, 4]
     assert metrics.per_class[:, -1] == pytest.approx([2 / 6, 1 / 4])
 
 
-def test_what_training_reads_is_measured(tmp_path: Path) -> None:
-    """A byte order mark, a licence by name, no area, COCO's fields used otherwise: no fault in the data."""
+def test_files_that_training_accepts_are_evaluated(tmp_path: Path) -> None:
+    """A byte order mark, a licence by name, a missing area and unusual values in unused fields are no errors."""
     content = {
         "info": [],
         "licenses": "all mine",

@@ -1,4 +1,4 @@
-"""Right, wrong, missed and ignored are told apart, and the worst image comes first."""
+"""Detections are right, wrong or ignored, objects may be missed, and the worst image comes first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOXES = np.array([[0, 0, 20, 20], [50, 50, 90, 90], [10, 60, 40, 90]], dtype=np.
 
 @dataclass
 class ThreeImages:
-    """Image 1 has a one and a two; image 2 a one and a crowd; image 3 nothing."""
+    """Image 1 has objects of both classes, image 2 an object and a crowd region, image 3 no objects."""
 
     categories = (Category(id=9, name="one"), Category(id=4, name="two"))
 
@@ -43,7 +43,7 @@ def test_mistakes_of_each_kind() -> None:
         image_ids=np.array([1, 1, 2, 2, 2]),
         boxes=np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
         scores=np.array([0.9, 0.8, 0.7, 0.6, 0.1]),
-        labels=np.array([0, 0, 0, 0, 0]),  # the second names the wrong class, the third lies in the crowd
+        labels=np.array([0, 0, 0, 0, 0]),  # the second has the wrong class, the third is inside the crowd region
         evaluated=np.array([1, 2, 3]),
     )
     mistakes = find_mistakes(GroundTruth(ThreeImages()), results, score=0.3)

@@ -1,4 +1,4 @@
-"""Pasted masks equal bilinear sampling at pixel centres, and torchvision's within a pixel of border."""
+"""Pasted masks equal bilinear sampling at pixel centres, and torchvision's masks up to a border of one pixel."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ HEIGHT, WIDTH = 90, 130
 
 
 def smooth_masks(num: int, cells: int = 28, seed: int = 0) -> np.ndarray:
-    """[num, cells, cells] float32: blobs with holes and islands, from 0 to 1."""
+    """[num, cells, cells] float32 in 0..1: blobs with holes and islands."""
     rng = np.random.default_rng(seed)
     noise = np.stack([cv2.GaussianBlur(rng.normal(size=(cells, cells)), (0, 0), cells / 10) for _ in range(num)])
     return (1 / (1 + np.exp(-noise / noise.std() * 3))).astype(np.float32)
 
 
 def round_masks(num: int, cells: int = 28) -> np.ndarray:
-    """[num, cells, cells] float32: ellipses with soft edges, some of which reach beyond their boxes."""
+    """[num, cells, cells] float32: ellipses with soft edges; some extend beyond their boxes."""
     rng = np.random.default_rng(0)
     x, y = np.meshgrid(np.linspace(-1, 1, cells), np.linspace(-1, 1, cells))
     wide, high, lean = (
@@ -35,8 +35,8 @@ def round_masks(num: int, cells: int = 28) -> np.ndarray:
     return (1 / (1 + np.exp(12 * (distance - 1)))).astype(np.float32)
 
 
-def made_boxes(num: int, seed: int = 0) -> np.ndarray:
-    """[num, 4] float64: of under a pixel up to the whole image and beyond its borders."""
+def random_boxes(num: int, seed: int = 0) -> np.ndarray:
+    """[num, 4] float64 boxes: sizes from less than a pixel to the whole image; some extend beyond its border."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(0, 1, (num, 2)) * [WIDTH, HEIGHT]
     sides = 2 ** rng.uniform(-1, 7, (num, 2))
@@ -48,7 +48,7 @@ def sizes(num: int) -> np.ndarray:
 
 
 def sampled(probabilities: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """[HEIGHT, WIDTH] float64: one mask at the centres of all pixels, by torch's sampler."""
+    """[HEIGHT, WIDTH] float64: a mask sampled at the centres of all pixels with torch's `grid_sample`."""
     x = (np.arange(WIDTH) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
     y = (np.arange(HEIGHT) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.from_numpy(np.stack(np.broadcast_arrays(x[None], y[:, None]), axis=-1))[None]
@@ -57,7 +57,7 @@ def sampled(probabilities: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("cells", [1, 7, 28, 56])
 def test_equals_bilinear_sampling_at_the_centres_of_the_pixels(cells: int) -> None:
-    probabilities, boxes = smooth_masks(60, cells), made_boxes(60)
+    probabilities, boxes = smooth_masks(60, cells), random_boxes(60)
     pasted = paste_masks(probabilities, boxes, sizes(60))
     assert len(pasted) == 60
     num_pixels = 0
@@ -69,8 +69,8 @@ def test_equals_bilinear_sampling_at_the_centres_of_the_pixels(cells: int) -> No
     assert num_pixels > 1_000
 
 
-def test_runs_are_those_of_the_coco_api() -> None:
-    probabilities, boxes = smooth_masks(60), made_boxes(60)
+def test_rle_equals_the_coco_api() -> None:
+    probabilities, boxes = smooth_masks(60), random_boxes(60)
     probabilities[:5] = 1.0
     boxes[:3] = [[0, 0, WIDTH, HEIGHT], [-9, -9, WIDTH + 9, HEIGHT + 9], [20, -5, 60, HEIGHT + 5]]
     pasted = paste_masks(probabilities, boxes, sizes(60))
@@ -80,8 +80,8 @@ def test_runs_are_those_of_the_coco_api() -> None:
     assert pasted[2][:, 20:60].all()
 
 
-def test_torchvision_agrees_but_for_a_pixel_of_border() -> None:
-    probabilities, boxes = round_masks(300), made_boxes(300, seed=1)
+def test_torchvision_agrees_up_to_a_border_of_one_pixel() -> None:
+    probabilities, boxes = round_masks(300), random_boxes(300, seed=1)
     boxes = np.clip(boxes, 0, [WIDTH, HEIGHT, WIDTH, HEIGHT])
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) > 4]
     probabilities = probabilities[: len(boxes)]
@@ -112,19 +112,19 @@ def test_nothing_to_paste_gives_empty_masks() -> None:
 
 
 def test_images_of_many_sizes_are_pasted_together() -> None:
-    probabilities, boxes = smooth_masks(4), made_boxes(4, seed=3).clip(1, 60)
+    probabilities, boxes = smooth_masks(4), random_boxes(4, seed=3).clip(1, 60)
     boxes[:, 2:] += 20
-    given = np.array([[90, 130], [70, 64], [33, 200], [90, 130]])
-    together = paste_masks(probabilities, boxes, given)
+    image_sizes = np.array([[90, 130], [70, 64], [33, 200], [90, 130]])
+    together = paste_masks(probabilities, boxes, image_sizes)
     for index in range(4):
         rows = slice(index, index + 1)
-        alone = paste_masks(probabilities[rows], boxes[rows], given[rows])
+        alone = paste_masks(probabilities[rows], boxes[rows], image_sizes[rows])
         assert alone.counts[0] == together.counts[index]
-        assert together[index].shape == tuple(given[index])
+        assert together[index].shape == tuple(image_sizes[index])
 
 
-def test_masks_pasted_in_pieces_are_those_pasted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    probabilities, boxes = smooth_masks(60), made_boxes(60)
+def test_pasting_in_chunks_equals_pasting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities, boxes = smooth_masks(60), random_boxes(60)
     at_once = paste_masks(probabilities, boxes, sizes(60))
     for num_columns in (1, 100, 700):
         monkeypatch.setattr("boxwright.evaluation.paste._COLUMNS_AT_ONCE", num_columns)
@@ -133,12 +133,12 @@ def test_masks_pasted_in_pieces_are_those_pasted_at_once(monkeypatch: pytest.Mon
 
 def test_memory_does_not_grow_with_the_number_of_masks_of_a_huge_image() -> None:
     def peak(num: int) -> int:
-        boxes, given = np.tile([[0.0, 0, 20_000, 500]], (num, 1)), np.tile([[500, 20_000]], (num, 1))
+        boxes, image_sizes = np.tile([[0.0, 0, 20_000, 500]], (num, 1)), np.tile([[500, 20_000]], (num, 1))
         tracemalloc.start()
-        pasted = paste_masks(smooth_masks(num), boxes, given)
-        most = tracemalloc.get_traced_memory()[1]
+        pasted = paste_masks(smooth_masks(num), boxes, image_sizes)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(pasted) == num
-        return most
+        return peak_bytes
 
     assert peak(24) < 1.5 * peak(6)

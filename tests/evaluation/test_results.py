@@ -8,8 +8,8 @@ from boxwright.evaluation.results import Results, match_categories
 from boxwright.importers.categories import COCO, by_coco_id
 
 
-def test_models_with_rows_for_cocos_gaps_are_measured_on_coco() -> None:
-    """Torchvision's: the label is COCO's id; what is found of an id that no class has is left out."""
+def test_models_with_labels_for_unused_coco_ids_are_evaluated_on_coco() -> None:
+    """In torchvision's models, labels are COCO category ids. Detections of unused ids are dropped."""
     rows = match_categories(by_coco_id(0), COCO)
     assert len(rows) == 91
     for id, name in ((1, "person"), (13, "stop sign"), (90, "toothbrush")):
@@ -29,8 +29,8 @@ def test_models_with_rows_for_cocos_gaps_are_measured_on_coco() -> None:
     assert kept.evaluated.tolist() == [5, 6, 7]
 
 
-def test_unused_rows_excuse_no_other_difference() -> None:
+def test_unused_labels_do_not_hide_other_differences() -> None:
     with pytest.raises(ValueError, match=r"Only in the data set .*: zebra"):
         match_categories([Category(1, "cat"), Category(2, "N/A 2")], [Category(1, "cat"), Category(2, "zebra")])
     both = [Category(1, "N/A 1"), Category(2, "cat")]
-    assert match_categories(both, both[::-1]) == [1, 0], "a data set may have a class of such a name"
+    assert match_categories(both, both[::-1]) == [1, 0], "a data set may have a class named N/A 1"

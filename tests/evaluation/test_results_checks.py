@@ -1,4 +1,4 @@
-"""Results that cannot be of the data set, or hold no boxes, are refused; pycocotools says what they would measure."""
+"""Results of another data set and invalid boxes are refused; pycocotools shows what they would measure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RIGHT = [{"image_id": 1 + k % 2, "category_id": 1, "bbox": [10 + k, 10, 30, 30],
 
 @pytest.fixture
 def truth(tmp_path: Path) -> AnnotationFile:
-    """Two images with an object each."""
+    """Two images with one object each."""
     objects = [{**row, "id": number, "area": 900, "iscrowd": 0} for number, row in enumerate(RIGHT, start=1)]
     content = {
         "images": [{"id": image, "file_name": f"{image}.png", "width": 100, "height": 100} for image in (1, 2)],
@@ -35,14 +35,14 @@ def truth(tmp_path: Path) -> AnnotationFile:
 
 
 def read(truth: AnnotationFile, rows: list[dict[str, Any]] | str) -> Results:
-    """The results of a file with these entries, all images of `truth` evaluated."""
+    """Write and read a results file with these entries; all images of `truth` count as evaluated."""
     path = truth.annotations.with_name("results.json")
     path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
     return read_results(path, truth.categories, truth.image_ids)
 
 
 def average_precision(truth: AnnotationFile) -> float:
-    """AP by pycocotools of the results last read."""
+    """AP of the last results file, computed by pycocotools."""
     return float(oracle(truth.annotations, truth.annotations.with_name("results.json")).stats[0])
 
 
@@ -87,7 +87,7 @@ def test_boxes_without_area_and_any_finite_scores_measure_as_in_pycocotools(trut
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_scores_and_boxes_that_are_not_finite_are_refused(truth: AnnotationFile, value: float) -> None:
-    """Pycocotools ranks NaN last and infinity first, and matches no box that holds either."""
+    """Pycocotools ranks NaN scores last and infinite scores first, and never matches a non-finite box."""
     for changed in ({"score": value}, {"bbox": [value, 60, 10, 10]}):
         with pytest.raises(ValueError, match=r"results.json contains (NaN|-?Infinity) at byte \d+.*Remove"):
             read(truth, [*RIGHT, {**ROW, **changed}])

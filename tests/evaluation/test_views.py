@@ -1,4 +1,4 @@
-"""Several views of a image are merged as the detections of one image are, for any number of ranks."""
+"""Test-time augmentation: the detections of several views of an image are merged by NMS, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIELDS = ("image_ids", "labels", "scores", "boxes", "evaluated")
 
 
 class HalfBlind(nn.Module):
-    """Knows the objects of `IMAGES`; sees those of even slots in plain views, and of odd slots in mirrored ones."""
+    """Returns the ground truth of `IMAGES`: objects in even slots for plain views, in odd slots for mirrored views."""
 
     num_classes = 2
     max_detections = 4
@@ -70,7 +70,7 @@ def loaders(rank: int = 0, world_size: int = 1) -> list[EvaluationLoader]:
 
 
 def random_results(seed: int, count: int = 400) -> Results:
-    """Detections in two thirds of a hundred images."""
+    """Detections in 66 of 100 images."""
     rng = np.random.default_rng(seed)
     corner, side = rng.uniform(0, 60, (count, 2)), rng.uniform(20, 40, (count, 2))
     return Results(
@@ -95,9 +95,9 @@ def test_merging_is_nms_over_the_detections_of_all_views() -> None:
     assert merged.evaluated.tolist() == list(range(100))
     num_dropped = 0
     for image_id in range(100):
-        found = [view.select(view.image_ids == image_id) for view in views]
+        of_image = [view.select(view.image_ids == image_id) for view in views]
         scores, labels, boxes = (
-            np.concatenate([getattr(view, name) for view in found]) for name in ("scores", "labels", "boxes")
+            np.concatenate([getattr(view, name) for view in of_image]) for name in ("scores", "labels", "boxes")
         )
         candidates = [row for row in zip(-scores, range(len(scores)), labels, boxes, strict=True) if row[0] < -0.05]
         kept: list = []
@@ -114,11 +114,11 @@ def test_merging_is_nms_over_the_detections_of_all_views() -> None:
     assert num_dropped > 100
 
 
-def test_soft_nms_lowers_what_views_agree_on() -> None:
+def test_soft_nms_lowers_the_scores_of_detections_in_several_views() -> None:
     view = random_results(0, count=50)
     apart = replace(view, image_ids=np.arange(50))
     merged = merge_views([apart, apart], replace(SUPPRESSION, method="linear", score_threshold=0.0))
-    # The copy's IoU is 1, so that its score falls to 0.
+    # The IoU with the copy is 1, so the score of the copy drops to 0.
     np.testing.assert_array_equal(merged.scores, apart.scores)
     gaussian = merge_views([apart, apart], replace(SUPPRESSION, method="gaussian", score_threshold=0.0))
     assert gaussian.scores[1::2] == pytest.approx(apart.scores * np.exp(-1 / 0.5))
@@ -128,7 +128,7 @@ KINDS = ("faster_rcnn", "mask_rcnn", "retinanet")
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
-def test_one_view_is_plain_detection_and_seeing_it_twice_changes_nothing(kind: str) -> None:
+def test_one_view_equals_plain_detection_and_a_duplicate_view_has_no_effect(kind: str) -> None:
     detector = small_detector(kind, num_classes=2)
     plain, metrics = evaluate(detector, IMAGES, loaders()[0], device="cpu")
     assert len(plain) > 20
@@ -168,7 +168,7 @@ def test_a_mirrored_view_of_a_mirrored_image_gives_the_mirrored_detections(kind:
             assert (mask != other[:, ::-1]).mean() < 0.002
 
 
-def test_what_one_view_misses_another_finds() -> None:
+def test_views_complement_each_other() -> None:
     _, alone = evaluate(HalfBlind(), IMAGES, loaders()[0], device="cpu")
     _, together = evaluate_views(HalfBlind(), IMAGES, loaders(), device="cpu")
     assert alone.summary["AP"] < 0.6
@@ -182,7 +182,7 @@ def _on_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
     results, _ = evaluate_views(HalfBlind(), IMAGES, loaders(), device="cpu")
     for rank in range(2):
@@ -191,6 +191,6 @@ def test_two_ranks_have_what_one_has(tmp_path: Path) -> None:
             np.testing.assert_array_equal(getattr(theirs, name), getattr(results, name))
 
 
-def test_a_detector_that_cannot_be_merged_is_told() -> None:
+def test_detectors_without_suppression_are_refused() -> None:
     with pytest.raises(ValueError, match="ProposalNetwork has no `suppression`"):
         view_suppression(small_detector("rpn"))

@@ -1,4 +1,4 @@
-"""VOC's AP is what the devkit's formulas give, written out here over its own integer boxes."""
+"""VOC's AP equals the devkit's formulas, implemented in this file for integer boxes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CATEGORIES = [Category(id=7, name="ant"), Category(id=3, name="zebra"), Category
 
 @dataclass
 class Objects:
-    """Images 0, 1, ... with objects in VOC's pixels: rows of label, xmin, ymin, xmax, ymax, difficult."""
+    """Images 0, 1, ... with objects in VOC's coordinates: rows of label, xmin, ymin, xmax, ymax, difficult."""
 
     images: list[np.ndarray]
     categories = CATEGORIES
@@ -44,7 +44,7 @@ class Objects:
 
 
 def as_results(detections: np.ndarray, num_images: int) -> Results:
-    """Rows of image, label, score, xmin, ymin, xmax, ymax in VOC's pixels."""
+    """Convert rows of image, label, score, xmin, ymin, xmax, ymax in VOC's coordinates."""
     detections = np.asarray(detections, np.float64).reshape(-1, 7)
     corner = detections[:, 3:5] - 1
     return Results(
@@ -57,8 +57,8 @@ def as_results(detections: np.ndarray, num_images: int) -> Results:
 
 
 def devkit(images: list[np.ndarray], detections: np.ndarray, label: int, interpolation: str) -> float:
-    """VOCevaldet.m and, for voc07, its eleven points, step by step; overlaps and recalls as exact fractions."""
-    taken: set[tuple[int, int]] = set()
+    """AP after VOCevaldet.m (voc07: eleven-point interpolation), with exact fractions for overlaps and recalls."""
+    matched: set[tuple[int, int]] = set()
     num_objects = sum(int(row[0] == label and not row[5]) for rows in images for row in rows)
     if num_objects == 0:
         return -1.0
@@ -78,9 +78,9 @@ def devkit(images: list[np.ndarray], detections: np.ndarray, label: int, interpo
         hit = highest >= Fraction(1, 2)
         if hit and images[int(image)][match][5]:
             continue
-        first = hit and (int(image), match) not in taken
+        first = hit and (int(image), match) not in matched
         if first:
-            taken.add((int(image), match))
+            matched.add((int(image), match))
         true.append(int(first))
         false.append(int(not first))
     recalls = [Fraction(sum(true[: k + 1]), num_objects) for k in range(len(true))]
@@ -96,7 +96,7 @@ def devkit(images: list[np.ndarray], detections: np.ndarray, label: int, interpo
 
 
 def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Objects overlap, a third of them are difficult, detections lie near them and scores are often equal."""
+    """Overlapping objects, a third of them difficult; detections near the objects, often with equal scores."""
     rng = np.random.default_rng(seed)
     images, detections = [], []
     for image in range(8):
@@ -138,7 +138,7 @@ HALF = (1, 1, 10, 5)  # IoU 1/2 with BOX in VOC's pixels
         ([(0, *BOX, 0)], [(0, 0, 0.9, *HALF)], 1, 1),
         ([(0, *BOX, 0)], [(0, 0, 0.9, 1, 1, 10, 4)], 0, 0),
         ([(0, *BOX, 0)], [(0, 1, 0.9, *BOX)], 0, 0),
-        # A second detection of an object is wrong, but after full recall it costs nothing; before, it does.
+        # A duplicate detection is a false positive. It lowers AP only if full recall has not been reached.
         ([(0, *BOX, 0)], [(0, 0, 0.9, *BOX), (0, 0, 0.8, *BOX)], 1, 1),
         (
             [(0, *BOX, 0), (0, 21, 21, 30, 30, 0)],
@@ -146,15 +146,15 @@ HALF = (1, 1, 10, 5)  # IoU 1/2 with BOX in VOC's pixels
             (6 * 1 + 5 * 2 / 3) / 11,
             1 / 2 + 1 / 2 * 2 / 3,
         ),
-        # One of two found: recall reaches 0.5, which is six of the eleven points and half of the area.
+        # One of two objects detected: recall reaches 0.5, which is six of the eleven points and half of the area.
         ([(0, *BOX, 0), (0, 21, 21, 30, 30, 0)], [(0, 0, 0.9, *BOX)], 6 / 11, 0.5),
         ([(0, *BOX, 0)], [(0, 0, 0.9, 40, 40, 50, 50), (0, 0, 0.8, *BOX)], 0.5, 0.5),
-        # What is found of difficult objects counts neither way.
+        # Detections of difficult objects are ignored.
         ([(0, *BOX, 0), (0, 21, 21, 30, 30, 1)], [(0, 0, 0.9, 21, 21, 30, 30), (0, 0, 0.8, *BOX)], 1, 1),
         ([(0, *BOX, 1)], [(0, 0, 0.9, *BOX)], -1, -1),
-        # The object that is overlapped most decides, even if it is difficult and another would do.
+        # A detection is matched to the object with the highest IoU, even if that object is difficult and another fits.
         ([(0, *BOX, 1), (0, 1, 1, 10, 9, 0)], [(0, 0, 0.9, *BOX)], 0, 0),
-        # Three of ten found is recall 0.3, which is the fourth of the eleven points.
+        # Three of ten objects detected: recall 0.3, which is the fourth of the eleven points.
         (
             [(0, 20 * k + 1, 1, 20 * k + 10, 10, 0) for k in range(10)],
             [(0, 0, 0.9, 20 * k + 1, 1, 20 * k + 10, 10) for k in range(3)],
@@ -216,7 +216,7 @@ def test_difficult_objects_of_voc_files_are_ignored(tmp_path: Path) -> None:
     assert voc_metrics(dataset, as_results(detections, 1), interpolation="voc07").mean == 1
 
 
-def test_is_near_cocos_ap50(data_dir: Path, tmp_path: Path) -> None:
+def test_voc_ap_is_close_to_coco_ap50(data_dir: Path, tmp_path: Path) -> None:
     folder = data_dir / "coco_mini"
     dataset = IndexedDataset(folder / "annotations" / "instances_val2017.json", folder / "val2017", cache_dir=tmp_path)
     path = folder / "annotations" / "yolox_nano_val2017_subset_bbox_results.json"
@@ -225,8 +225,8 @@ def test_is_near_cocos_ap50(data_dir: Path, tmp_path: Path) -> None:
     voc = voc_metrics(dataset, results, interpolation="voc12")
     assert voc.num_objects.tolist() == coco.num_objects.tolist()
     assert voc.mean == pytest.approx(coco.summary["AP50"], abs=0.01)
-    # COCO reads precision at 101 recalls; in dense images it lets a detection have the second best object too, and
-    # in crowd regions it ignores whatever lies inside.
+    # COCO samples precision at 101 recalls. In dense images it can match a detection to the second-best object, and
+    # it ignores detections inside crowd regions.
     crowded = np.isin(np.arange(80), dataset.index.labels[dataset.index.crowd])
     measured = (voc.num_objects > 0) & ~crowded
     differences = np.abs(voc.per_class[measured] - coco.per_class[measured, 1])

@@ -1,4 +1,4 @@
-"""Tensors under the documented names of other code bases, random, of models as small as their layouts allow."""
+"""Random tensors under the names that other code bases use, for models as small as their layouts allow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 from boxwright.weights.foreign import ForeignFile
 
 CHANNELS = 16
+"""Channels of the feature pyramid."""
 WIDTH = 24
-"""Of the pyramid, and of the two layers of a box head."""
+"""Width of the two fully connected layers of a box head."""
 MASK_WIDTH = 8
+"""Channels of the convolutions of a mask head."""
 
 
 def layer(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    """A weight and a bias."""
+    """Shapes of a layer's weight and bias."""
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 

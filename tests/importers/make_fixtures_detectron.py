@@ -1,20 +1,21 @@
-"""Write the fixtures `detectron_*`: what Detectron's own code detects, see `reference.py`.
+"""Write the fixtures `detectron_*`: detections of Detectron's own code, see `reference.py`.
 
-To be run by hand:
+Run it by hand:
 
     git clone https://github.com/facebookresearch/Detectron CLONE
     pip install six pyyaml pycocotools opencv-python-headless
     PYTHONPATH=src:tests:CLONE python -m importers.make_fixtures_detectron CLONE DATA
 
-DATA is what `BOXWRIGHT_DATA` names. The committed ones come from commit 04155a0 (October 2023). Caffe2, which is gone,
-ran the layers of Detectron's nets; `Workspace` runs them in torch instead, after `ResNet.py`, `FPN.py`,
-`fast_rcnn_heads.py`, `mask_rcnn_heads.py` and `retinanet_heads.py` of `modeling/`. All else is Detectron's: how a
-pixels becomes a blob, anchors, proposals, their levels, boxes, thresholds and suppression, in `utils/blob.py`, `ops`,
-`core/test.py`, `test_retinanet.py` and `rpn_generator.py`. Of its compiled parts only NMS is expected, which stands
-below, after `utils/cython_nms.pyx`.
+DATA is the folder that `BOXWRIGHT_DATA` names. The committed fixtures come from commit 04155a0 (October 2023).
 
-Models are those of its baselines but for narrower layers and, of the ResNeXt, fewer of them; images are not resized.
-DEDUP_BOXES is off: Fast R-CNN else looks at one alone of the proposals that agree when rounded to 16 pixels.
+Detectron ran its networks on Caffe2, which is no longer available. `Workspace` runs the same layers in torch, after
+`ResNet.py`, `FPN.py`, `fast_rcnn_heads.py`, `mask_rcnn_heads.py` and `retinanet_heads.py` of Detectron's `modeling/`.
+Everything else is Detectron's own code: image preprocessing, anchors, proposals and their levels, box decoding,
+thresholds and NMS, in `utils/blob.py`, `ops`, `core/test.py`, `test_retinanet.py` and `rpn_generator.py`. NMS is the
+only compiled part that detection needs; `nms` below replaces it, after `utils/cython_nms.pyx`.
+
+The models are Detectron's baselines with narrower layers; the ResNeXt also has fewer layers. Images are not resized.
+DEDUP_BOXES is off: otherwise Fast R-CNN merges proposals that are equal after rounding to multiples of 16 pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import yaml
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from importers.reference import Found, Reference, fill, images_of, proposals, thinned
+from importers.reference import ImageDetections, Reference, fill, images_of, proposals_for, thinned
 
 MISSING = [
     "caffe2",
@@ -61,7 +62,7 @@ MISSING = [
     "detectron.utils.segms",
     "detectron.utils.subprocess",
 ]
-"""Modules that Detectron imports on the way; of most of them detecting uses nothing."""
+"""Modules that Detectron imports but detection hardly uses; `stand_in` replaces them with mocks."""
 BASELINES = "configs/12_2017_baselines"
 MODELS = {
     "proposal_network": "rpn_R-50-FPN_1x.yaml",
@@ -74,15 +75,15 @@ MODELS = {
 BLOCKS = {2: 3, 3: 4, 4: 6, 5: 3}
 CHANNELS, WIDTH, MASK_WIDTH, CLASSES = 64, 128, 32, 81
 GAINS = {
-    # Pixels of about 70, which nothing divides.
+    # Pixel values are around 70: they are not divided by a standard deviation.
     "conv1_w": 0.015,
-    # Weak residual branches, as training makes them.
+    # Weak residual branches, as in a trained network.
     "*_branch2c_bn_s": 0.3,
-    # Detections of the coarsest level, too.
+    # The coarsest levels must produce detections, too.
     "fpn_6_w": 0.4,
     "fpn_7_w": 1.0,
     "fpn_*_w": 0.3,
-    # Scores that spread, several classes in a image, and boxes that stay near their anchors.
+    # Spread the scores, predict several classes per image, and keep boxes near their anchors.
     "rpn_bbox_pred_fpn2_w": 0.16,
     "rpn_cls_logits_fpn2_w": 0.7,
     "fc6_b": 10.0,
@@ -97,7 +98,10 @@ KEPT_MASKS = 10
 
 
 def nms(detections: np.ndarray, threshold: float) -> np.ndarray:
-    """Indices of the boxes that stay, best first; a box goes from `threshold` on, and is x2 - x1 + 1 wide."""
+    """Return the indices of the boxes to keep, best first.
+
+    A box is suppressed if its IoU is at least `threshold`. The width of a box is x2 - x1 + 1.
+    """
     x1, y1, x2, y2, scores = detections.T
     areas = (x2 - x1 + 1) * (y2 - y1 + 1)
     order = scores.argsort()[::-1]
@@ -107,13 +111,13 @@ def nms(detections: np.ndarray, threshold: float) -> np.ndarray:
         kept.append(best)
         width = np.maximum(0, np.minimum(x2[order], x2[best]) - np.maximum(x1[order], x1[best]) + 1)
         height = np.maximum(0, np.minimum(y2[order], y2[best]) - np.maximum(y1[order], y1[best]) + 1)
-        shared = width * height
-        order = order[shared / (areas[order] + areas[best] - shared) < threshold]
+        intersection = width * height
+        order = order[intersection / (areas[order] + areas[best] - intersection) < threshold]
     return np.array(kept, np.int64)
 
 
 class Blob:
-    """What Detectron's operators read from and write to."""
+    """Replacement for the Caffe2 blobs that Detectron's operators read and write."""
 
     def __init__(self, data: np.ndarray | None = None) -> None:
         self.data = np.zeros(0, np.float32) if data is None else data
@@ -130,7 +134,7 @@ class Blob:
 
 
 class Workspace:
-    """`caffe2.python.workspace` as far as Detectron's testing needs it: blobs by name, and nets that run on them."""
+    """The parts of `caffe2.python.workspace` that inference needs: blobs by name, and nets that run on them."""
 
     def __init__(self, cfg: Any, weights: dict[str, Tensor]) -> None:
         self.cfg, self.weights = cfg, weights
@@ -150,7 +154,7 @@ class Workspace:
         getattr(self, name)()
 
     def conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
-        """With its bias, or the AffineChannel that follows it, and padded to keep the size."""
+        """Convolution with "same" padding, followed by its bias or by its AffineChannel layer."""
         weight = self.weights[name + "_w"]
         x = F.conv2d(x, weight, self.weights.get(name + "_b"), stride, weight.shape[-1] // 2, groups=groups)
         norm = "res_conv1_bn" if name == "conv1" else name + "_bn"
@@ -160,7 +164,7 @@ class Workspace:
         return x * scale + bias
 
     def body(self) -> dict[int, Tensor]:
-        """Stages 2 to 5."""
+        """Return the outputs of stages 2 to 5."""
         x = torch.from_numpy(self.blobs["data"])
         x = F.max_pool2d(self.conv(x, "conv1", 2).relu(), 3, 2, 1)
         stages = {}
@@ -177,7 +181,7 @@ class Workspace:
         return stages
 
     def pyramid(self) -> dict[int, Tensor]:
-        """P2 to P6, or P3 to P7."""
+        """Return P2 to P6, or P3 to P7 for RetinaNet."""
         stages, retina = self.body(), self.cfg.FPN.EXTRA_CONV_LEVELS
         levels, inner = {}, None
         for stage in range(5, 2 if retina else 1, -1):
@@ -193,7 +197,7 @@ class Workspace:
         return levels
 
     def detect(self) -> None:
-        """The net that finds boxes."""
+        """Run the network that predicts boxes."""
         self.levels = self.pyramid()
         if self.cfg.RETINANET.RETINANET_ON:
             self.retinanet()
@@ -221,33 +225,35 @@ class Workspace:
             self.blobs[f"retnet_bbox_pred_fpn{level}"] = outputs[1].numpy()
 
     def rpn(self) -> None:
-        """Detectron's operators on the outputs of each level, then on all of them."""
+        """Run Detectron's operators on each level, then the operator that collects the proposals of all levels."""
         from detectron.modeling.generate_anchors import generate_anchors
         from detectron.ops import collect_and_distribute_fpn_rpn_proposals as collecting
         from detectron.ops.generate_proposals import GenerateProposalsOp
 
         fpn = self.cfg.FPN
         levels = range(fpn.RPN_MIN_LEVEL, fpn.RPN_MAX_LEVEL + 1)
-        found = {}
+        proposals = {}
         for level in levels:
             hidden = self.conv(self.levels[level], "conv_rpn_fpn2").relu()
             scores = self.conv(hidden, "rpn_cls_logits_fpn2").sigmoid()
             deltas = self.conv(hidden, "rpn_bbox_pred_fpn2")
             size = fpn.RPN_ANCHOR_START_SIZE * 2.0 ** (level - fpn.RPN_MIN_LEVEL)
             anchors = generate_anchors(stride=2.0**level, sizes=(size,), aspect_ratios=fpn.RPN_ASPECT_RATIOS)
-            found[level] = [Blob(), Blob()]
+            proposals[level] = [Blob(), Blob()]
             inputs = [Blob(scores.numpy()), Blob(deltas.numpy()), Blob(self.blobs["im_info"])]
-            GenerateProposalsOp(anchors, 0.5**level, train=False).forward(inputs, found[level])
-            self.blobs[f"rpn_rois_fpn{level}"], self.blobs[f"rpn_roi_probs_fpn{level}"] = (b.data for b in found[level])
+            GenerateProposalsOp(anchors, 0.5**level, train=False).forward(inputs, proposals[level])
+            self.blobs[f"rpn_rois_fpn{level}"], self.blobs[f"rpn_roi_probs_fpn{level}"] = (
+                b.data for b in proposals[level]
+            )
         if self.cfg.MODEL.FASTER_RCNN:
             outputs = [Blob() for _ in range(6)]
-            collected = [found[level][part] for part in range(2) for level in levels]
+            collected = [proposals[level][part] for part in range(2) for level in levels]
             collecting.CollectAndDistributeFpnRpnProposalsOp(train=False).forward(collected, outputs)
             names = ["rois", *(f"rois_fpn{level}" for level in range(2, 6)), "rois_idx_restore_int32"]
             self.blobs |= {name: blob.data for name, blob in zip(names, outputs, strict=True)}
 
     def pooled(self, rois: str, settings: Any) -> Tensor:
-        """RoIAlign of each level's boxes, put into the order of all."""
+        """Apply RoIAlign per level, then restore the original order of the boxes."""
         assert settings.ROI_XFORM_METHOD == "RoIAlign"
         size, samples = settings.ROI_XFORM_RESOLUTION, settings.ROI_XFORM_SAMPLING_RATIO
         levels = [
@@ -258,7 +264,7 @@ class Workspace:
         return torch.cat(levels)[torch.from_numpy(self.blobs[f"{rois}_idx_restore_int32"]).long()]
 
     def masks(self) -> None:
-        """The net that finds masks, after `detect`."""
+        """Run the network that predicts masks; `detect` must run first."""
         hidden = self.pooled("mask_rois", self.cfg.MRCNN)
         for index in range(1, 5):
             hidden = self.conv(hidden, f"_[mask]_fcn{index}").relu()
@@ -267,7 +273,7 @@ class Workspace:
 
 
 def stand_in(clone: Path) -> None:
-    """Put in place what Detectron imports."""
+    """Install replacements for the modules that Detectron imports."""
     sys.modules |= {name: MagicMock() for name in MISSING}
     sys.modules["future.utils"].iteritems = dict.items
     sys.modules["past.builtins"].basestring = str
@@ -278,7 +284,7 @@ def stand_in(clone: Path) -> None:
 
 
 def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
-    """The blobs of a model."""
+    """Return the names and shapes of a model's blobs."""
 
     def layer(name: str, *shape: int) -> None:
         shapes.update({f"{name}_w": shape, f"{name}_b": shape[:1]})
@@ -327,8 +333,8 @@ def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def found_by(kind: str, cfg: Any, pixels: np.ndarray) -> Found:
-    """What Detectron's functions of testing find in a image, its masks before they are pasted."""
+def detect_with_peer(kind: str, cfg: Any, pixels: np.ndarray) -> ImageDetections:
+    """Run Detectron's inference functions on an image. Masks are returned before pasting."""
     from detectron.core import rpn_generator, test, test_retinanet
 
     nets = {name: SimpleNamespace(Proto=lambda name=name: SimpleNamespace(name=name)) for name in ("detect", "masks")}
@@ -338,7 +344,7 @@ def found_by(kind: str, cfg: Any, pixels: np.ndarray) -> Found:
     masks = None
     if kind == "proposal_network":
         boxes, scores = rpn_generator.im_proposals(model, image)
-        return Found(
+        return ImageDetections(
             boxes=boxes[:KEPT_PROPOSALS],
             scores=scores[:KEPT_PROPOSALS],
             labels=np.zeros(KEPT_PROPOSALS, np.int64),
@@ -347,8 +353,8 @@ def found_by(kind: str, cfg: Any, pixels: np.ndarray) -> Found:
     if kind == "retinanet":
         by_class = test_retinanet.im_detect_bbox(model, image)
     else:
-        given = proposals(pixels) if kind == "fast_rcnn" else None
-        scores, boxes, scale = test.im_detect_bbox(model, image, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE, boxes=given)
+        given_boxes = proposals_for(pixels) if kind == "fast_rcnn" else None
+        scores, boxes, scale = test.im_detect_bbox(model, image, cfg.TEST.SCALE, cfg.TEST.MAX_SIZE, boxes=given_boxes)
         _, boxes, by_class = test.box_results_with_nms_and_limit(scores, boxes)
         assert scale == 1
     labels = np.concatenate([np.full(len(rows), label, np.int64) for label, rows in enumerate(by_class)])
@@ -357,11 +363,13 @@ def found_by(kind: str, cfg: Any, pixels: np.ndarray) -> Found:
     if cfg.MODEL.MASK_ON:
         probabilities = test.im_detect_mask(model, scale, boxes)[np.arange(len(boxes)), labels]
         masks = thinned(probabilities[order[:KEPT_MASKS]])
-    return Found(boxes=rows[order, :4], scores=rows[order, 4], labels=labels[order] - 1, count=len(rows), masks=masks)
+    return ImageDetections(
+        boxes=rows[order, :4], scores=rows[order, 4], labels=labels[order] - 1, count=len(rows), masks=masks
+    )
 
 
 def main(clone: Path, data: Path, names: list[str]) -> None:
-    """Write the fixtures of these models, or of all."""
+    """Write the fixtures of the named models, or of all models."""
     stand_in(clone)
     from detectron.core import rpn_generator, test, test_retinanet
     from detectron.core.config import cfg, merge_cfg_from_cfg, merge_cfg_from_file
@@ -378,11 +386,11 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         workspace = Workspace(cfg, fill(shapes, GAINS))
         for module in (rpn_generator, test, test_retinanet):
             module.workspace = workspace
-        found = [found_by(name, cfg, pixels) for pixels in images_of(data)]
+        detections = [detect_with_peer(name, cfg, pixels) for pixels in images_of(data)]
         changes = {"DEDUP_BOXES": 0, "TEST.SCALE": "the image's short side"}
         about = {"peer": "Detectron", "commit": commit, "config": MODELS[name], "changes": changes}
-        Reference(about=about, shapes=shapes, gains=GAINS, found=found).save(f"detectron_{name}")
-        for one in found:
+        Reference(about=about, shapes=shapes, gains=GAINS, detections=detections).save(f"detectron_{name}")
+        for one in detections:
             print(name, one.count, len(set(one.labels)), np.quantile(one.scores, [0, 0.5, 1]).round(4))
 
 

@@ -1,15 +1,15 @@
-"""Write the fixtures `detectron2_*`: what Detectron2's own models detect, see `reference.py`.
+"""Write the fixtures `detectron2_*`: detections of Detectron2's own models, see `reference.py`.
 
-To be run by hand:
+Run it by hand:
 
     git clone https://github.com/facebookresearch/detectron2 CLONE
     pip install fvcore iopath omegaconf hydra-core yacs tabulate cloudpickle termcolor
     PYTHONPATH=src:tests:CLONE python -m importers.make_fixtures_detectron2 CLONE DATA
 
-DATA is what `BOXWRIGHT_DATA` names. The committed ones come from commit 02b5c4e (June 2026) on torch 2.14 and
-torchvision 0.29, on a CPU. Nothing of Detectron2 is compiled for it: its RoIAlign and NMS are torchvision's.
+DATA is the folder that `BOXWRIGHT_DATA` names. The committed fixtures come from commit 02b5c4e (June 2026) with torch
+2.14 and torchvision 0.29 on a CPU. Detectron2 is used uncompiled: its RoIAlign and NMS come from torchvision.
 
-Models are those of the model zoo's configurations but for narrower layers and, of the ResNeXt, fewer of them.
+The models are the model zoo's configurations with narrower layers; the ResNeXt also has fewer layers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 from torchvision.ops import boxes as box_ops
 
-from importers.reference import Found, Reference, fill, images_of, proposals, thinned
+from importers.reference import ImageDetections, Reference, fill, images_of, proposals_for, thinned
 
 NARROW = {"MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ROI_BOX_HEAD.FC_DIM": 128, "MODEL.ROI_MASK_HEAD.CONV_DIM": 32}
 R50 = {**NARROW, "MODEL.RESNETS.WIDTH_PER_GROUP": 16}
-"""Bottlenecks of 16, 32, 64 and 128 channels in place of 64 to 512; what comes out of them is as wide as ever."""
+"""Bottlenecks of 16, 32, 64 and 128 channels instead of 64 to 512; the stages' output widths are unchanged."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "proposal_network": ("COCO-Detection/rpn_R_50_FPN_1x.yaml", R50),
     "fast_rcnn": ("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", R50),
@@ -45,23 +45,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "retinanet": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", R50),
     "cascade_mask_rcnn": ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", R50),
     "mask_rcnn_gn": ("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml", {**NARROW, "MODEL.ROI_BOX_HEAD.CONV_DIM": 32}),
-    # Two convolutions in the RPN, as the models under `new_baselines` have them beside their norms.
+    # The RPN has two convolutions, like the models under `new_baselines`, which also have norms.
     "mask_rcnn_syncbn": (
         "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml",
         {**R50, "MODEL.ROI_BOX_HEAD.CONV_DIM": 32, "MODEL.RPN.CONV_DIMS": [-1, -1]},
     ),
 }
 GAINS = {
-    # Pixels of about 70, where nothing divides them.
+    # Pixel values are around 70: they are not divided by a standard deviation.
     "*.stem.conv1.weight": 0.015,
-    # Weak residual branches, as training makes them.
+    # Weak residual branches, as in a trained network.
     "*.conv3.norm.weight": 0.3,
     "backbone.fpn_lateral*.weight": 0.3,
     "backbone.fpn_output*.weight": 0.3,
-    # Detections of the coarsest level, too.
+    # The coarsest levels must produce detections, too.
     "backbone.top_block.p6.weight": 0.33,
     "backbone.top_block.p7.weight": 2.0,
-    # Scores that spread, and boxes that stay near their anchors.
+    # Spread the scores and keep boxes near their anchors.
     "*.objectness_logits.weight": 0.7,
     "*.anchor_deltas.weight": 0.15,
     "roi_heads.box_predictor*.cls_score.weight": 2.0,
@@ -71,63 +71,63 @@ GAINS = {
 }
 RESNEXT_GAINS = {
     "*.stem.conv1.weight": 0.5,
-    # So that the threshold on scores leaves fewer detections than there may be.
+    # Keep the number of detections above the score threshold below the maximum.
     "roi_heads.box_predictor*.cls_score.weight": 0.66,
 }
-"""In place of those, where pixels are divided."""
+"""Override `GAINS` for models that divide pixels by a standard deviation."""
 NORM_GAINS = {
-    # Norms bring the scale back that untrained layers before them lose.
+    # Norms restore the scale that the untrained layers before them lose.
     "backbone.fpn_lateral*.weight": 1.0,
     "backbone.fpn_output*.weight": 1.0,
     "roi_heads.box_predictor*.cls_score.weight": 1.0,
 }
-"""In place of those, where pyramid and heads have norms."""
+"""Override `GAINS` for models with norms in the pyramid and the heads."""
 IN_FLOAT64 = {"mask_rcnn_syncbn"}
-"""Its many norms of random numbers make a hundredth of a pixel of float32's rounding."""
+"""Models whose many randomly initialised norms amplify float32 rounding to a hundredth of a pixel."""
 KEPT_PROPOSALS = 300
 KEPT_MASKS = 10
 
 
 @torch.inference_mode()
-def found_by(model: Any, pixels: np.ndarray, wants_proposals: bool) -> Found:
-    """What a model finds in a image at its own size, its masks before they are pasted."""
+def detect_with_peer(model: Any, pixels: np.ndarray, needs_proposals: bool) -> ImageDetections:
+    """Run a model on an image without resizing it. Masks are returned before pasting."""
     size = pixels.shape[:2]
-    given: dict[str, Any] = {"image": torch.from_numpy(pixels[:, :, ::-1].copy()).permute(2, 0, 1)}
-    if wants_proposals:
-        boxes = torch.from_numpy(proposals(pixels))
-        given["proposals"] = Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes)))
+    inputs: dict[str, Any] = {"image": torch.from_numpy(pixels[:, :, ::-1].copy()).permute(2, 0, 1)}
+    if needs_proposals:
+        boxes = torch.from_numpy(proposals_for(pixels))
+        inputs["proposals"] = Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes)))
     kind = type(model).__name__
     if kind == "ProposalNetwork":
-        given |= {"height": size[0], "width": size[1]}
-        instances = model([given])[0]["proposals"]
+        inputs |= {"height": size[0], "width": size[1]}
+        instances = model([inputs])[0]["proposals"]
         boxes = instances.proposal_boxes.tensor
         scores = instances.objectness_logits.sigmoid()
-        kept = slice(KEPT_PROPOSALS)
+        keep = slice(KEPT_PROPOSALS)
         labels = torch.zeros(len(scores), dtype=torch.int64)
     else:
         if kind == "RetinaNet":
-            instances = model([{**given, "height": size[0], "width": size[1]}])[0]["instances"]
+            instances = model([{**inputs, "height": size[0], "width": size[1]}])[0]["instances"]
         else:
-            instances = model.inference([given], do_postprocess=False)[0]
+            instances = model.inference([inputs], do_postprocess=False)[0]
         boxes, scores, labels = instances.pred_boxes.tensor, instances.scores, instances.pred_classes
-        kept = slice(None)
+        keep = slice(None)
     masks = thinned(instances.pred_masks[:KEPT_MASKS, 0].numpy()) if instances.has("pred_masks") else None
-    return Found(
-        boxes=boxes[kept].numpy(),
-        scores=scores[kept].numpy(),
-        labels=labels[kept].numpy(),
+    return ImageDetections(
+        boxes=boxes[keep].numpy(),
+        scores=scores[keep].numpy(),
+        labels=labels[keep].numpy(),
         count=len(instances),
         masks=masks,
     )
 
 
 def _batched_nms(boxes: Tensor, scores: Tensor, *rest: Any) -> Tensor:
-    """torchvision's, which wants both of one type; Detectron2 gives it boxes in float32 whatever the scores are."""
+    """Cast boxes to the dtype of the scores, as torchvision requires; Detectron2 always passes float32 boxes."""
     return batched_nms(boxes.to(scores.dtype), scores, *rest)
 
 
 def main(clone: Path, data: Path, names: list[str]) -> None:
-    """Write the fixtures of these models, or of all."""
+    """Write the fixtures of the named models, or of all models."""
     commit = subprocess.run(
         ["git", "-C", clone, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -145,10 +145,10 @@ def main(clone: Path, data: Path, names: list[str]) -> None:
         if name in IN_FLOAT64:
             model.double()
             box_ops.batched_nms = _batched_nms
-        found = [found_by(model, pixels, cfg.MODEL.LOAD_PROPOSALS) for pixels in images_of(data)]
+        detections = [detect_with_peer(model, pixels, cfg.MODEL.LOAD_PROPOSALS) for pixels in images_of(data)]
         about = {"peer": "detectron2", "commit": commit, "config": config, "changes": changes}
-        Reference(about=about, shapes=shapes, gains=gains, found=found).save(f"detectron2_{name}")
-        for one in found:
+        Reference(about=about, shapes=shapes, gains=gains, detections=detections).save(f"detectron2_{name}")
+        for one in detections:
             print(name, one.count, len(set(one.labels)), np.quantile(one.scores, [0, 0.5, 1]).round(4))
 
 

@@ -1,6 +1,6 @@
-"""mmdetection made to run without anything compiled, on a CPU: the operators that a detection needs, written here.
+"""Run mmdetection on a CPU without its compiled extensions: Python versions of the operators that detection needs.
 
-R boxes, C channels, H x W positions of a feature map.
+Shapes: R boxes, C channels, feature maps of H x W cells.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.ops import nms, roi_align
 
 
 class CompiledModules:
-    """Finds the modules that a peer compiles, and gives them the operators that are written here."""
+    """Import hook: supplies the peer's compiled modules, with the operators of this file as their contents."""
 
     def __init__(self, operators: dict[str, Callable[..., Any]]) -> None:
         self.operators = operators
@@ -36,7 +36,7 @@ class CompiledModules:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `create_module` has set up the module."""
 
     def _operator(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -45,30 +45,30 @@ class CompiledModules:
 
 
 def _missing(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("a compiled operator that no detection here should need")
+    raise NotImplementedError("compiled operator without a Python version in mmdetection_on_cpu.py")
 
 
 def nms_2018(detections: Any, iou_threshold: float) -> Any:
-    """Of 0.x and 1.x, on GPUs: boxes are a pixel longer, and of those above the threshold the worse goes."""
+    """NMS of 0.x and 1.x on GPUs: box sizes include the end pixel; IoU above the threshold suppresses."""
     rows = torch.as_tensor(detections)
-    kept = nms(torch.cat([rows[:, :2], rows[:, 2:4] + 1], dim=1), rows[:, 4], iou_threshold)
-    return kept if isinstance(detections, Tensor) else kept.numpy()
+    keep = nms(torch.cat([rows[:, :2], rows[:, 2:4] + 1], dim=1), rows[:, 4], iou_threshold)
+    return keep if isinstance(detections, Tensor) else keep.numpy()
 
 
 def nms_later(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> Tensor:
-    """Of 2.x and 3.x."""
+    """NMS of 2.x and 3.x."""
     return nms(torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1), scores, iou_threshold)
 
 
 def roi_align_2018(layer: Any, features: Tensor, rois: Tensor) -> Tensor:
-    """RoIAlign of 0.x and 1.x for one image, as their kernel has it: the end at (x2 + 1) * scale, no half pixel.
+    """RoIAlign of 0.x and 1.x for one image, after their kernel: a RoI ends at (x2 + 1) * scale, no half-pixel offset.
 
-    Sampling is bilinear, so that a row of weights for each axis and cell does it.
+    Bilinear sampling is separable, so one row of weights per axis and output cell is enough.
 
     Args:
-        layer: the peer's, with `out_size`, `sample_num` and `spatial_scale`.
+        layer: the peer's RoIAlign layer, with `out_size`, `sample_num` and `spatial_scale`.
         features: [1, C, H, W].
-        rois: [R, 5] index of the pixels, and xyxy in its pixels.
+        rois: [R, 5] image index and xyxy in pixels of the image.
 
     Returns:
         [R, C, out_size, out_size].
@@ -91,17 +91,17 @@ def roi_align_2018(layer: Any, features: Tensor, rois: Tensor) -> Tensor:
 
 
 def roi_align_later(features: Tensor, rois: Tensor, output: Tensor, *_: Any, **options: Any) -> None:
-    """Of 2.x and 3.x."""
+    """RoIAlign of 2.x and 3.x."""
     size = (options["aligned_height"], options["aligned_width"])
     scale, ratio = options["spatial_scale"], options["sampling_ratio"]
     output.copy_(roi_align(features, rois, size, scale, ratio, options["aligned"]))
 
 
 def import_peer() -> tuple[str, int]:
-    """Import mmdetection with what it lacks here: compiled operators, names gone from Python and numpy, a GPU.
+    """Import mmdetection, replacing compiled operators, names that Python and numpy have dropped, and GPU defaults.
 
     Returns:
-        Its version, and the first number of it.
+        Its version and its major version.
     """
     operators: dict[str, Callable[..., Any]] = {"nms": nms_2018, "cpu_nms": nms_2018}
     sys.meta_path.insert(0, CompiledModules(operators))  # type: ignore[arg-type]
@@ -121,9 +121,9 @@ def import_peer() -> tuple[str, int]:
         from mmdet.models.backbones.resnet import BasicBlock
         from mmdet.ops import RoIAlign
 
-        if major == 0:  # Its BasicBlock knows nothing of an argument that its ResNet passes.
-            made = BasicBlock.__init__
-            BasicBlock.__init__ = lambda self, *rest, dcn=None, **options: made(self, *rest, **options)
+        if major == 0:  # Its ResNet passes `dcn`, which its BasicBlock does not accept.
+            init = BasicBlock.__init__
+            BasicBlock.__init__ = lambda self, *rest, dcn=None, **options: init(self, *rest, **options)
 
         RoIAlign.forward = roi_align_2018
         AnchorGenerator.grid_anchors.__defaults__ = (16, "cpu")

@@ -1,10 +1,10 @@
-"""Detections that other code bases' own code made, kept as small files, and the models that made them, made again.
+"""Reference detections of other code bases ("peers"), stored as small files, and the weights that produced them.
 
-No weights are kept: a tensor's values follow from its name and shape, the same on every machine, so that the peer
-(once, by hand, in a `make_fixtures_*.py`) and the test (each time) fill the same model. A file in `fixtures/` holds the
-names and shapes of the peer's tensors, and what the peer found in two real images.
+The files contain no weights. `fill` computes the values of a tensor from its name and shape, with the same result on
+every machine. A script `make_fixtures_*.py`, run by hand, fills the peer's model; the tests fill an equal model each
+time. A file in `fixtures/` stores the names and shapes of the peer's tensors and its detections on two real images.
 
-n detections, S cells a side of a mask.
+Shapes: n detections per image, m detections with a mask, S cells per side of a mask.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from boxwright.data.collate import PlacedSample, collate
 from boxwright.data.dataset import Sample
 from boxwright.data.decode import decode_image
 from boxwright.data.placement import place
-from boxwright.data.proposals import GivenProposals
+from boxwright.data.proposals import ImageProposals
 
 FIXTURES = Path(__file__).parent / "fixtures"
-PICTURES = {"000000000802.jpg": (410, 290), "000000005001.jpg": (300, 420)}
-"""Of `coco_mini`, and the (height, width) of the upper left part that is used: small, and no multiples of 32."""
+IMAGES = {"000000000802.jpg": (410, 290), "000000005001.jpg": (300, 420)}
+"""Files of `coco_mini` and the (height, width) of the upper left crop: small sizes that are no multiples of 32."""
 NUM_PROPOSALS = 200
 MASK_STEP = 3
-"""Every third row and column of a mask is kept."""
+"""Fixtures store every third row and column of a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What was found in one image, best first."""
+class ImageDetections:
+    """The detections in one image, sorted by score in descending order."""
 
     boxes: np.ndarray
-    """[n, 4] float32 xyxy in pixels of the image; n may be fewer than `count`."""
+    """[n, 4] float32 xyxy in pixels of the image; n may be smaller than `count`."""
     scores: np.ndarray
     """[n] float32."""
     labels: np.ndarray
-    """[n] int64, background not counted."""
+    """[n] int64; 0 is the first class, background does not count."""
     count: int
-    """Detections in all."""
+    """Number of detections before the list was cut to n."""
     masks: np.ndarray | None = None
-    """[m, S / 3, S / 3] float32 probabilities in the first m <= n detections' masks, every third cell."""
+    """[m, S / 3, S / 3] float32 mask probabilities of the first m <= n detections, every third cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,69 +58,69 @@ class Reference:
     """A peer's model and its detections."""
 
     about: dict[str, Any]
-    """Code base, commit, configuration and what was changed in it; for the reader."""
+    """Code base, commit, configuration and the changes made to it. Informative only, except for `meta`."""
     shapes: dict[str, tuple[int, ...]]
-    """The peer's tensors."""
+    """Names and shapes of the peer's tensors."""
     gains: dict[str, float] = field(default_factory=dict)
-    """Factors for the values of tensors by patterns of their names; see `fill`."""
-    found: list[Found]
-    """One for each of `PICTURES`."""
+    """Factors for tensor values, by name pattern; see `fill`."""
+    detections: list[ImageDetections]
+    """One entry per image of `IMAGES`."""
 
     def save(self, name: str) -> None:
-        """Write `fixtures/NAME.json.gz`, the same bytes for the same content."""
-        page = {
+        """Write `fixtures/NAME.json.gz`; equal content gives equal bytes."""
+        content = {
             "about": self.about,
             "tensors": self.shapes,
             "gains": self.gains,
-            "found": [_to_json(found) for found in self.found],
+            "found": [_to_json(item) for item in self.detections],
         }
-        data = gzip.compress(json.dumps(page, separators=(",", ":")).encode(), 9, mtime=0)
+        data = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), 9, mtime=0)
         FIXTURES.mkdir(exist_ok=True)
         (FIXTURES / f"{name}.json.gz").write_bytes(data)
 
     @staticmethod
     def load(name: str) -> Reference:
         """Read `fixtures/NAME.json.gz`."""
-        page = json.loads(gzip.decompress((FIXTURES / f"{name}.json.gz").read_bytes()))
+        content = json.loads(gzip.decompress((FIXTURES / f"{name}.json.gz").read_bytes()))
         return Reference(
-            about=page["about"],
-            shapes={name: tuple(shape) for name, shape in page["tensors"].items()},
-            gains=page["gains"],
-            found=[_from_json(found) for found in page["found"]],
+            about=content["about"],
+            shapes={name: tuple(shape) for name, shape in content["tensors"].items()},
+            gains=content["gains"],
+            detections=[_from_json(item) for item in content["found"]],
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The peer's state, filled."""
+        """The peer's state dict with the values that `fill` computes."""
         return fill(self.shapes, self.gains)
 
 
-def _to_json(found: Found) -> dict[str, Any]:
+def _to_json(detections: ImageDetections) -> dict[str, Any]:
     return {
-        # A thousandth of a pixel, and a millionth of a score, are far below what the tests allow.
-        "boxes": [[round(value, 4) for value in box] for box in found.boxes.tolist()],
-        "scores": [round(value, 7) for value in found.scores.tolist()],
-        "labels": found.labels.tolist(),
-        "count": found.count,
-        "masks": None if found.masks is None else np.round(found.masks.astype(np.float64), 5).tolist(),
+        # The rounding is far below the tolerances of the tests: 1e-2 pixels and 1e-4 in score.
+        "boxes": [[round(value, 4) for value in box] for box in detections.boxes.tolist()],
+        "scores": [round(value, 7) for value in detections.scores.tolist()],
+        "labels": detections.labels.tolist(),
+        "count": detections.count,
+        "masks": None if detections.masks is None else np.round(detections.masks.astype(np.float64), 5).tolist(),
     }
 
 
-def _from_json(page: dict[str, Any]) -> Found:
-    return Found(
-        boxes=np.array(page["boxes"], np.float32).reshape(-1, 4),
-        scores=np.array(page["scores"], np.float32),
-        labels=np.array(page["labels"], np.int64),
-        count=page["count"],
-        masks=None if page["masks"] is None else np.array(page["masks"], np.float32),
+def _from_json(content: dict[str, Any]) -> ImageDetections:
+    return ImageDetections(
+        boxes=np.array(content["boxes"], np.float32).reshape(-1, 4),
+        scores=np.array(content["scores"], np.float32),
+        labels=np.array(content["labels"], np.int64),
+        count=content["count"],
+        masks=None if content["masks"] is None else np.array(content["masks"], np.float32),
     )
 
 
 def fill(shapes: Mapping[str, Sequence[int]], gains: Mapping[str, float]) -> dict[str, Tensor]:
-    """Values under which activations keep their scale, from a bit stream that the tensor's name alone seeds.
+    """Random values that preserve the scale of activations, from a bit stream seeded with the tensor's name.
 
     Args:
-        shapes: by name.
-        gains: factors by pattern, `*` standing for any text; the first that fits a name is the tensor's.
+        shapes: shape of each tensor, by name.
+        gains: factors by name pattern, where `*` matches any text; the first matching pattern applies.
 
     Returns:
         float32 tensors; `num_batches_tracked` is an int64 0.
@@ -132,7 +132,7 @@ def _filled(name: str, shape: tuple[int, ...], gains: Mapping[str, float]) -> Te
     part = name.rpartition(".")[2]
     if part == "num_batches_tracked":
         return torch.zeros(shape, dtype=torch.int64)
-    # Raw bits, as numpy promises the same of them in every version: uniform with variance 1.
+    # Raw bits, because numpy guarantees them to be equal in every version. The values are uniform with variance 1.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     bits = np.random.PCG64(seed).random_raw(math.prod(shape)) >> np.uint64(40)
     values = ((bits.astype(np.float32) + 0.5) / 2**24 - 0.5) * np.float32(math.sqrt(12))
@@ -150,10 +150,10 @@ def images_of(folder: Path) -> list[np.ndarray]:
     """The two images, uint8 [height, width, 3] RGB.
 
     Args:
-        folder: with `coco_mini` in it.
+        folder: the data folder, which contains `coco_mini`.
     """
     parts = []
-    for file, (height, width) in PICTURES.items():
+    for file, (height, width) in IMAGES.items():
         pixels = decode_image(folder / "coco_mini" / "val2017" / file)
         part = np.ascontiguousarray(pixels[:height, :width])
         assert part.shape == (height, width, 3), file
@@ -161,8 +161,8 @@ def images_of(folder: Path) -> list[np.ndarray]:
     return parts
 
 
-def proposals(pixels: np.ndarray) -> np.ndarray:
-    """[NUM_PROPOSALS, 4] float32 boxes of all sizes in the image, for detectors that are given some."""
+def proposals_for(pixels: np.ndarray) -> np.ndarray:
+    """Proposals for Fast R-CNN: [NUM_PROPOSALS, 4] float32 boxes of all sizes inside the image."""
     height, width = pixels.shape[:2]
     draws = (np.random.PCG64(7).random_raw(NUM_PROPOSALS * 4) >> np.uint64(40)).astype(np.float64) / 2**24
     x, y, w, h = draws.reshape(NUM_PROPOSALS, 4).T
@@ -172,14 +172,16 @@ def proposals(pixels: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, pixels: np.ndarray, given: np.ndarray | None = None, *, multiple: int = 32) -> Found:
-    """What one of our detectors finds in a image at its own size.
+def detect(
+    detector: nn.Module, pixels: np.ndarray, proposals: np.ndarray | None = None, *, multiple: int = 32
+) -> ImageDetections:
+    """Run a Boxwright detector on an image without resizing it.
 
     Args:
         detector: in eval mode.
         pixels: uint8 [height, width, 3] RGB.
-        given: [n, 4] proposals, for a detector that wants some.
-        multiple: of what the sides of the canvas are multiples, as the peer has it.
+        proposals: [n, 4] boxes, for a detector that takes proposals.
+        multiple: the canvas is padded to a multiple of this, like the peer's input.
     """
     size = (pixels.shape[0], pixels.shape[1])
     sample = Sample(
@@ -191,31 +193,31 @@ def detect(detector: nn.Module, pixels: np.ndarray, given: np.ndarray | None = N
         crowd=np.zeros(0, bool),
         object_ids=np.zeros(0, np.int64),
     )
-    boxes = None if given is None else GivenProposals(given, np.zeros(len(given), np.float32))
-    placed = PlacedSample(sample, place(size, size), 0, boxes)
+    given_proposals = None if proposals is None else ImageProposals(proposals, np.zeros(len(proposals), np.float32))
+    placed = PlacedSample(sample, place(size, size), 0, given_proposals)
     canvas = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
-    batch = collate([placed], 1, canvas, None, None if given is None else len(given))
+    batch = collate([placed], 1, canvas, None, None if proposals is None else len(proposals))
     detections = detector.detect(batch)
-    kept = detections.valid[0]
-    masks = None if detections.masks is None else thinned(detections.masks[0][kept].numpy())
-    return Found(
-        boxes=detections.boxes[0][kept].numpy(),
-        scores=detections.scores[0][kept].numpy(),
-        labels=detections.labels[0][kept].numpy(),
-        count=int(kept.sum()),
+    keep = detections.valid[0]
+    masks = None if detections.masks is None else thinned(detections.masks[0][keep].numpy())
+    return ImageDetections(
+        boxes=detections.boxes[0][keep].numpy(),
+        scores=detections.scores[0][keep].numpy(),
+        labels=detections.labels[0][keep].numpy(),
+        count=int(keep.sum()),
         masks=masks,
     )
 
 
-def found_in(tensors: Mapping[str, Tensor], first_label: int = 0) -> Found:
-    """One image's detections as torchvision gives them, or ours by the same names.
+def to_detections(tensors: Mapping[str, Tensor], first_label: int = 0) -> ImageDetections:
+    """Convert the detections of one image from torchvision's output format.
 
     Args:
         tensors: `boxes` [n, 4], `scores` [n], `labels` [n] and maybe `masks` [n, S, S] or [n, 1, S, S].
-        first_label: the number of the first class.
+        first_label: label of the first class.
     """
     masks = tensors.get("masks")
-    return Found(
+    return ImageDetections(
         boxes=tensors["boxes"].numpy(),
         scores=tensors["scores"].numpy(),
         labels=tensors["labels"].numpy() - first_label,
@@ -231,45 +233,45 @@ def thinned(masks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest differences between what two detectors found in a image."""
+    """The largest differences between the detections of two detectors on one image."""
 
     boxes: float
     """In pixels."""
     scores: float
     masks: float
-    """Of probabilities; 0 where there are no masks."""
+    """Difference in mask probability; 0 if there are no masks."""
 
 
-def compare(given: Found, expected: Found) -> Differences:
-    """Match the detections that are alike, one to one, and measure what is left between them.
+def compare(actual: ImageDetections, expected: ImageDetections) -> Differences:
+    """Match detections one to one and return the largest differences between matched detections.
 
     Args:
-        given: ours, all of them.
-        expected: the peer's, all or the best of them. Detections whose scores are nearly the same may stand in another
+        actual: all detections of the Boxwright detector.
+        expected: all detections of the peer, or its best ones. Detections with nearly equal scores may be in another
             order.
 
     Raises:
-        AssertionError: there are not as many, or one of the peer's has no counterpart of the same class within a pixel
-            and a hundredth of score.
+        AssertionError: the counts differ, or a detection of the peer has no match: an unmatched detection of the same
+            class within 1 pixel and within 0.01 in score.
     """
-    assert given.count == expected.count, f"{given.count} detections, the peer has {expected.count}"
-    free = np.ones(len(given.scores), bool)
+    assert actual.count == expected.count, f"expected {expected.count} detections (peer), got {actual.count}"
+    unmatched = np.ones(len(actual.scores), bool)
     largest = [0.0, 0.0, 0.0]
     for index in range(len(expected.scores)):
-        gaps = np.abs(given.boxes - expected.boxes[index]).max(axis=1)
-        score_gaps = np.abs(given.scores - expected.scores[index])
-        alike = free & (given.labels == expected.labels[index]) & (gaps < 1) & (score_gaps < 0.01)
-        assert alike.any(), (
-            f"detection {index} of the peer, {expected.boxes[index]} {expected.scores[index]:.5f} of class "
-            f"{expected.labels[index]}, is not among ours"
+        gaps = np.abs(actual.boxes - expected.boxes[index]).max(axis=1)
+        score_gaps = np.abs(actual.scores - expected.scores[index])
+        candidates = unmatched & (actual.labels == expected.labels[index]) & (gaps < 1) & (score_gaps < 0.01)
+        assert candidates.any(), (
+            f"no match for detection {index} of the peer: box {expected.boxes[index]}, "
+            f"score {expected.scores[index]:.5f}, class {expected.labels[index]}"
         )
-        own = int(np.where(alike, gaps + score_gaps, np.inf).argmin())
-        free[own] = False
+        match = int(np.where(candidates, gaps + score_gaps, np.inf).argmin())
+        unmatched[match] = False
         mask_gap = 0.0
-        if expected.masks is not None and given.masks is not None and index < len(expected.masks):
-            mask_gap = float(np.abs(given.masks[own] - expected.masks[index]).max())
+        if expected.masks is not None and actual.masks is not None and index < len(expected.masks):
+            mask_gap = float(np.abs(actual.masks[match] - expected.masks[index]).max())
         largest = [
-            max(*pair) for pair in zip(largest, (float(gaps[own]), float(score_gaps[own]), mask_gap), strict=True)
+            max(*pair) for pair in zip(largest, (float(gaps[match]), float(score_gaps[match]), mask_gap), strict=True)
         ]
-    assert (given.masks is None) == (expected.masks is None), "one has masks, the other has none"
+    assert (actual.masks is None) == (expected.masks is None), "only one of the two detectors has masks"
     return Differences(*largest)

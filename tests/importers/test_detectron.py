@@ -1,4 +1,4 @@
-"""Detectron's blobs on a ResNet-50, against mappings written by hand."""
+"""Import of Detectron's blobs on a ResNet-50, compared with mappings written by hand."""
 
 from __future__ import annotations
 
@@ -144,31 +144,31 @@ RETINANET = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_blobs_are_where_they_belong(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
+def test_blobs_map_to_the_expected_names(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
     theirs = detector(kind, resnet)
-    given: Imported = convert(
+    imported: Imported = convert(
         file_of({**theirs, "fc6_w_momentum": torch.ones(1), "lr": torch.ones(1)}),
     )
-    assert call_name(given.experiment.model).endswith("." + kind)
-    assert given.unused == ["fc6_w_momentum", "lr"]
+    assert call_name(imported.experiment.model).endswith("." + kind)
+    assert imported.unused == ["fc6_w_momentum", "lr"]
     mapping = RETINANET if kind == "retinanet" else TWO_STAGES
     present = {ours: name for ours, name in mapping.items() if name in theirs}
     assert len(present) >= 6
     for ours, name in present.items():
-        assert torch.equal(given.tensors[ours], theirs[name]), ours
+        assert torch.equal(imported.tensors[ours], theirs[name]), ours
     if kind == "mask_rcnn":
         logits = theirs["cls_score_b"]
-        assert torch.equal(given.tensors["box_head.class_logits.bias"], torch.cat([logits[1:], logits[:1]]))
-        assert torch.equal(given.tensors["box_head.box_deltas.weight"], theirs["bbox_pred_w"][4:])
-        assert torch.equal(given.tensors["mask_head.mask_logits.weight"], theirs["mask_fcn_logits_w"][1:])
+        assert torch.equal(imported.tensors["box_head.class_logits.bias"], torch.cat([logits[1:], logits[:1]]))
+        assert torch.equal(imported.tensors["box_head.box_deltas.weight"], theirs["bbox_pred_w"][4:])
+        assert torch.equal(imported.tensors["mask_head.mask_logits.weight"], theirs["mask_fcn_logits_w"][1:])
     if kind == "retinanet":
-        # Second size and first ratio (1, of 1, 2 and 0.5): theirs is the fourth anchor, ours the second.
-        assert torch.equal(given.tensors["head.box_deltas.bias"][4:8], theirs["retnet_bbox_pred_fpn3_b"][12:16])
-        ours, own = given.tensors["head.class_logits.weight"], theirs["retnet_cls_pred_fpn3_w"]
-        assert torch.equal(ours[NUM_CLASSES : 2 * NUM_CLASSES], own[3 * NUM_CLASSES : 4 * NUM_CLASSES])
+        # Second size, ratio 1: the fourth anchor in Detectron's order (ratios 1, 2, 0.5), the second in Boxwright's.
+        assert torch.equal(imported.tensors["head.box_deltas.bias"][4:8], theirs["retnet_bbox_pred_fpn3_b"][12:16])
+        ours, logits = imported.tensors["head.class_logits.weight"], theirs["retnet_cls_pred_fpn3_w"]
+        assert torch.equal(ours[NUM_CLASSES : 2 * NUM_CLASSES], logits[3 * NUM_CLASSES : 4 * NUM_CLASSES])
 
 
-def test_numbers(resnet: dict[str, Tensor]) -> None:
+def test_settings(resnet: dict[str, Tensor]) -> None:
     model = arguments_of(convert(file_of(detector("faster_rcnn", resnet))).experiment.model)
     assert (model["conventions"], model["pixel_stats"]) == (replace(CAFFE2, proposal_clip_multiple=32), CAFFE)
     assert arguments_of(model["backbone"])["style"] == "caffe"
@@ -176,8 +176,8 @@ def test_numbers(resnet: dict[str, Tensor]) -> None:
     assert (model["box"].sampling_ratio, model["box"].nms_iou) == (2, 0.5)
 
 
-def test_deltas_are_plain_where_the_configuration_knows_no_weights_of_theirs(resnet: dict[str, Tensor]) -> None:
-    """As Detectron itself has it of its oldest files."""
+def test_deltas_are_unscaled_if_the_configuration_has_no_bbox_reg_weights(resnet: dict[str, Tensor]) -> None:
+    """Detectron itself treats its oldest files this way."""
     theirs = detector("fast_rcnn", resnet)
 
     def stds(**about: str) -> tuple[float, ...]:
@@ -188,22 +188,20 @@ def test_deltas_are_plain_where_the_configuration_knows_no_weights_of_theirs(res
     assert stds(cfg="MODEL:\n  NUM_CLASSES: 81\n") == (1.0, 1.0, 1.0, 1.0)
 
 
-def test_imagenet_pickle_becomes_a_body_whose_norms_are_scale_and_bias(
-    resnet: dict[str, Tensor], tmp_path: Path
-) -> None:
-    """Text of Python 2, the bias of the first convolution, and the classifier, which has no use."""
+def test_imagenet_pickle_becomes_a_body_with_affine_norms(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """The file has Python 2 strings, a bias of the first convolution, and a classifier, which is not imported."""
     blobs = {**resnet, **filled({"conv1_b": (64,), "fc1000_w": (10, 2048), "fc1000_b": (10,)})}
     arrays = {name: tensor.numpy() for name, tensor in blobs.items()}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": arrays, "cfg": "NUM_GPUS: 8"}, protocol=2))
-    given = convert(read_foreign(tmp_path / "R-50.pkl"))
-    assert given.experiment is None
-    assert given.unused == ["fc1000_w", "fc1000_b"]
+    imported = convert(read_foreign(tmp_path / "R-50.pkl"))
+    assert imported.experiment is None
+    assert imported.unused == ["fc1000_w", "fc1000_b"]
     net = ResNet(50, style="caffe").eval()
-    net.load_state_dict({name.removeprefix("backbone.body."): tensor for name, tensor in given.tensors.items()})
+    net.load_state_dict({name.removeprefix("backbone.body."): tensor for name, tensor in imported.tensors.items()})
     assert not has_untrained_statistics(net)
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     expected = torch.conv2d(x, blobs["conv1_w"].double(), blobs["conv1_b"].double(), stride=2, padding=3)
     scale, bias = (blobs[f"res_conv1_bn_{part}"].double().view(1, -1, 1, 1) for part in "sb")
     with torch.no_grad():
-        found = net.bn1(net.conv1(x.float())).double()
-    assert (found - expected * scale - bias).abs().max() < 1e-4
+        actual = net.bn1(net.conv1(x.float())).double()
+    assert (actual - expected * scale - bias).abs().max() < 1e-4

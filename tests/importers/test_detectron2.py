@@ -1,4 +1,4 @@
-"""Detectron2's layout on a ResNet of basic blocks or of bottlenecks, against mappings written by hand."""
+"""Import of Detectron2's layout on a ResNet-18, compared with mappings written by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_CLASSES = 80
 
 
 def body(prefix: str = "backbone.bottom_up.", statistics: bool = True) -> Shapes:
-    """ResNet-18."""
+    """Shapes of a ResNet-18."""
 
     def conv(name: str, *shape: int) -> Shapes:
         return {f"{prefix}{name}.weight": shape, **norm(f"{prefix}{name}.norm", shape[0], statistics)}
@@ -122,32 +122,32 @@ MAPPING = {
     "backbone.extra_output.0.weight": "backbone.top_block.p6.weight",
     "backbone.extra_output.1.bias": "backbone.top_block.p7.bias",
 }
-OF_RETINANET = {**MAPPING, "backbone.lateral.0.weight": "backbone.fpn_lateral3.weight"}
-OF_RETINANET["backbone.output.2.bias"] = OF_RETINANET.pop("backbone.output.3.bias")
+RETINANET_MAPPING = {**MAPPING, "backbone.lateral.0.weight": "backbone.fpn_lateral3.weight"}
+RETINANET_MAPPING["backbone.output.2.bias"] = RETINANET_MAPPING.pop("backbone.output.3.bias")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_are_where_they_belong(kind: str) -> None:
+def test_tensors_map_to_the_expected_names(kind: str) -> None:
     theirs = detector(kind)
     extra = {"proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4)}
-    given = convert(file_of({**theirs, **extra}))
-    assert call_name(given.experiment.model).endswith("." + kind)
-    assert given.unused == list(extra)
-    assert len(given.tensors) == len(theirs)
+    imported = convert(file_of({**theirs, **extra}))
+    assert call_name(imported.experiment.model).endswith("." + kind)
+    assert imported.unused == list(extra)
+    assert len(imported.tensors) == len(theirs)
     num_checked = 0
-    for ours, name in (OF_RETINANET if kind == "retinanet" else MAPPING).items():
+    for ours, name in (RETINANET_MAPPING if kind == "retinanet" else MAPPING).items():
         if name in theirs:
-            assert torch.equal(given.tensors[ours], theirs[name]), ours
+            assert torch.equal(imported.tensors[ours], theirs[name]), ours
             num_checked += 1
     assert num_checked >= 11
 
 
-def test_retinanets_outputs_stay_with_their_anchors() -> None:
-    """Theirs: for each size each ratio; what an output says of an anchor is here, too, said of the same anchor."""
+def test_retinanet_outputs_are_reordered_with_the_anchors() -> None:
+    """Detectron2 orders anchors by size, then by ratio. Each output must stay with its anchor in Boxwright's order."""
     theirs = detector("retinanet")
     theirs["head.cls_score.bias"] = torch.arange(9 * NUM_CLASSES).float()
     theirs["head.bbox_pred.weight"] = torch.arange(36).float()[:, None, None, None].repeat(1, CHANNELS, 3, 3)
-    given = convert(file_of(theirs)).tensors
+    tensors = convert(file_of(theirs)).tensors
     sizes, ratios = octave_sizes(32, 3), (0.5, 1.0, 2.0)
     order = []
     for size in sizes:
@@ -158,50 +158,50 @@ def test_retinanets_outputs_stay_with_their_anchors() -> None:
     rows = gaps.argmin(1)
     assert gaps.amin(1).max() < 1e-4
     assert rows.tolist() != list(range(9))
-    logits = given["head.class_logits.bias"].reshape(9, NUM_CLASSES)
+    logits = tensors["head.class_logits.bias"].reshape(9, NUM_CLASSES)
     assert torch.equal(logits, theirs["head.cls_score.bias"].reshape(9, NUM_CLASSES)[rows])
-    deltas = given["head.box_deltas.weight"][:, 0, 0, 0].reshape(9, 4)
+    deltas = tensors["head.box_deltas.weight"][:, 0, 0, 0].reshape(9, 4)
     assert torch.equal(deltas, torch.arange(36.0).reshape(9, 4)[rows])
 
 
-def test_pixels_and_stride() -> None:
-    def found(**extra: Tensor) -> tuple[object, str]:
+def test_pixel_statistics_and_style() -> None:
+    def settings(**extra: Tensor) -> tuple[object, str]:
         model = arguments_of(convert(file_of({**detector("faster_rcnn"), **extra})).experiment.model)
         return model["pixel_stats"], arguments_of(model["backbone"])["style"]
 
     def column(*values: float) -> Tensor:
         return torch.tensor(values).view(3, 1, 1)
 
-    assert found() == (MSRA, "caffe")
-    given = {"pixel_mean": column(*PYTORCH.mean), "pixel_std": column(*PYTORCH.std)}
-    assert found(**given) == (PYTORCH, "pytorch")
-    given = {"pixel_mean": column(*RESNEXT.mean), "pixel_std": column(*RESNEXT.std)}
-    assert found(**given) == (RESNEXT, "pytorch")
-    given = {"pixel_mean": column(102.9801, 115.9465, 122.7717), "pixel_std": column(1, 1, 1)}
-    assert found(**given) == (replace(MSRA, mean=(102.9801, 115.9465, 122.7717)), "caffe")
+    assert settings() == (MSRA, "caffe")
+    pixels = {"pixel_mean": column(*PYTORCH.mean), "pixel_std": column(*PYTORCH.std)}
+    assert settings(**pixels) == (PYTORCH, "pytorch")
+    pixels = {"pixel_mean": column(*RESNEXT.mean), "pixel_std": column(*RESNEXT.std)}
+    assert settings(**pixels) == (RESNEXT, "pytorch")
+    pixels = {"pixel_mean": column(102.9801, 115.9465, 122.7717), "pixel_std": column(1, 1, 1)}
+    assert settings(**pixels) == (replace(MSRA, mean=(102.9801, 115.9465, 122.7717)), "caffe")
 
 
 def test_pickled_arrays_and_norms_without_statistics(tmp_path: Path) -> None:
-    """As the model zoo's files are, and the norms of ResNets that were Caffe's."""
+    """The model zoo's files are pickled arrays, and the norms of its Caffe-trained ResNets have no statistics."""
     theirs = detector("faster_rcnn", statistics=False)
-    page = {"model": {k: v.numpy() for k, v in theirs.items()}, "__author__": "Detectron2 Model Zoo"}
-    (tmp_path / "theirs.pkl").write_bytes(pickle.dumps(page))
-    given = convert(read_foreign(tmp_path / "theirs.pkl")).tensors
-    scale = given["backbone.body.bn1.weight"] / (given["backbone.body.bn1.running_var"] + 1e-5).sqrt()
+    content = {"model": {k: v.numpy() for k, v in theirs.items()}, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "theirs.pkl").write_bytes(pickle.dumps(content))
+    tensors = convert(read_foreign(tmp_path / "theirs.pkl")).tensors
+    scale = tensors["backbone.body.bn1.weight"] / (tensors["backbone.body.bn1.running_var"] + 1e-5).sqrt()
     assert torch.allclose(scale, theirs["backbone.bottom_up.stem.conv1.norm.weight"], rtol=1e-6)
-    assert not given["backbone.body.layer2.0.downsample.1.running_mean"].any()
-    assert np.array_equal(given["box_head.fc2.weight"].numpy(), page["model"]["roi_heads.box_head.fc2.weight"])
+    assert not tensors["backbone.body.layer2.0.downsample.1.running_mean"].any()
+    assert np.array_equal(tensors["box_head.fc2.weight"].numpy(), content["model"]["roi_heads.box_head.fc2.weight"])
 
 
-def test_a_body_alone_is_a_backbone() -> None:
+def test_a_file_with_a_body_only_becomes_a_backbone() -> None:
     theirs = filled({**body(""), "stem.fc.weight": (1000, 512), "stem.fc.bias": (1000,)})
-    given = convert(file_of(theirs))
-    assert given.experiment is None
-    assert given.unused == ["stem.fc.weight", "stem.fc.bias"]
-    assert torch.equal(given.tensors["backbone.body.layer2.1.bn1.bias"], theirs["res3.1.conv1.norm.bias"])
+    imported = convert(file_of(theirs))
+    assert imported.experiment is None
+    assert imported.unused == ["stem.fc.weight", "stem.fc.bias"]
+    assert torch.equal(imported.tensors["backbone.body.layer2.1.bn1.bias"], theirs["res3.1.conv1.norm.bias"])
 
 
-def test_what_cannot_be_built_is_told() -> None:
+def test_unsupported_parts_are_reported() -> None:
     theirs = detector("faster_rcnn")
     for name, why in {
         "roi_heads.keypoint_head.conv_fcn1.weight": "keypoints",

@@ -1,4 +1,4 @@
-"""maskrcnn-benchmark's layout on a ResNet-18 of its names, against mappings written by hand."""
+"""Import of maskrcnn-benchmark's layout on a ResNet-18, compared with mappings written by hand."""
 
 from __future__ import annotations
 
@@ -123,36 +123,36 @@ RETINANET = {
 
 
 def check(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], mapping: Mapping[str, str]) -> int:
-    present = {name: own for name, own in mapping.items() if own in theirs}
-    for name, own in present.items():
-        assert torch.equal(ours[name], theirs[own]), name
+    present = {name: their_name for name, their_name in mapping.items() if their_name in theirs}
+    for name, their_name in present.items():
+        assert torch.equal(ours[name], theirs[their_name]), name
     return len(present)
 
 
 @pytest.mark.parametrize("kind", ["proposal_network", "fast_rcnn", "faster_rcnn", "mask_rcnn", "retinanet"])
-def test_tensors_are_where_they_belong(kind: str) -> None:
+def test_tensors_map_to_the_expected_names(kind: str) -> None:
     theirs = detector(kind)
-    given = convert(file_of(theirs))
-    assert call_name(given.experiment.model).endswith("." + kind)
-    assert len(given.tensors) == len(theirs)
-    assert check(given.tensors, theirs, RETINANET if kind == "retinanet" else TWO_STAGES) >= 7
+    imported = convert(file_of(theirs))
+    assert call_name(imported.experiment.model).endswith("." + kind)
+    assert len(imported.tensors) == len(theirs)
+    assert check(imported.tensors, theirs, RETINANET if kind == "retinanet" else TWO_STAGES) >= 7
     if kind in ("fast_rcnn", "faster_rcnn", "mask_rcnn"):
         logits, deltas = (theirs[f"roi_heads.box.predictor.{name}.weight"] for name in ("cls_score", "bbox_pred"))
-        assert torch.equal(given.tensors["box_head.class_logits.weight"], torch.cat([logits[1:], logits[:1]]))
-        assert torch.equal(given.tensors["box_head.box_deltas.weight"], deltas[4:])
+        assert torch.equal(imported.tensors["box_head.class_logits.weight"], torch.cat([logits[1:], logits[:1]]))
+        assert torch.equal(imported.tensors["box_head.box_deltas.weight"], deltas[4:])
     if kind == "mask_rcnn":
         masks = theirs["roi_heads.mask.predictor.mask_fcn_logits.bias"]
-        assert torch.equal(given.tensors["mask_head.mask_logits.bias"], masks[1:])
+        assert torch.equal(imported.tensors["mask_head.mask_logits.bias"], masks[1:])
 
 
-def test_norms_without_eps_come_to_the_same() -> None:
-    """Theirs: x * weight / sqrt(var) + ...; also where the variance is far below our eps."""
+def test_norms_without_eps_give_equal_outputs() -> None:
+    """maskrcnn-benchmark divides by sqrt(var) without eps. Outputs agree even if the variance is far below our eps."""
     theirs = detector("fast_rcnn")
     prefix = "backbone.body.stem.bn1."
     theirs[prefix + "running_var"][:8] = torch.tensor([1e-12, 1e-9, 1e-6, 9e-6, 1e-5, 2e-5, 1.0, 1.0])
     ours = FrozenBatchNorm2d(64)
-    given = convert(file_of(theirs)).tensors
-    ours.load_state_dict({k.rpartition(".")[2]: v for k, v in given.items() if k.startswith("backbone.body.bn1.")})
+    tensors = convert(file_of(theirs)).tensors
+    ours.load_state_dict({k.rpartition(".")[2]: v for k, v in tensors.items() if k.startswith("backbone.body.bn1.")})
     x = torch.randn(2, 64, 4, 4, dtype=torch.float64)
     weight, bias, mean, variance = (
         theirs[prefix + part].double().view(1, -1, 1, 1) for part in ("weight", "bias", "running_mean", "running_var")
@@ -161,15 +161,15 @@ def test_norms_without_eps_come_to_the_same() -> None:
     assert torch.allclose(ours(x.float()).double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_retinanets_boxes_are_those_of_divided_deltas() -> None:
+def test_retinanet_deltas_include_the_box_weights() -> None:
     theirs = detector("retinanet")["rpn.head.bbox_pred.bias"]
-    given = convert(file_of(detector("retinanet"))).tensors["head.box_deltas.bias"]
+    deltas = convert(file_of(detector("retinanet"))).tensors["head.box_deltas.bias"]
     anchors = torch.tensor([[10.0, 20.0, 49.0, 80.0]]).expand(9, 4)
     expected = decode(theirs.view(9, 4), anchors, (0.1, 0.1, 0.2, 0.2), plus_one=1.0)
-    assert torch.allclose(decode(given.view(9, 4), anchors, (1.0, 1.0, 1.0, 1.0), plus_one=1.0), expected)
+    assert torch.allclose(decode(deltas.view(9, 4), anchors, (1.0, 1.0, 1.0, 1.0), plus_one=1.0), expected)
 
 
-def test_numbers() -> None:
+def test_settings() -> None:
     model = arguments_of(convert(file_of(detector("mask_rcnn"))).experiment.model)
     assert (model["conventions"], model["pixel_stats"]) == (CAFFE2, CAFFE)
     assert arguments_of(model["backbone"])["style"] == "caffe"

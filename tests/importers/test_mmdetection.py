@@ -1,4 +1,4 @@
-"""Checkpoints of the 2018 toolbox and of its successors: layouts on a ResNet-18, against mappings written by hand."""
+"""Import of mmdetection checkpoints (0.5 to 3.x): layouts on a ResNet-18, compared with mappings written by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_CLASSES = 80
 
 
 def body() -> Shapes:
-    """ResNet-18."""
+    """Shapes of a ResNet-18."""
     shapes: Shapes = {"backbone.conv1.weight": (64, 3, 7, 7), **norm("backbone.bn1", 64)}
     inputs = 64
     for stage, width in enumerate((64, 128, 256, 512), start=1):
@@ -86,7 +86,7 @@ def retina(wrapped: bool) -> Shapes:
 
 
 def head_names(first: bool) -> tuple[str, int]:
-    """Before the names of heads, and the rows of background."""
+    """Prefix of the heads' names, and the number of background rows."""
     return ("", 1) if first else ("roi_head.", 0)
 
 
@@ -126,14 +126,14 @@ def last(rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("first", [True, False], ids=["0.5 and 1.x", "2.x and 3.x"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_tensors_are_where_they_belong(kind: str, first: bool) -> None:
+def test_tensors_map_to_the_expected_names(kind: str, first: bool) -> None:
     theirs = detector(kind, first)
     version = "0.5.4" if first else "2.28.0"
-    given = convert(
+    imported = convert(
         file_of(theirs, meta={"mmdet_version": version}),
     )
-    assert call_name(given.experiment.model).endswith("." + MODELS[kind])
-    ours, unused = given.tensors, given.unused
+    assert call_name(imported.experiment.model).endswith("." + MODELS[kind])
+    ours, unused = imported.tensors, imported.unused
     assert len(ours) == len(theirs)
     assert not unused
     pairs = {
@@ -200,19 +200,19 @@ PROPOSALS = {
     ("faster_rcnn", "2.28.2"): (1000, 1000),
     ("cascade_rcnn", "2.28.2"): (1000, 1000),
 }
-"""What the configurations of these versions have under `test_cfg`: of each level before NMS, and of all after it."""
+"""`test_cfg` of the versions' configurations: proposals per level before NMS, and in total after NMS."""
 
 
 @pytest.mark.parametrize(("kind", "version"), PROPOSALS)
-def test_numbers_of_proposals_are_the_versions(kind: str, version: str) -> None:
+def test_proposal_counts_match_the_version(kind: str, version: str) -> None:
     theirs = detector(kind, first=version < "2")
     rpn = arguments_of(convert(file_of(theirs, meta={"mmdet_version": version})).experiment.model)["rpn"]
     assert (rpn.test_pre_nms_per_level, rpn.test_num_proposals) == PROPOSALS[kind, version]
     assert rpn.nms_iou == 0.7
 
 
-def test_the_2018_numbers() -> None:
-    """Section by section: geometry, box head, detections, RetinaNet; of a file that does not say its version, too."""
+def test_settings_of_0_x_and_1_x() -> None:
+    """Geometry, RPN, box head and RetinaNet settings, for files that do not name their version."""
     model = arguments_of(convert(file_of(detector("mask_rcnn", first=True))).experiment.model)
     assert model["conventions"] == DETECTRON
     assert (model["rpn"].test_pre_nms_per_level, model["rpn"].test_num_proposals) == (2000, 2000)
@@ -225,37 +225,37 @@ def test_the_2018_numbers() -> None:
     assert (retina["retina"].score_threshold, retina["retina"].nms_iou) == (0.05, 0.5)
 
 
-def test_the_numbers_of_later_versions() -> None:
+def test_settings_of_2_x_and_3_x() -> None:
     model = arguments_of(convert(file_of(detector("mask_rcnn", first=False))).experiment.model)
     assert model["conventions"] == MODERN
     assert (model["box"].sampling_ratio, model["mask"].sampling_ratio) == (0, 0)
-    assert model["box"].min_size == 0, "nothing is dropped for being small"
+    assert model["box"].min_size == 0, "small detections must not be dropped"
     assert (model["box"].score_threshold, model["box"].nms_iou, model["box"].max_detections) == (0.05, 0.5, 100)
 
 
 @pytest.mark.parametrize("kind", ["rpn", "retinanet"])
-def test_single_stage_files_that_do_not_say_their_version_must_be_told(kind: str) -> None:
+def test_single_stage_files_without_a_version_need_a_source(kind: str) -> None:
     tensors = detector(kind, first=False)
     with pytest.raises(ValueError, match="Choose one with --source mmdetection1 or --source mmdetection2"):
         convert(file_of(tensors))
     for source, geometry in (("mmdetection1", DETECTRON), ("mmdetection2", MODERN)):
-        given = convert(file_of(tensors), source=source)
-        assert arguments_of(given.experiment.model)["conventions"] == geometry
+        imported = convert(file_of(tensors), source=source)
+        assert arguments_of(imported.experiment.model)["conventions"] == geometry
 
 
-def test_files_of_3_say_which_engine_wrote_them_and_call_an_rpn_a_box_head() -> None:
+def test_3_x_is_recognised_by_mmengine_and_its_rpn_is_named_bbox_head() -> None:
     meta = {"mmengine_version": "0.10.7"}
-    given = convert(file_of(detector("retinanet", first=False), meta=meta))
-    assert given.source.name == "mmdetection2"
-    assert arguments_of(given.experiment.model)["retina"].drop_empty, "as 3.x alone does"
+    imported = convert(file_of(detector("retinanet", first=False), meta=meta))
+    assert imported.source.name == "mmdetection2"
+    assert arguments_of(imported.experiment.model)["retina"].drop_empty, "only 3.x drops empty boxes"
     theirs = detector("rpn", first=False)
     renamed = {name.replace("rpn_head.", "bbox_head."): tensor for name, tensor in theirs.items()}
     for about in ({"meta": meta}, {}):
-        given = convert(file_of(renamed, **about))
-        assert given.source.name == "mmdetection2"
-        rpn = arguments_of(given.experiment.model)["rpn"]
+        imported = convert(file_of(renamed, **about))
+        assert imported.source.name == "mmdetection2"
+        rpn = arguments_of(imported.experiment.model)["rpn"]
         assert (rpn.test_pre_nms_per_level, rpn.test_num_proposals) == (2000, 1000)
-        assert torch.equal(given.tensors["rpn.deltas.weight"], theirs["rpn_head.rpn_reg.weight"])
+        assert torch.equal(imported.tensors["rpn.deltas.weight"], theirs["rpn_head.rpn_reg.weight"])
 
 
 CONFIG_2018 = """
@@ -270,7 +270,7 @@ def pixels_of(**about: Any) -> tuple[PixelStats, str]:
     return model["pixel_stats"], arguments_of(model["backbone"])["style"]
 
 
-def test_pixels_and_stride_are_the_configurations() -> None:
+def test_pixel_statistics_and_style_come_from_the_configuration() -> None:
     caffe = {"style": "caffe", "mean": "[102.9801, 115.9465, 122.7717]", "std": "[1.0, 1.0, 1.0]", "rgb": "False"}
     assert pixels_of(meta={"config": CONFIG_2018.format(**caffe)}) == (CAFFE, "caffe")
     other = {**caffe, "style": "pytorch", "mean": "[1, 2.5, 3]", "rgb": "True"}
@@ -285,23 +285,23 @@ def test_pixels_and_stride_are_the_configurations() -> None:
     assert pixels_of() == (PYTORCH, "pytorch")
 
 
-def test_classes_are_the_files_or_cocos() -> None:
+def test_class_names_come_from_the_file_or_default_to_coco() -> None:
     theirs = detector("faster_rcnn", first=False)
-    own = [f"thing {i}" for i in range(NUM_CLASSES)]
-    for meta in ({"CLASSES": tuple(own)}, {"dataset_meta": {"classes": own}}, {"dataset_meta": {"CLASSES": own}}):
-        assert [c.name for c in convert(file_of(theirs, meta=meta)).categories] == own
+    names = [f"thing {i}" for i in range(NUM_CLASSES)]
+    for meta in ({"CLASSES": tuple(names)}, {"dataset_meta": {"classes": names}}, {"dataset_meta": {"CLASSES": names}}):
+        assert [c.name for c in convert(file_of(theirs, meta=meta)).categories] == names
     assert [c.id for c in convert(file_of(theirs)).categories][9:12] == [10, 11, 13]
 
 
-def test_proposal_networks_have_the_classes_of_their_data() -> None:
+def test_proposal_networks_keep_the_class_names_of_their_data_set() -> None:
     theirs = detector("rpn", first=True)
-    own = ["a", "b"]
-    for given, expected in ((None, [c.name for c in COCO]), (named(own), own)):
-        found = convert(file_of(theirs), source="mmdetection1", categories=given)
-        assert [c.name for c in found.categories] == expected
+    names = ["a", "b"]
+    for categories, expected in ((None, [c.name for c in COCO]), (named(names), names)):
+        imported = convert(file_of(theirs), source="mmdetection1", categories=categories)
+        assert [c.name for c in imported.categories] == expected
 
 
-def test_what_cannot_be_built_is_told() -> None:
+def test_unsupported_parts_are_reported() -> None:
     theirs = detector("retinanet", first=False)
     for name, why in {
         "bbox_head.cls_convs.0.bn.weight": "BatchNorm",
@@ -317,6 +317,6 @@ def test_a_converted_model_detects(tmp_path: Path) -> None:
     theirs |= {name: tensor * 50 for name, tensor in theirs.items() if "running_var" in name}
     torch.save({"meta": {"mmdet_version": "0.5.1"}, "state_dict": theirs}, tmp_path / "theirs.pth")
     convert(read_foreign(tmp_path / "theirs.pth"), changes=["model.box.score_threshold=0.0"]).save(tmp_path / "ours")
-    found = boxwright.load(tmp_path / "ours").predict(np.zeros((64, 96, 3), np.uint8), native=True)
-    assert len(found) == 100
-    assert set(found.names) <= {category.name for category in COCO}
+    detections = boxwright.load(tmp_path / "ours").predict(np.zeros((64, 96, 3), np.uint8), native=True)
+    assert len(detections) == 100
+    assert set(detections.names) <= {category.name for category in COCO}

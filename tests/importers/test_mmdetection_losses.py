@@ -38,8 +38,8 @@ def test_published_configurations_give_the_published_settings(name: str) -> None
     assert "loss_bbox=" in text or name.startswith("mmdetection0")
     without_model = {"meta": {**about["meta"], key: text.replace("model = ", "unused = ")}}
     settings = [
-        source.settings(ForeignFile(path=Path("x.pth"), sha256="0" * 64, tensors=reference.tensors(), about=page))
-        for page in (about, without_model)
+        source.settings(ForeignFile(path=Path("x.pth"), sha256="0" * 64, tensors=reference.tensors(), about=metadata))
+        for metadata in (about, without_model)
     ]
     assert settings[0] == settings[1]
 
@@ -71,7 +71,7 @@ def test_losses_of_a_retinanet_are_read() -> None:
 def test_iou_losses_are_read(kind: str, box_loss: str) -> None:
     loss = f"loss_bbox=dict(type='{kind}', loss_weight=10.0)"
     assert box_losses(f"reg_decoded_bbox=True, {loss}") == (box_loss, 1.0, 10.0)
-    assert box_losses(loss) == ("smooth_l1", 1.0, 1.0), "on box deltas an IoU loss means something else"
+    assert box_losses(loss) == ("smooth_l1", 1.0, 1.0), "an IoU loss on undecoded box deltas must be ignored"
 
 
 @pytest.mark.parametrize(
@@ -85,16 +85,16 @@ def test_iou_losses_are_read(kind: str, box_loss: str) -> None:
         "loss_bbox=open('x'), loss_cls=[1, 2]",
     ],
 )
-def test_losses_that_do_not_exist_here_leave_the_settings_alone(fields: str) -> None:
+def test_unsupported_losses_leave_the_settings_unchanged(fields: str) -> None:
     assert losses_of(ROI_HEAD.format(rpn=fields, box=fields, mask="loss_mask=3")) == Settings()
 
 
 @pytest.mark.parametrize("text", ["", "model = dict(", "model = 3", "model = f()", "model = dict(**x)", "a\x00b"])
-def test_text_that_is_no_configuration_leaves_the_settings_alone(text: str) -> None:
+def test_invalid_configuration_text_leaves_the_settings_unchanged(text: str) -> None:
     assert losses_of(text) == Settings()
 
 
-def test_stages_of_a_cascade_count_if_they_agree() -> None:
+def test_cascade_losses_are_read_only_if_all_stages_agree() -> None:
     stages = "bbox_head=[dict(target_stds=[1], loss_bbox=dict(type='L1Loss', loss_weight={})), dict(loss_bbox={})]"
     equal = "dict(type='L1Loss', loss_weight=2.0)"
     assert losses_of(f"model = dict({stages.format(2.0, equal)})").box.box_loss_weight == 2.0

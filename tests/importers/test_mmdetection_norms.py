@@ -1,4 +1,4 @@
-"""Layouts of mmdetection's models with GroupNorm (`configs/gn`), against a mapping written by hand."""
+"""Import of mmdetection models with GroupNorm (`configs/gn`), compared with mappings written by hand."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NUM_CLASSES = 80
 
 
 def conv(name: str, *shape: int) -> Shapes:
-    """A convolution without bias and its norm, as `ConvModule` names them."""
+    """Shapes of a convolution without bias and its norm, under the names of `ConvModule`."""
     return {f"{name}.conv.weight": shape, **norm(f"{name}.gn", shape[0], statistics=False)}
 
 
 def body() -> Shapes:
-    """ResNet-18."""
+    """Shapes of a ResNet-18 with GroupNorm."""
     shapes: Shapes = {"backbone.conv1.weight": (64, 3, 7, 7), **norm("backbone.gn1", 64, statistics=False)}
     inputs = 64
     for stage, width in enumerate((64, 128, 256, 512), start=1):
@@ -46,7 +46,7 @@ def pyramid(retina: bool) -> Shapes:
 
 
 def two_stages(prefix: str, background: int, stage: str = "") -> Shapes:
-    """An RPN of two convolutions, a box head of four and one layer, a mask head."""
+    """Shapes of an RPN (two convolutions), a box head (four convolutions, one linear layer) and a mask head."""
     box, mask = f"{prefix}bbox_head{stage}", f"{prefix}mask_head{stage}"
     shapes = layer("rpn_head.rpn_cls", 3, CHANNELS, 1, 1) | layer("rpn_head.rpn_reg", 12, CHANNELS, 1, 1)
     for i in range(2):
@@ -72,15 +72,15 @@ def test_two_stages_with_norms_everywhere(first: bool, cascade: bool) -> None:
     stages = [".0", ".1", ".2"] if cascade else [""]
     heads = {name: shape for stage in stages for name, shape in two_stages(prefix, background, stage).items()}
     theirs = filled({**body(), **pyramid(retina=False), **heads})
-    given = convert(file_of(theirs, meta={"mmdet_version": "1.2.0" if first else "2.28.0"}))
-    assert call_name(given.experiment.model).endswith(".cascade_mask_rcnn" if cascade else ".mask_rcnn")
-    model = arguments_of(given.experiment.model)
+    imported = convert(file_of(theirs, meta={"mmdet_version": "1.2.0" if first else "2.28.0"}))
+    assert call_name(imported.experiment.model).endswith(".cascade_mask_rcnn" if cascade else ".mask_rcnn")
+    model = arguments_of(imported.experiment.model)
     backbone = arguments_of(model["backbone"])
     assert (backbone["norm"], backbone["fpn_norm"], model["box"].norm, model["mask"].norm) == ("gn",) * 4
     assert (model["box"].num_convs, model["box"].conv_width, model["box"].num_fcs) == (4, 12, 1)
     assert (model["mask"].num_convs, model["rpn"].num_convs) == (4, 2)
-    assert len(given.tensors) == len(theirs)
-    assert not given.unused
+    assert len(imported.tensors) == len(theirs)
+    assert not imported.unused
     their_stage, our_stage = (".2", "heads.2") if cascade else ("", "head")
     for ours, name in {
         "backbone.body.bn1.weight": "backbone.gn1.weight",
@@ -98,7 +98,7 @@ def test_two_stages_with_norms_everywhere(first: bool, cascade: bool) -> None:
         f"mask_{our_stage}.convs.1.0.weight": f"{prefix}mask_head{their_stage}.convs.1.conv.weight",
         f"mask_{our_stage}.convs.1.1.weight": f"{prefix}mask_head{their_stage}.convs.1.gn.weight",
     }.items():
-        assert torch.equal(given.tensors[ours], theirs[name]), ours
+        assert torch.equal(imported.tensors[ours], theirs[name]), ours
 
 
 def test_retinanet_with_norms_everywhere() -> None:
@@ -109,10 +109,10 @@ def test_retinanet_with_norms_everywhere() -> None:
     shapes |= layer("bbox_head.retina_cls", 9 * NUM_CLASSES, CHANNELS, 3, 3)
     shapes |= layer("bbox_head.retina_reg", 36, CHANNELS, 3, 3)
     theirs = filled(shapes)
-    given = convert(file_of(theirs), source="mmdetection2")
-    model = arguments_of(given.experiment.model)
+    imported = convert(file_of(theirs), source="mmdetection2")
+    model = arguments_of(imported.experiment.model)
     assert (model["retina"].norm, model["retina"].num_convs) == ("gn", 4)
-    assert (arguments_of(model["backbone"])["extra"], len(given.tensors)) == ("c5", len(theirs))
+    assert (arguments_of(model["backbone"])["extra"], len(imported.tensors)) == ("c5", len(theirs))
     for ours, name in {
         "backbone.output.2.1.bias": "neck.fpn_convs.2.gn.bias",
         "backbone.extra_output.0.0.weight": "neck.fpn_convs.3.conv.weight",
@@ -121,10 +121,10 @@ def test_retinanet_with_norms_everywhere() -> None:
         "head.class_convs.7.bias": "bbox_head.cls_convs.2.gn.bias",
         "head.box_convs.10.weight": "bbox_head.reg_convs.3.gn.weight",
     }.items():
-        assert torch.equal(given.tensors[ours], theirs[name]), ours
+        assert torch.equal(imported.tensors[ours], theirs[name]), ours
 
 
-def test_standardised_weights_are_refused_though_their_tensors_are_the_same() -> None:
+def test_weight_standardisation_is_refused_although_the_tensors_look_the_same() -> None:
     theirs = filled({**body(), **pyramid(retina=False), **two_stages("roi_head.", 0)})
     with pytest.raises(ValueError, match="weight standardisation"):
         convert(file_of(theirs, meta={"config": "conv_cfg = dict(type='ConvWS')\n"}))

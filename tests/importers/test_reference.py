@@ -1,4 +1,4 @@
-"""Checkpoints in other code bases' layouts give the detections of those code bases' own models, on real images."""
+"""Imported checkpoints reproduce the detections of the code bases they come from, on real images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ import boxwright
 from boxwright.data.buckets import Resize
 from boxwright.importers.convert import convert
 from boxwright.weights.foreign import read_foreign
-from importers.reference import Reference, compare, detect, images_of, proposals
+from importers.reference import Reference, compare, detect, images_of, proposals_for
 
 
 def write_arrays(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """As the files of Detectron2's model zoo are."""
-    page = {"model": {name: tensor.numpy() for name, tensor in tensors.items()}, "__author__": "Detectron2 Model Zoo"}
-    file.write_bytes(pickle.dumps(page))
+    """Write a file in the format of Detectron2's model zoo."""
+    content = {
+        "model": {name: tensor.numpy() for name, tensor in tensors.items()},
+        "__author__": "Detectron2 Model Zoo",
+    }
+    file.write_bytes(pickle.dumps(content))
 
 
 def write_checkpoint(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """As maskrcnn-benchmark saves while it trains on several GPUs."""
+    """Write a checkpoint as maskrcnn-benchmark saves it when training on several GPUs."""
     torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}, "iteration": 90000}, file)
 
 
 def write_blobs(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """As Detectron's files are, with their configuration in text."""
+    """Write a file like Detectron's, with the configuration as text."""
     blobs = {name: tensor.numpy() for name, tensor in tensors.items()}
     file.write_bytes(pickle.dumps({"blobs": blobs, "cfg": "MODEL:\n  BBOX_REG_WEIGHTS: [10.0, 10.0, 5.0, 5.0]"}, 2))
 
@@ -52,26 +55,26 @@ SOURCES: dict[str, tuple[Writer, list[str]]] = {
 
 
 @pytest.mark.parametrize(("source", "model"), [(source, model) for source in SOURCES for model in SOURCES[source][1]])
-def test_detections_are_the_peers(source: str, model: str, data_dir: Path, tmp_path: Path) -> None:
+def test_detections_equal_the_peers(source: str, model: str, data_dir: Path, tmp_path: Path) -> None:
     reference = Reference.load(f"{source}_{model}")
     SOURCES[source][0](reference.tensors(), tmp_path / "theirs")
     imported = convert(read_foreign(tmp_path / "theirs"))
     assert imported.source.name == source
     imported.save(tmp_path / "ours.safetensors")
     detector = boxwright.load(tmp_path / "ours.safetensors").detector
-    for pixels, expected in zip(images_of(data_dir), reference.found, strict=True):
-        assert expected.count > 50, "a check of few detections proves little"
-        boxes = proposals(pixels) if model == "fast_rcnn" else None
-        # Detectron pads images for RetinaNet by its coarsest stride, and what lies beyond the edge is convolved, too.
+    for pixels, expected in zip(images_of(data_dir), reference.detections, strict=True):
+        assert expected.count > 50, "too few detections for a meaningful comparison"
+        boxes = proposals_for(pixels) if model == "fast_rcnn" else None
+        # Detectron pads images for RetinaNet to its coarsest stride, and the padding affects the convolutions.
         multiple = 128 if source == "detectron" and model == "retinanet" else 32
-        given = detect(detector, pixels, boxes, multiple=multiple)
-        different = compare(given, expected)
-        assert different.boxes < 1e-2
-        assert different.scores < 1e-4
-        assert different.masks < 1e-3
+        actual = detect(detector, pixels, boxes, multiple=multiple)
+        differences = compare(actual, expected)
+        assert differences.boxes < 1e-2
+        assert differences.scores < 1e-4
+        assert differences.masks < 1e-3
 
 
-# (height, width) of a image, and what Detectron2, maskrcnn-benchmark and Detectron make of it.
+# (height, width) of an image, and its size after the resize of Detectron2, maskrcnn-benchmark and Detectron.
 RESIZED = {
     (480, 640): ((800, 1067), (800, 1066), (800, 1067)),
     (640, 427): ((1199, 800), (1199, 800), (1199, 800)),
@@ -85,8 +88,8 @@ RESIZED = {
 
 
 @pytest.mark.parametrize("size", RESIZED)
-def test_images_are_resized_to_detectron2s_size_and_within_a_pixel_of_the_others(size: tuple[int, int]) -> None:
-    given = Resize(800, 1333).size(*size)
-    assert given == RESIZED[size][0]
+def test_resized_size_equals_detectron2s_and_is_within_a_pixel_of_the_others(size: tuple[int, int]) -> None:
+    actual = Resize(800, 1333).size(*size)
+    assert actual == RESIZED[size][0]
     for expected in RESIZED[size]:
-        assert max(abs(given[0] - expected[0]), abs(given[1] - expected[1])) <= 1
+        assert max(abs(actual[0] - expected[0]), abs(actual[1] - expected[1])) <= 1

@@ -21,19 +21,19 @@ from boxwright.layers.norm import has_untrained_statistics
 ONE = torch.ones(1)
 
 
-def test_numbers_and_text_are_put_in_and_the_first_row_that_fits_counts() -> None:
+def test_placeholders_are_substituted_and_the_first_matching_rule_applies() -> None:
     assert rename({"a.3": ONE}, (Rule("a.{i}", "b.{i*2}"),)).tensors == {"b.6": ONE}
     table = (
         Rule("head.{i}.{j}.drop", None),
         Rule("head.{i}.{j}.*", "ours.{i*3+1}.{j-1}.*"),
         Rule("head.*", "rest.*", lambda rows: 2 * rows),
     )
-    given = rename({"head.2.10.w.x": ONE, "head.0.1.drop": ONE, "head.other": ONE}, table)
-    assert given.tensors == {"ours.7.9.w.x": ONE, "rest.other": 2 * ONE}
-    assert given.unused == ["head.0.1.drop"]
+    renamed = rename({"head.2.10.w.x": ONE, "head.0.1.drop": ONE, "head.other": ONE}, table)
+    assert renamed.tensors == {"ours.7.9.w.x": ONE, "rest.other": 2 * ONE}
+    assert renamed.unused == ["head.0.1.drop"]
 
 
-def test_tables_go_back_by_the_first_row_that_leads_there_and_is_the_names_own() -> None:
+def test_rename_back_inverts_the_rule_that_rename_would_apply() -> None:
     table = (
         Rule("lost.*", None),
         Rule("layer.{i}.0.*", "ours.{i*3+1}.*"),
@@ -41,53 +41,55 @@ def test_tables_go_back_by_the_first_row_that_leads_there_and_is_the_names_own()
         Rule("fcn{i}.*", "convs.{i-1}.*"),
         Rule("*.logits", "*.scores", background_to_last),
     )
-    given = {"ours.7.w": ONE, "ours.8.w": ONE, "convs.0.w": ONE, "head.scores": torch.tensor([1.0, 2.0, 0.0])}
-    back = rename_back(given, table)
+    tensors = {"ours.7.w": ONE, "ours.8.w": ONE, "convs.0.w": ONE, "head.scores": torch.tensor([1.0, 2.0, 0.0])}
+    back = rename_back(tensors, table)
     assert list(back) == ["layer.2.0.w", "old8.w", "fcn1.w", "head.logits"]
     assert back["head.logits"].tolist() == [0.0, 1.0, 2.0]
     again = rename(back, table).tensors
-    assert again.keys() == given.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in given.items())
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
-def test_names_and_changes_that_lead_nowhere_are_told() -> None:
+def test_rename_back_reports_names_and_changes_that_it_cannot_invert() -> None:
     table = (Rule("lost.*", None), Rule("*", "ours.*"), Rule("x", "y", ratios_outermost))
     with pytest.raises(ValueError, match=r"3 tensors cannot be renamed: other, y, ours\.lost\.w"):
         rename_back({"other": ONE, "y": ONE, "ours.lost.w": ONE, "ours.w": ONE}, table)
 
 
-def test_dots_are_dots() -> None:
+def test_a_dot_in_a_pattern_matches_only_a_dot() -> None:
     with pytest.raises(ValueError, match=r"1 unknown tensor, .* axb"):
         rename({"axb": ONE}, (Rule("a.b", "b"),))
 
 
-def test_all_unknown_names_are_told() -> None:
+def test_all_unknown_names_are_reported() -> None:
     names = [f"n{i}" for i in range(13)]
     with pytest.raises(ValueError, match=r"13 unknown tensors.*n0, n1, .*n9 and 3 more"):
         rename(dict.fromkeys(names, ONE), ())
 
 
-def test_two_names_for_one_of_ours_and_what_is_not_supported() -> None:
-    with pytest.raises(ValueError, match=r"a1 and a2 both map to b: so the file seems to contain two models"):
+def test_name_collisions_and_unsupported_tensors_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a1 and a2 both map to b, so the file seems to contain two models"):
         rename({"a1": ONE, "a2": ONE}, (Rule("a{i}", "b"),))
     with pytest.raises(ValueError, match=r"k\.1: no keypoints"):
         rename({"k.1": ONE}, (Unsupported("k.*", "no keypoints"),))
 
 
-def test_shapes_that_cannot_be_changed_are_told() -> None:
+def test_unexpected_shapes_are_reported() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[\], which does not match logits"):
         rename({"x": torch.tensor(1.0)}, (Rule("x", "logits", background_to_last),))
 
 
-def test_background_goes_last_or_away() -> None:
+def test_background_row_is_moved_last_or_removed() -> None:
     rows = torch.arange(12).reshape(3, 4)
     assert background_to_last(rows)[:, 0].tolist() == [4, 8, 0]
     assert without_background(rows)[:, 0].tolist() == [4, 8]
     assert without_background_deltas(torch.arange(12)).tolist() == list(range(4, 12))
-    assert without_background_deltas(torch.arange(4)).tolist() == [0, 1, 2, 3], "one box for all classes"
+    assert without_background_deltas(torch.arange(4)).tolist() == [0, 1, 2, 3], (
+        "class-agnostic deltas have no background row"
+    )
 
 
-def test_anchors_change_their_order_and_keep_their_values_together() -> None:
+def test_anchors_are_reordered_and_the_values_of_an_anchor_stay_together() -> None:
     theirs = torch.tensor([100 * size + 10 * ratio + k for size in range(3) for ratio in range(3) for k in range(4)])
     ours = [100 * size + 10 * ratio + k for ratio in range(3) for size in range(3) for k in range(4)]
     assert ratios_outermost(theirs[:, None])[:, 0].tolist() == ours
@@ -95,15 +97,15 @@ def test_anchors_change_their_order_and_keep_their_values_together() -> None:
         ratios_outermost(torch.zeros(10))
 
 
-def test_scale_and_bias_alone_are_a_norm_and_count_as_trained() -> None:
+def test_norms_without_statistics_become_norms_that_count_as_trained() -> None:
     body = ResNet(18).eval()
     state = {f"backbone.body.{name}": tensor for name, tensor in body.state_dict().items() if "running" not in name}
     nn.init.uniform_(state["backbone.body.bn1.weight"], 0.5, 2)
     nn.init.normal_(state["backbone.body.bn1.bias"])
-    filled = {name.removeprefix("backbone.body."): tensor for name, tensor in with_statistics(state).items()}
+    completed = {name.removeprefix("backbone.body."): tensor for name, tensor in with_statistics(state).items()}
     assert has_untrained_statistics(body)
-    body.load_state_dict(filled)
+    body.load_state_dict(completed)
     assert not has_untrained_statistics(body)
     x = torch.randn(1, 64, 3, 3)
-    expected = x * filled["bn1.weight"].view(1, -1, 1, 1) + filled["bn1.bias"].view(1, -1, 1, 1)
+    expected = x * completed["bn1.weight"].view(1, -1, 1, 1) + completed["bn1.bias"].view(1, -1, 1, 1)
     assert torch.allclose(body.bn1(x), expected, rtol=0, atol=1e-6 * expected.abs().max().item())

@@ -1,4 +1,4 @@
-"""A checkpoint that torchvision's own model wrote gives torchvision's detections, by command and `boxwright.load`."""
+"""Checkpoints of torchvision's models reproduce its detections after `boxwright weights convert`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from boxwright.importers.torchvision import TORCHVISION
 from boxwright.structures import Batch, map_tensors
 from boxwright.weights.foreign import ForeignFile, read_foreign
 from boxwright.weights.ours import load_weights
-from importers.reference import compare, found_in
+from importers.reference import compare, to_detections
 from parity.peer import NUM_CLASSES, peer_faster_rcnn, peer_mask_rcnn, peer_retinanet, real_batch
 
 PEERS: dict[str, Callable[[Batch], nn.Module]] = {
@@ -61,7 +61,7 @@ def names_in(folder: Path, count: int) -> Path:
 
 @torch.inference_mode()
 def detections_of(peer: Any, image: np.ndarray) -> dict[str, Tensor]:
-    """Of the image at its own size."""
+    """Run torchvision's model on an image without resizing it."""
     peer.transform.min_size = (min(image.shape[:2]),)
     peer.eval()
     return peer([torch.from_numpy(image).permute(2, 0, 1).float()])[0]
@@ -69,29 +69,29 @@ def detections_of(peer: Any, image: np.ndarray) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", PEERS)
 @torch.inference_mode()
-def test_the_command_gives_torchvisions_detections(kind: str, batch: Batch, tmp_path: Path) -> None:
+def test_converted_checkpoints_reproduce_torchvisions_detections(kind: str, batch: Batch, tmp_path: Path) -> None:
     peer = PEERS[kind](batch)
     torch.save(peer.state_dict(), tmp_path / "theirs.pth")
     image = image_of(batch)
     names = names_in(tmp_path, NUM_CLASSES)
     run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
     model = boxwright.load(tmp_path / "ours.safetensors")
-    given = model.predict(image, native=True)
+    actual = model.predict(image, native=True)
     expected = detections_of(peer, image)
-    assert len(given) == len(expected["scores"]) > 50, "a check of few detections proves little"
-    assert len(set(given.labels)) > 3
-    ours = {name: torch.from_numpy(getattr(given, name)) for name in ("boxes", "scores", "labels")}
-    expected.pop("masks", None)  # They are compared below, before they are pasted, which torchvision does otherwise.
-    different = compare(found_in(ours), found_in(expected, 0 if kind == "retinanet" else 1))
-    assert different.boxes < 1e-2
-    assert different.scores < 1e-4
+    assert len(actual) == len(expected["scores"]) > 50, "too few detections for a meaningful comparison"
+    assert len(set(actual.labels)) > 3
+    ours = {name: torch.from_numpy(getattr(actual, name)) for name in ("boxes", "scores", "labels")}
+    expected.pop("masks", None)  # Compared below before pasting, because torchvision pastes differently.
+    differences = compare(to_detections(ours), to_detections(expected, 0 if kind == "retinanet" else 1))
+    assert differences.boxes < 1e-2
+    assert differences.scores < 1e-4
     if kind == "mask_rcnn":
-        peer.transform.postprocess = lambda found, *_: found
-        found = map_tensors(model.detector.detect(map_tensors(batch, lambda t: t[:1])), lambda t: t[0])
+        peer.transform.postprocess = lambda detections, *_: detections
+        detections = map_tensors(model.detector.detect(map_tensors(batch, lambda t: t[:1])), lambda t: t[0])
         expected = detections_of(peer, image)
-        assert expected["masks"].std() > 0.1, "nor does one of masks that are alike"
-        ours = {name: getattr(found, name)[found.valid] for name in ("boxes", "scores", "labels", "masks")}
-        assert compare(found_in(ours), found_in(expected, 1)).masks < 1e-3
+        assert expected["masks"].std() > 0.1, "the masks are too uniform for a meaningful comparison"
+        ours = {name: getattr(detections, name)[detections.valid] for name in ("boxes", "scores", "labels", "masks")}
+        assert compare(to_detections(ours), to_detections(expected, 1)).masks < 1e-3
 
 
 def test_round_trip_is_bit_identical(batch: Batch, tmp_path: Path) -> None:
@@ -100,19 +100,19 @@ def test_round_trip_is_bit_identical(batch: Batch, tmp_path: Path) -> None:
     run("convert", tmp_path / "theirs.pth", "--out", tmp_path / "ours.safetensors", "--categories", names)
     model = boxwright.load(tmp_path / "ours.safetensors")
     first = model.predict(image_of(batch), native=True)
-    converted, page = load_weights(tmp_path / "ours.safetensors")
+    converted, metadata = load_weights(tmp_path / "ours.safetensors")
     for name, tensor in model.detector.state_dict().items():
         assert torch.equal(tensor, converted[name]), name
     again = boxwright.load(tmp_path / "ours.safetensors").predict(image_of(batch), native=True)
     assert len(first) > 50
     assert np.array_equal(first.boxes, again.boxes)
     assert np.array_equal(first.scores, again.scores)
-    assert page["source"]["format"] == "torchvision"
+    assert metadata["source"]["format"] == "torchvision"
     assert "no use" not in run("inspect", tmp_path / "ours.safetensors")
 
 
-def test_retinanet_v2_is_told_from_v1_and_keeps_its_labels(tmp_path: Path) -> None:
-    """v2: P6 from C5, group norm in the head; v1: P6 from P5. Both have a first row that was never trained."""
+def test_retinanet_v1_and_v2_are_distinguished_and_keep_their_labels(tmp_path: Path) -> None:
+    """v2 has P6 from C5 and GroupNorm in the head, v1 has P6 from P5. Class row 0 was never trained in either model."""
     models = {}
     for name, make in (("v1", retinanet_resnet50_fpn), ("v2", retinanet_resnet50_fpn_v2)):
         peer = make(weights=None, weights_backbone=None)
@@ -127,7 +127,7 @@ def test_retinanet_v2_is_told_from_v1_and_keeps_its_labels(tmp_path: Path) -> No
     assert torch.equal(models["v2"].tensors["head.box_convs.10.weight"], peer_norm.weight)
 
 
-def test_published_first_models_have_norms_without_eps() -> None:
+def test_norms_of_the_published_v1_weights_have_no_eps() -> None:
     file = ForeignFile(path=Path("x.pth"), sha256="258fb6c6" + 56 * "0", tensors={}, about={})
     assert TORCHVISION.settings(file).norm_eps == 0.0
     assert TORCHVISION.settings(ForeignFile(path=Path("x"), sha256=64 * "0", tensors={}, about={})).norm_eps == 1e-5
@@ -138,7 +138,7 @@ def timm_resnet18() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [resnet18, resnext50_32x4d, timm_resnet18])
-def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
+def test_classification_weights_become_a_backbone_with_equal_feature_maps(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -148,13 +148,13 @@ def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
             nn.init.uniform_(module.running_var, 0.01, 2)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.weight, 0.1, 0.5)
-    # As both publish them.
+    # timm publishes safetensors, torchvision pickled state dicts.
     if make is timm_resnet18:
         save_file(peer.state_dict(), tmp_path / "theirs")
     else:
         torch.save(peer.state_dict(), tmp_path / "theirs")
     printed = run("convert", tmp_path / "theirs", "--out", tmp_path / "ours.safetensors")
-    assert "fc.weight" in printed, "what is not used is named"
+    assert "fc.weight" in printed, "unused tensors must be listed"
     tensors, _ = load_weights(tmp_path / "ours.safetensors")
     body = ResNet(50, groups=32, width_per_group=4) if make is resnext50_32x4d else ResNet(18)
     body.eval()
@@ -163,9 +163,9 @@ def test_classification_weights_become_a_backbone_that_gives_the_same_maps(
     with torch.no_grad():
         peer.eval()
         x = peer.maxpool(peer.bn1(peer.conv1(images)).relu())
-        for stage, given in enumerate(body(images), start=1):
+        for stage, actual in enumerate(body(images), start=1):
             x = getattr(peer, f"layer{stage}")(x)
-            assert torch.allclose(given, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+            assert torch.allclose(actual, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
 
 def test_a_backbone_has_neither_settings_nor_classes(tmp_path: Path) -> None:
@@ -174,16 +174,16 @@ def test_a_backbone_has_neither_settings_nor_classes(tmp_path: Path) -> None:
         convert(file, changes=["resize.short=600"])
 
 
-def test_norms_of_another_eps_are_scaled_to_the_same(batch: Batch, tmp_path: Path) -> None:
+def test_norms_with_another_eps_are_rescaled_to_equal_outputs(batch: Batch, tmp_path: Path) -> None:
     peer = peer_retinanet(batch)
     torch.save(peer.state_dict(), tmp_path / "theirs.pth")
     file = read_foreign(tmp_path / "theirs.pth")
     names = [Category(i, str(i)) for i in range(NUM_CLASSES)]
-    given = convert(file, categories=names, norm_eps=0.0).tensors
+    tensors = convert(file, categories=names, norm_eps=0.0).tensors
     theirs = FrozenBatchNorm2d(64, eps=0.0)
     prefix = "backbone.body.bn1."
     theirs.load_state_dict({k.removeprefix(prefix): v for k, v in file.tensors.items() if k.startswith(prefix)})
     ours = FrozenBatchNorm2d(64, eps=1e-5)
-    ours.load_state_dict({k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)})
+    ours.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     x = torch.randn(1, 64, 4, 4)
     assert torch.allclose(theirs(x), ours(x), rtol=0, atol=1e-5 * theirs(x).abs().max().item())

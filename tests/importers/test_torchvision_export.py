@@ -1,4 +1,4 @@
-"""Our models detect in torchvision what they detect here; what torchvision cannot be is refused, with each reason."""
+"""Exported models give equal detections in torchvision. Models that torchvision cannot express are refused."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ RETINA = RetinaConfig(
     norm="gn", anchor_scale=3.0, scales_per_octave=2, ratios=(0.5, 2.0), score_threshold=0.02, max_detections=80
 )
 MODELS: dict[str, Any] = {
-    "faster_rcnn as torchvision has it": partial(faster_rcnn, backbone=R18, conventions=TORCHVISION),
-    "mask_rcnn as torchvision has it": partial(mask_rcnn, backbone=R18, conventions=TORCHVISION),
-    "mask_rcnn of other numbers and anchors": partial(
+    "faster_rcnn with torchvision settings": partial(faster_rcnn, backbone=R18, conventions=TORCHVISION),
+    "mask_rcnn with torchvision settings": partial(mask_rcnn, backbone=R18, conventions=TORCHVISION),
+    "mask_rcnn with other settings and anchors": partial(
         mask_rcnn, backbone=R18, conventions=UNROUNDED, pixel_stats=PIXELS, rpn=RPN, box=BOX, mask=MASK
     ),
-    "retinanet as torchvision has it": partial(retinanet, backbone=R18_P3, conventions=TORCHVISION),
-    "retinanet of other numbers and our anchors": partial(
+    "retinanet with torchvision settings": partial(retinanet, backbone=R18_P3, conventions=TORCHVISION),
+    "retinanet with other settings and Boxwright anchors": partial(
         retinanet, backbone=partial(R18_P3, extra="p5"), conventions=MODERN, pixel_stats=PIXELS, retina=RETINA
     ),
 }
@@ -78,7 +78,7 @@ def batch(data_dir: Path) -> Batch:
 
 
 def trained(model: Any, batch: Batch) -> nn.Module:
-    """The model with random weights that behave: activations keep their scale, scores and boxes spread."""
+    """Build the model with random weights that preserve the scale of activations and spread scores and boxes."""
     torch.manual_seed(3)
     detector: Any = build(model, num_classes=len(NAMES))
     for name, module in detector.named_modules():
@@ -88,7 +88,7 @@ def trained(model: Any, batch: Batch) -> nn.Module:
     detector.train()
     with torch.no_grad():
         detector.backbone(detector.normalize(batch.images, batch.image_sizes))
-        # Untrained layers start near 0, where all scores are alike.
+        # Untrained output layers start near 0, so all scores would be nearly equal.
         if hasattr(detector, "head"):
             for layer in (*detector.head.class_convs, *detector.head.box_convs):
                 if isinstance(layer, nn.Conv2d):
@@ -103,11 +103,11 @@ def trained(model: Any, batch: Batch) -> nn.Module:
 
 
 def saved(detector: nn.Module, model: Any, path: Path) -> Path:
-    page = {
+    metadata = {
         "experiment": to_json(Experiment(model=model)),
         "categories": [{"id": category.id, "name": category.name} for category in CATEGORIES],
     }
-    save_weights(path, detector.state_dict(), page)
+    save_weights(path, detector.state_dict(), metadata)
     return path
 
 
@@ -118,7 +118,7 @@ def exported(path: Path, out: Path) -> str:
 
 
 def built(code: str) -> tuple[Any, list[str]]:
-    """What the printed Python makes: the model and its labels' names."""
+    """Run the exported Python code. Returns its model and its class names."""
     names: dict[str, Any] = {}
     exec(code, names)
     return names["model"], names["names"]
@@ -130,35 +130,35 @@ def imported(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.inference_mode()
-def test_torchvisions_model_detects_what_ours_does(kind: str, batch: Batch, tmp_path: Path) -> None:
+def test_exported_models_give_equal_detections(kind: str, batch: Batch, tmp_path: Path) -> None:
     path = saved(trained(MODELS[kind], batch), MODELS[kind], tmp_path / "ours.safetensors")
     peer, names = built(exported(path, tmp_path / "theirs.pth"))
     model, image = boxwright.load(path), image_of(batch)
-    given = model.predict(image, native=True)
+    actual = model.predict(image, native=True)
     peer.transform.max_size = 10**7
     expected = detections_of(peer, image / np.float32(255))
-    assert len(given) == len(expected["scores"]) > 30, "a check of few detections proves little"
-    assert len(set(given.labels)) > 2
-    assert given.names == [names[label] for label in expected["labels"]]
-    assert np.abs(given.scores - expected["scores"].numpy()).max() < 1e-4
-    assert np.abs(given.boxes - expected["boxes"].numpy()).max() < 1e-2
-    if given.masks is not None:
-        # Before they are pasted, which torchvision does otherwise.
-        peer.transform.postprocess = lambda found, *_: found
+    assert len(actual) == len(expected["scores"]) > 30, "too few detections for a meaningful comparison"
+    assert len(set(actual.labels)) > 2
+    assert actual.names == [names[label] for label in expected["labels"]]
+    assert np.abs(actual.scores - expected["scores"].numpy()).max() < 1e-4
+    assert np.abs(actual.boxes - expected["boxes"].numpy()).max() < 1e-2
+    if actual.masks is not None:
+        # Compared before pasting, because torchvision pastes differently.
+        peer.transform.postprocess = lambda detections, *_: detections
         masks = model.detector.detect(map_tensors(batch, lambda tensor: tensor[:1])).masks[0]
         expected_masks = detections_of(peer, image / np.float32(255))["masks"].squeeze(1)
-        assert expected_masks.std() > 0.1, "nor does one of masks that are alike"
+        assert expected_masks.std() > 0.1, "the masks are too uniform for a meaningful comparison"
         assert (masks - expected_masks).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_ours_come_back_bit_for_bit(kind: str, batch: Batch, tmp_path: Path) -> None:
+def test_boxwright_weights_survive_export_and_import_bit_for_bit(kind: str, batch: Batch, tmp_path: Path) -> None:
     model = MODELS[kind]
     detector = trained(model, batch)
     back = imported(export(detector, Experiment(model=model), CATEGORIES).tensors)
-    own = {name: t for name, t in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
-    assert back.keys() == own.keys()
-    for name, tensor in own.items():
+    tensors = {name: t for name, t in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
         assert torch.equal(back[name], tensor), name
 
 
@@ -171,8 +171,8 @@ PUBLISHED: dict[str, Callable[..., nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    """But for background's boxes and masks, which nothing reads, and counts of batches."""
+def test_torchvision_weights_survive_import_and_export_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """Except for the boxes and masks of the background class, which are never read, and `num_batches_tracked`."""
     torch.manual_seed(0)
     peer = PUBLISHED[kind](weights=None, weights_backbone=None)
     state = peer.state_dict()
@@ -184,7 +184,7 @@ def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     for name, tensor in back.items():
         first = 4 if "bbox_pred" in name and "roi" in name else 1 if "mask_fcn_logits" in name else 0
         assert torch.equal(tensor[first:], state[name][first:]), name
-        assert not tensor[:first].any(), "rows that are not known are zeros"
+        assert not tensor[:first].any(), "background rows must be zero"
     peer.load_state_dict(back, strict=True)
     model, names = built(code)
     assert names[1:3] == ["person", "bicycle"]
@@ -195,9 +195,9 @@ def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
         assert getattr(model.transform, part) == pytest.approx(getattr(peer.transform, part), abs=1e-9)
     if "retinanet" in kind:
         assert model.head.regression_head._loss_type == peer.head.regression_head._loss_type  # type: ignore[union-attr]
-    numbers = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+    thresholds = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
     for part, theirs in ((model, peer), *([] if "retinanet" in kind else [(model.roi_heads, peer.roi_heads)])):
-        assert [getattr(part, n, None) for n in numbers] == [getattr(theirs, n, None) for n in numbers]
+        assert [getattr(part, n, None) for n in thresholds] == [getattr(theirs, n, None) for n in thresholds]
 
 
 @pytest.mark.parametrize(
@@ -210,17 +210,17 @@ def test_torchvisions_come_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
         {"depth": 101, "groups": 64, "width_per_group": 4},
     ],
 )
-def test_every_body_that_torchvision_has_fits_its_model(body: dict[str, int]) -> None:
+def test_every_torchvision_backbone_can_be_exported(body: dict[str, int]) -> None:
     model = partial(mask_rcnn, backbone=partial(resnet_fpn, **body), conventions=TORCHVISION)  # type: ignore[arg-type]
     names: dict[str, Any] = {}
     with torch.device("meta"):
-        given = export(build(model, num_classes=len(NAMES)), Experiment(model=model), CATEGORIES)
-        exec(given.code, names)
+        exported_model = export(build(model, num_classes=len(NAMES)), Experiment(model=model), CATEGORIES)
+        exec(exported_model.code, names)
     expected = {name: tensor.shape for name, tensor in names["model"].state_dict().items()}
-    assert {name: tensor.shape for name, tensor in given.tensors.items()} == expected
+    assert {name: tensor.shape for name, tensor in exported_model.tensors.items()} == expected
 
 
-def faults(model: Any) -> str:
+def export_error(model: Any) -> str:
     with torch.device("meta"):
         detector = build(model, num_classes=len(NAMES))
     with pytest.raises(ValueError) as caught:
@@ -257,13 +257,13 @@ def faults(model: Any) -> str:
         (partial(proposal_network, backbone=R18), ["proposal_network cannot be exported"]),
     ],
 )
-def test_what_torchvision_cannot_be_is_refused_with_each_reason(model: Any, messages: list[str]) -> None:
-    error = faults(model)
+def test_models_that_torchvision_cannot_express_are_refused_with_every_reason(model: Any, messages: list[str]) -> None:
+    error = export_error(model)
     for message in messages:
         assert message in error
 
 
-def test_numbers_of_training_and_of_rois_that_are_not_there_refuse_nothing(batch: Batch) -> None:
+def test_training_settings_and_roi_settings_of_a_retinanet_do_not_prevent_export(batch: Batch) -> None:
     model = partial(
         retinanet,
         backbone=R18_P3,
@@ -274,8 +274,8 @@ def test_numbers_of_training_and_of_rois_that_are_not_there_refuse_nothing(batch
         export(build(model, num_classes=7), Experiment(model=model), CATEGORIES)
 
 
-def test_text_in_place_of_a_number_is_refused_before_it_reaches_printed_code() -> None:
-    """The export prints Python code with the settings of a weights file, which may come from anyone."""
+def test_text_instead_of_a_number_is_refused_before_it_reaches_exported_code() -> None:
+    """The export writes the settings of a weights file into Python code, and the file may be untrusted."""
     model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=BoxConfig(score_threshold=0.25))
     text = json.dumps(to_json(Experiment(model=model)))
     data = json.loads(text.replace('"score_threshold": 0.25', '"score_threshold": "1); exit("'))
@@ -283,16 +283,16 @@ def test_text_in_place_of_a_number_is_refused_before_it_reaches_printed_code() -
         from_json(data)
 
 
-def of_edges(predictions: Tensor, targets: Tensor) -> Tensor:
-    """A box loss written by a user."""
+def l1_of_edges(predictions: Tensor, targets: Tensor) -> Tensor:
+    """A user-defined box loss."""
     return (predictions - targets).abs().sum(-1)
 
 
 @pytest.mark.parametrize(
     ("box_loss", "theirs"),
-    [("smooth_l1", "l1"), ("giou", "giou"), ("diou", "diou"), ("ciou", "ciou"), (of_edges, "l1")],
+    [("smooth_l1", "l1"), ("giou", "giou"), ("diou", "diou"), ("ciou", "ciou"), (l1_of_edges, "l1")],
 )
-def test_iou_losses_go_along_and_other_box_losses_become_torchvisions(box_loss: Any, theirs: str) -> None:
+def test_iou_losses_are_exported_and_other_box_losses_become_l1(box_loss: Any, theirs: str) -> None:
     model = partial(retinanet, backbone=R18_P3, conventions=TORCHVISION, retina=RetinaConfig(box_loss=box_loss))
     with torch.device("meta"):
         code = export(build(model, num_classes=7), Experiment(model=model), CATEGORIES).code
@@ -301,8 +301,8 @@ def test_iou_losses_go_along_and_other_box_losses_become_torchvisions(box_loss: 
     assert names["model"].head.regression_head._loss_type == theirs
 
 
-def test_a_number_that_is_text_is_no_program(batch: Batch, tmp_path: Path) -> None:
-    """The printed Python contains settings as values, even if they are not what `BoxConfig` accepts."""
+def test_settings_appear_in_exported_code_as_literals(batch: Batch, tmp_path: Path) -> None:
+    """Exported code quotes the value of a setting, even a value that `BoxConfig` would refuse."""
     box = BoxConfig()
     object.__setattr__(box, "score_threshold", "1); exit(")
     model = partial(faster_rcnn, backbone=R18, conventions=TORCHVISION, box=box)
@@ -311,7 +311,7 @@ def test_a_number_that_is_text_is_no_program(batch: Batch, tmp_path: Path) -> No
     assert "box_score_thresh='1); exit('," in code
 
 
-def test_the_commands_other_names_are_refused(tmp_path: Path) -> None:
+def test_the_export_command_refuses_unknown_targets_and_suffixes(tmp_path: Path) -> None:
     for arguments, message in (
         (["x", "--to", "onnx", "--out", "x.pth"], "--to: expected torchvision"),
         (["x", "--out", "x.safetensors"], "ends in .pth"),

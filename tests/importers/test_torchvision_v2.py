@@ -1,4 +1,4 @@
-"""Checkpoints that torchvision's second models of each kind wrote give torchvision's detections."""
+"""Imported checkpoints of torchvision's v2 models reproduce torchvision's detections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from boxwright.detectors.detector import Detector
 from boxwright.importers.convert import convert
 from boxwright.structures import Batch
 from boxwright.weights.foreign import read_foreign
-from importers.reference import compare, found_in
+from importers.reference import compare, to_detections
 from parity.peer import EVERYTHING, NUM_CLASSES, SHORT_SIDE, peer_inputs, real_batch
 
 MODELS = {
@@ -27,7 +27,7 @@ MODELS = {
 }
 FIRST_LABEL = {"faster_rcnn": 1, "mask_rcnn": 1, "retinanet": 0}
 NUM_PROPOSALS = 100
-"""In testing: convolutions on the grids of a thousand take their time."""
+"""In inference. The convolutions of the box head would be slow for torchvision's default of 1000 proposals."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def batch(data_dir: Path) -> Batch:
 
 
 @torch.no_grad()
-def second_model(kind: str, batch: Batch) -> Any:
-    """Random weights, but activations that keep their scale, scores that spread, and norms that do something."""
+def v2_model(kind: str, batch: Batch) -> Any:
+    """A model with random weights that preserve the scale of activations, spread the scores and use every norm."""
     torch.manual_seed(3)
     retina = kind == "retinanet"
     settings: dict[str, Any] = {} if retina else {"rpn_post_nms_top_n_test": NUM_PROPOSALS}
@@ -47,7 +47,7 @@ def second_model(kind: str, batch: Batch) -> Any:
         num_classes=NUM_CLASSES + FIRST_LABEL[kind],
         min_size=SHORT_SIDE,
         max_size=EVERYTHING,
-        # Our pixels, so that both round alike.
+        # Boxwright's pixel statistics, so that both models round alike.
         image_mean=PYTORCH.mean,
         image_std=PYTORCH.std,
         **settings,
@@ -69,8 +69,8 @@ def second_model(kind: str, batch: Batch) -> Any:
         model.rpn.head.bbox_pred.weight.mul_(2)
         model.roi_heads.box_predictor.cls_score.weight.mul_(4)
         model.roi_heads.box_predictor.bbox_pred.weight.mul_(2)
-    # Grids on our canvas, before torchvision pastes masks, which it does otherwise.
-    model.transform.postprocess = lambda found, *_: found
+    # Skip postprocessing: masks are compared before pasting, because torchvision pastes differently.
+    model.transform.postprocess = lambda detections, *_: detections
     model(peer_inputs(batch, dtype=torch.float32)[0])
     return model.eval()
 
@@ -79,26 +79,26 @@ def converted(model: nn.Module, kind: str, folder: Path) -> Detector:
     torch.save(model.state_dict(), folder / "theirs.pth")
     names = [Category(number, f"thing {number}") for number in range(NUM_CLASSES)]
     changes = () if kind == "retinanet" else (f"model.rpn.test_num_proposals={NUM_PROPOSALS}",)
-    given = convert(read_foreign(folder / "theirs.pth"), categories=names, changes=changes)
-    assert set(given.unused) == {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
-    given.save(folder / "ours.safetensors")
+    imported = convert(read_foreign(folder / "theirs.pth"), categories=names, changes=changes)
+    assert set(imported.unused) == {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
+    imported.save(folder / "ours.safetensors")
     return boxwright.load(folder / "ours.safetensors").detector
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.inference_mode()
-def test_detections_are_torchvisions(kind: str, batch: Batch, tmp_path: Path) -> None:
-    peer = second_model(kind, batch)
+def test_detections_equal_torchvisions(kind: str, batch: Batch, tmp_path: Path) -> None:
+    peer = v2_model(kind, batch)
     detections = converted(peer, kind, tmp_path).detect(batch)
     for image, expected in enumerate(peer(peer_inputs(batch, dtype=torch.float32)[0])):
-        found = detections.valid[image]
-        assert found.sum() == len(expected["scores"]) > 50, "a check of few detections proves little"
+        valid = detections.valid[image]
+        assert valid.sum() == len(expected["scores"]) > 50, "too few detections for a meaningful comparison"
         assert len(set(expected["labels"].tolist())) > 3
-        given = {name: getattr(detections, name)[image, found] for name in ("boxes", "scores", "labels")}
+        actual = {name: getattr(detections, name)[image, valid] for name in ("boxes", "scores", "labels")}
         if kind == "mask_rcnn":
-            assert expected["masks"].std() > 0.1, "nor does one of masks that are alike"
-            given["masks"] = detections.masks[image, found]
-        different = compare(found_in(given), found_in(expected, FIRST_LABEL[kind]))
-        assert different.boxes < 1e-2
-        assert different.scores < 1e-4
-        assert different.masks < 1e-3
+            assert expected["masks"].std() > 0.1, "the masks are too uniform for a meaningful comparison"
+            actual["masks"] = detections.masks[image, valid]
+        differences = compare(to_detections(actual), to_detections(expected, FIRST_LABEL[kind]))
+        assert differences.boxes < 1e-2
+        assert differences.scores < 1e-4
+        assert differences.masks < 1e-3

@@ -1,7 +1,7 @@
 """Imported models train with the settings of the code base that they come from.
 
 The expected values are copied from the files that docs/guides/import_training_settings.md names. Values for torchvision
-are read and computed from torchvision itself.
+are read or computed from torchvision itself.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check(config: Any, expected: dict[str, Any]) -> None:
         (FIRST, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.3, "num_proposals": 2000}, 1.0),
         (LATER, {"smooth_l1_beta": 0.0, "border": None, "low_quality": 0.3, "num_proposals": 1000}, 0.0),
         (DETECTRON2, {"smooth_l1_beta": 0.0, "border": None, "low_quality": 0.0, "num_proposals": 1000}, 0.0),
-        # 2000 of both images of a GPU together.
+        # Detectron uses 2000 proposals for the two images of a GPU together.
         (DETECTRON, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.0, "num_proposals": 1000}, 1.0),
         (MASKRCNN_BENCHMARK, {"smooth_l1_beta": 1 / 9, "border": 0.0, "low_quality": 0.0, "num_proposals": 1000}, 1.0),
         (TORCHVISION, {"smooth_l1_beta": 1 / 9, "border": None, "low_quality": 0.0, "num_proposals": 2000}, 1 / 9),
@@ -143,7 +143,7 @@ def test_maskrcnn_benchmarks_box_loss_of_retinanet(error: float) -> None:
 
 
 def test_torchvisions_own_defaults() -> None:
-    """Its constructors' arguments, by our names."""
+    """Defaults of torchvision's constructors, under Boxwright's names."""
     defaults = {name: p.default for name, p in inspect.signature(FasterRCNN.__init__).parameters.items()}
     settings = settings_of(TORCHVISION, TWO_STAGE[TORCHVISION])
     theirs = {
@@ -169,7 +169,7 @@ def test_torchvisions_own_defaults() -> None:
 
 @pytest.mark.parametrize("error", [0.02, 0.105, 0.5, 3.0])
 def test_torchvisions_own_box_losses(error: float) -> None:
-    """One box that is wrong by `error` in one coordinate costs there what it costs with our beta."""
+    """The loss of a box with `error` in one delta equals torchvision's loss for the same box."""
     settings = settings_of(TORCHVISION, TWO_STAGE[TORCHVISION])
     target, off = torch.zeros(1, 4), torch.tensor([[error, 0.0, 0.0, 0.0]])
 

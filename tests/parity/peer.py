@@ -1,6 +1,7 @@
-"""torchvision's detectors with weights that are random but behave: activations keep their scale, scores spread.
+"""torchvision's detectors with random weights that preserve the scale of activations and spread the scores.
 
-All in float64, so that rounding neither hides nor fakes a difference: one flipped ReLU moves a gradient by 1e-3.
+Everything is computed in float64, so that rounding neither hides nor causes a difference: a single ReLU whose input
+changes sign changes a gradient by 1e-3.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ EVERYTHING = 10**7
 
 
 def real_batch(folder: Path, num_images: int = 2) -> Batch:
-    """The first landscape images of `coco_mini`'s val2017 on one canvas, with made-up objects that overlap."""
+    """The first landscape images of `coco_mini`'s val2017 on one canvas, with random overlapping objects."""
     generator = torch.Generator().manual_seed(5)
     resized = []
     for file in sorted((folder / "coco_mini" / "val2017").glob("*.jpg")):
@@ -71,7 +72,7 @@ def real_batch(folder: Path, num_images: int = 2) -> Batch:
 
 
 def real_objects(folder: Path, num_images: int = 2) -> Batch:
-    """Landscape resized of `coco_mini`'s val2017 on one canvas, with their real objects and masks, several on each."""
+    """Landscape images of `coco_mini`'s val2017 on one canvas, with their 4 to 8 annotated objects and masks."""
     dataset = IndexedDataset(*find_layout(folder / "coco_mini")["val"])
     placed = []
     for row in range(len(dataset)):
@@ -90,7 +91,7 @@ def real_objects(folder: Path, num_images: int = 2) -> Batch:
 def peer_inputs(
     batch: Batch, first_label: int = 1, dtype: torch.dtype = torch.float64
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The batch as torchvision wants it: float resized (here in 0..255) without padding, labels from 1 or so."""
+    """Convert a batch to torchvision's inputs: float images (0 to 255) without padding, labels from `first_label`."""
     images = [
         image[:, :height, :width].to(dtype)
         for image, (height, width) in zip(batch.images, batch.image_sizes.tolist(), strict=True)
@@ -103,12 +104,12 @@ def peer_inputs(
 
 
 def peer_faster_rcnn(batch: Batch) -> FasterRCNN:
-    """R-50-FPN that resizes nothing and samples everything, in eval mode."""
+    """Faster R-CNN R-50-FPN in eval mode that neither resizes images nor subsamples RoIs."""
     return _peer(FasterRCNN, batch)
 
 
 def peer_mask_rcnn(batch: Batch, num_proposals: int, positive_iou: float) -> MaskRCNN:
-    """The same with a mask head, few proposals in training, whose masks take long, and more of them positive."""
+    """Like `peer_faster_rcnn` with a mask head. Few training proposals save time; a lower IoU makes more positive."""
     return _peer(
         MaskRCNN,
         batch,
@@ -135,7 +136,7 @@ def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
         **settings,
     )
     with torch.no_grad():
-        # The untrained layers start near 0, where all scores are alike.
+        # Untrained output layers start near 0, so all scores would be nearly equal.
         model.rpn.head.cls_logits.weight.mul_(20)
         model.rpn.head.bbox_pred.weight.mul_(3)
         model.roi_heads.box_predictor.cls_score.weight.mul_(5)
@@ -145,7 +146,7 @@ def _peer(kind: type[FasterRCNN], batch: Batch, **settings: Any) -> Any:
 
 
 def peer_retinanet(batch: Batch) -> RetinaNet:
-    """R-50 with P3 to P7 that resizes nothing, in eval mode; made as `peer_faster_rcnn` is."""
+    """RetinaNet R-50 (P3 to P7) in eval mode that does not resize images, built like `peer_faster_rcnn`."""
     torch.manual_seed(3)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50",
@@ -174,13 +175,13 @@ def peer_retinanet(batch: Batch) -> RetinaNet:
 
 
 class OurSample:
-    """In place of torchvision's random sample of anchors: ours, among those that torchvision labelled."""
+    """Replaces torchvision's random anchor sampler by Boxwright's, applied to torchvision's anchor labels."""
 
     def __init__(self, batch: Batch) -> None:
         self.seeds = batch.seeds
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """From 1 (object), 0 (background) and -1 (ignored) at every anchor, masks of what is looked at."""
+        """Return masks of the sampled positive and negative anchors. Labels: 1 object, 0 background, -1 ignored."""
         theirs = torch.stack(labels)
         ours = torch.where(theirs == 1, POSITIVE, torch.where(theirs == 0, NEGATIVE, IGNORED))
         config = RPNConfig()
@@ -197,11 +198,11 @@ class OurSample:
 
 
 def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
-    """Set the norms' running statistics to those of the images."""
+    """Set the running statistics of the norms to the statistics of the images."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
-            # Weak residual branches, as training makes them: strong random ones amplify rounding a hundredfold.
+            # Weak residual branches, as in a trained network: strong random branches amplify rounding a hundredfold.
             low, high = (0.1, 0.3) if name.endswith("bn3") else (0.5, 1.5)
             nn.init.uniform_(module.weight, low, high)
             nn.init.normal_(module.bias, std=0.1)
@@ -213,7 +214,7 @@ def _calibrate(backbone: nn.Module, images: list[Tensor]) -> None:
 
 
 def in_float64(detector: nn.Module) -> nn.Module:
-    """The detector in eval mode, all its numbers float64."""
+    """Convert a detector to float64 and eval mode, including its exact pixel statistics."""
     detector = detector.double().eval()
     for buffer, values in ((detector.normalize.mean, PYTORCH.mean), (detector.normalize.std, PYTORCH.std)):
         buffer.copy_(torch.tensor(values, dtype=torch.float64).view_as(buffer))
@@ -221,12 +222,12 @@ def in_float64(detector: nn.Module) -> nn.Module:
 
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision's weights under our names."""
+    """Rename torchvision's weights to Boxwright's names."""
     return rename(state, rules(state.keys())).tensors
 
 
 def converted_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Torchvision's gradients under our names; 0 for what has none."""
+    """Return torchvision's gradients under Boxwright's names; zeros for tensors without a gradient."""
     parameters = dict(model.named_parameters())
     gradients = {name: parameters[name].grad if name in parameters else None for name in model.state_dict()}
     return converted(

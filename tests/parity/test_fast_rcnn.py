@@ -19,15 +19,15 @@ from boxwright.structures import Batch, Proposals
 from parity.peer import EVERYTHING, NUM_CLASSES, converted, in_float64, peer_faster_rcnn, peer_inputs, real_batch
 
 NUM_PROPOSALS = (120, 75)
-SLOTS = 128
+NUM_SLOTS = 128
 
 
 @pytest.fixture(scope="module")
 def batch(data_dir: Path) -> Batch:
-    """Half of each image's proposals lie around its objects, the others anywhere; NaN behind the last."""
+    """Half of the proposals of each image are near its objects, half are random. Unused slots are NaN."""
     batch = real_batch(data_dir)
     generator = torch.Generator().manual_seed(1)
-    boxes = torch.full((2, SLOTS, 4), torch.nan, dtype=torch.float64)
+    boxes = torch.full((2, NUM_SLOTS, 4), torch.nan, dtype=torch.float64)
     for image, count in enumerate(NUM_PROPOSALS):
         height, width = batch.image_sizes[image].tolist()
         corner = torch.rand(count, 2, generator=generator) * torch.tensor([width - 20, height - 20])
@@ -35,11 +35,11 @@ def batch(data_dir: Path) -> Batch:
         objects = batch.targets.boxes[image, torch.arange(count) % 6]
         around = objects + 16 * torch.rand(count, 4, generator=generator) - 8
         limits = torch.tensor([width, height, width, height])
-        own = torch.where((torch.arange(count) % 2 == 0)[:, None], around, anywhere)
-        boxes[image, :count] = torch.minimum(own.clamp(min=0), limits)
-    valid = torch.arange(SLOTS) < torch.tensor(NUM_PROPOSALS)[:, None]
-    scores = torch.linspace(1, 0, SLOTS).expand(2, SLOTS)
-    sources = torch.arange(SLOTS).expand(2, SLOTS)
+        corners = torch.where((torch.arange(count) % 2 == 0)[:, None], around, anywhere)
+        boxes[image, :count] = torch.minimum(corners.clamp(min=0), limits)
+    valid = torch.arange(NUM_SLOTS) < torch.tensor(NUM_PROPOSALS)[:, None]
+    scores = torch.linspace(1, 0, NUM_SLOTS).expand(2, NUM_SLOTS)
+    sources = torch.arange(NUM_SLOTS).expand(2, NUM_SLOTS)
     return replace(batch, proposals=Proposals(boxes=boxes, scores=scores, valid=valid, sources=sources))
 
 
@@ -62,7 +62,7 @@ def detector(peer: FasterRCNN) -> RCNN:
 
 
 def peer_features(batch: Batch, peer: FasterRCNN) -> tuple[dict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
-    """What torchvision's box head takes: maps, proposals and sizes."""
+    """Inputs of torchvision's box head: feature maps, proposals and image sizes."""
     images: ImageList = peer.transform(peer_inputs(batch)[0])[0]
     proposals = [boxes[valid] for boxes, valid in zip(batch.proposals.boxes, batch.proposals.valid, strict=True)]
     return peer.backbone(images.tensors), proposals, images.image_sizes
@@ -72,26 +72,26 @@ def peer_features(batch: Batch, peer: FasterRCNN) -> tuple[dict[str, Tensor], li
 def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.eval()
     expected, _ = peer.roi_heads(*peer_features(batch, peer))
-    given = detector.detect(batch)
+    actual = detector.detect(batch)
     for index, theirs in enumerate(expected):
-        valid = given.valid[index]
-        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
-        assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
+        valid = actual.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "too few detections for a meaningful comparison"
+        assert (actual.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (actual.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
+        assert torch.equal(actual.labels[index][valid] + 1, theirs["labels"])
 
 
 def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.train().backbone.eval()
     features, proposals, sizes = peer_features(batch, peer)
     _, expected = peer.roi_heads(features, proposals, sizes, peer_inputs(batch)[1])
-    given = detector.losses(batch)
-    assert set(given) == {"box_class", "box_regression"}
+    actual = detector.losses(batch)
+    assert set(actual) == {"box_class", "box_regression"}
     for ours, theirs in {"box_class": "loss_classifier", "box_regression": "loss_box_reg"}.items():
-        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
-        assert given[ours] > 0
+        assert actual[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
+        assert actual[ours] > 0
     sum(expected.values()).backward()
-    sum(given.values()).backward()
+    sum(actual.values()).backward()
     parameters = dict(peer.named_parameters())
     gradients = converted(
         {
@@ -104,6 +104,6 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             if name.startswith("backbone.output.3"):
-                continue  # these images are too small for boxes of the coarsest level, so that it learns nothing
+                continue  # no gradient: the boxes of these images are too small for the coarsest level
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
             assert error < 1e-6, f"{name}: {error:.1e}"

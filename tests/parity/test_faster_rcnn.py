@@ -60,20 +60,20 @@ def detector(peer: FasterRCNN) -> RCNN:
 @torch.inference_mode()
 def test_detections_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     expected = peer.eval()(peer_inputs(batch)[0])
-    given = detector.detect(batch)
+    actual = detector.detect(batch)
     for index, theirs in enumerate(expected):
-        valid = given.valid[index]
-        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
+        valid = actual.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "too few detections for a meaningful comparison"
         assert len(theirs["labels"].unique()) > 3
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
-        assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
+        assert (actual.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (actual.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
+        assert torch.equal(actual.labels[index][valid] + 1, theirs["labels"])
 
 
 def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RCNN) -> None:
     peer.train().backbone.eval()
     expected = peer(*peer_inputs(batch))
-    given = detector.losses(batch)
+    actual = detector.losses(batch)
     names = {
         "rpn_objectness": "loss_objectness",
         "rpn_box": "loss_rpn_box_reg",
@@ -81,10 +81,10 @@ def test_losses_and_gradients_equal(batch: Batch, peer: FasterRCNN, detector: RC
         "box_regression": "loss_box_reg",
     }
     for ours, theirs in names.items():
-        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
-        assert given[ours] > 0
+        assert actual[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
+        assert actual[ours] > 0
     sum(expected.values()).backward()
-    sum(given.values()).backward()
+    sum(actual.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:

@@ -1,9 +1,9 @@
 """Mask R-CNN equals torchvision's with the same weights, on real images with their real objects and masks.
 
-One thing differs and is not meant to be equal: torchvision's mask targets are shares of a cell, which RoIAlign reads
-off the whole bitmap half a pixel beside it; ours are yes or no at the cell's centre, as in Detectron2, and are held to
-pycocotools in `tests/ops/test_mask_target.py`. So for losses and gradients torchvision's model gets our targets, and
-its own are compared with ours apart.
+The mask targets differ on purpose. torchvision samples the bitmap with RoIAlign, half a pixel off, and gets fractional
+targets. Boxwright's targets are binary values at the cell centres, as in Detectron2; `tests/ops/test_mask_target.py`
+compares them with pycocotools. The tests of losses and gradients therefore pass Boxwright's targets to torchvision's
+model, and a separate test compares the targets of both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from parity.peer import (
     real_objects,
 )
 
-# What numpy 2 says of pycocotools' arrays.
+# numpy 2 warns about pycocotools' arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 NUM_PROPOSALS = 100
@@ -52,7 +52,7 @@ def batch(data_dir: Path) -> Batch:
 
 @pytest.fixture(scope="module")
 def bitmaps(data_dir: Path, batch: Batch) -> list[Tensor]:
-    """Each image's masks as pixels of the canvas, drawn by pycocotools from the polygons of the file."""
+    """Masks per image at the size of the resized image, rasterised by pycocotools from the polygons of the file."""
     index = IndexedDataset(*find_layout(data_dir / "coco_mini")["val"]).index
     drawn = []
     for image_id, matrix, (height, width) in zip(
@@ -86,7 +86,7 @@ def detector(peer: MaskRCNN) -> RCNN:
             test_pre_nms_per_level=1000,
             test_num_proposals=1000,
         ),
-        # All are sampled, and all may be positive.
+        # Every RoI is sampled, and every RoI may be positive.
         box=BoxConfig(num_sampled=NUM_SLOTS, positive_fraction=1.0, positive_iou=POSITIVE_IOU, smooth_l1_beta=1 / 9),
     )
     detector = in_float64(detector)
@@ -102,15 +102,15 @@ def test_masks_of_detections_equal(
 ) -> None:
     monkeypatch.setattr(peer.transform, "postprocess", lambda detections, *_: detections)  # before pasting
     expected = peer.eval()(peer_inputs(batch)[0])
-    given = detector.detect(batch)
+    actual = detector.detect(batch)
     for index, theirs in enumerate(expected):
-        valid = given.valid[index]
-        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
+        valid = actual.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "too few detections for a meaningful comparison"
         assert len(theirs["labels"].unique()) > 3
-        assert torch.equal(given.labels[index][valid] + 1, theirs["labels"])
-        assert theirs["masks"].std() > 0.1, "nor does one of masks that are alike"
-        assert (given.masks[index][valid] - theirs["masks"].squeeze(1)).abs().max() < 1e-9
-        assert (given.masks[index][~valid] == 0).all()
+        assert torch.equal(actual.labels[index][valid] + 1, theirs["labels"])
+        assert theirs["masks"].std() > 0.1, "the masks are too uniform for a meaningful comparison"
+        assert (actual.masks[index][valid] - theirs["masks"].squeeze(1)).abs().max() < 1e-9
+        assert (actual.masks[index][~valid] == 0).all()
 
 
 def test_losses_and_gradients_equal(
@@ -129,10 +129,12 @@ def test_losses_and_gradients_equal(
     peer.train().backbone.eval()
     images, targets = peer_inputs(batch)
     expected = peer(images, [{**target, "masks": masks} for target, masks in zip(targets, bitmaps, strict=True)])
-    given = detector.losses(batch)
+    actual = detector.losses(batch)
     assert len(num_positive) == 2
     num_objects = batch.targets.valid.sum(1).tolist()
-    assert all(n > m for n, m in zip(num_positive, num_objects, strict=True)), "not the objects' own boxes alone"
+    assert all(n > m for n, m in zip(num_positive, num_objects, strict=True)), (
+        "proposals must be positive too, not only the ground-truth boxes"
+    )
     names = {
         "rpn_objectness": "loss_objectness",
         "rpn_box": "loss_rpn_box_reg",
@@ -141,10 +143,10 @@ def test_losses_and_gradients_equal(
         "mask": "loss_mask",
     }
     for ours, theirs in names.items():
-        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
-        assert given[ours] > 0
+        assert actual[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
+        assert actual[ours] > 0
     sum(expected.values()).backward()
-    sum(given.values()).backward()
+    sum(actual.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
@@ -152,13 +154,13 @@ def test_losses_and_gradients_equal(
             assert error < 1e-6, f"{name}: {error:.1e}"
 
 
-def test_their_targets_are_ours_but_for_the_half_pixel(batch: Batch, bitmaps: list[Tensor]) -> None:
+def test_mask_targets_agree_after_the_half_pixel_shift(batch: Batch, bitmaps: list[Tensor]) -> None:
     for image, pixels in enumerate(bitmaps):
         count = len(pixels)
         boxes, matched = batch.targets.boxes[image, :count], torch.arange(count)
         masks = map_tensors(batch.targets.masks, lambda t, image=image: t[image : image + 1])
         ours = mask_target(masks, boxes[None], matched[None], torch.ones(1, count).bool(), output_size=SIZE)[0]
-        # Boxes moved by half a pixel undo what RoIAlign without alignment is beside them.
+        # Shift boxes by half a pixel to undo the offset of RoIAlign with aligned=False.
         theirs = roi_heads.project_masks_on_boxes(pixels, boxes - 0.5, matched, SIZE) >= 0.5
         assert count >= 4
         ious = (ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))

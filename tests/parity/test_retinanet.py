@@ -46,28 +46,28 @@ def detector(peer: TorchvisionRetinaNet) -> RetinaNet:
 @torch.inference_mode()
 def test_detections_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: RetinaNet) -> None:
     expected = peer.eval()(peer_inputs(batch)[0])
-    given = detector.detect(batch)
+    actual = detector.detect(batch)
     for index, theirs in enumerate(expected):
-        valid = given.valid[index]
-        assert len(theirs["boxes"]) == valid.sum() > 50, "a check of few detections proves little"
+        valid = actual.valid[index]
+        assert len(theirs["boxes"]) == valid.sum() > 50, "too few detections for a meaningful comparison"
         assert len(theirs["labels"].unique()) > 3
-        assert (given.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
-        assert (given.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
-        assert torch.equal(given.labels[index][valid], theirs["labels"])
+        assert (actual.scores[index][valid] - theirs["scores"]).abs().max() < 1e-9
+        assert (actual.boxes[index][valid] - theirs["boxes"]).abs().max() < 1e-7
+        assert torch.equal(actual.labels[index][valid], theirs["labels"])
 
 
 def test_losses_and_gradients_equal(batch: Batch, peer: TorchvisionRetinaNet, detector: RetinaNet) -> None:
-    """Theirs is the mean of ours of one image each: we divide by the batch's positives, they by each image's."""
+    """Boxwright's losses are computed per image and averaged, because torchvision normalises by image, not by batch."""
     peer.train().backbone.eval()
     expected = peer(*peer_inputs(batch, first_label=0))
     images = [map_tensors(batch, lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(batch.images))]
     separate = [detector.losses(image) for image in images]
-    given = {name: torch.stack([losses[name] for losses in separate]).mean() for name in separate[0]}
+    actual = {name: torch.stack([losses[name] for losses in separate]).mean() for name in separate[0]}
     for ours, theirs in {"retina_class": "classification", "retina_box": "bbox_regression"}.items():
-        assert given[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
-        assert given[ours] > 0
+        assert actual[ours].item() == pytest.approx(expected[theirs].item(), rel=1e-6), ours
+        assert actual[ours] > 0
     sum(expected.values()).backward()
-    sum(given.values()).backward()
+    sum(actual.values()).backward()
     gradients = converted_gradients(peer)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:

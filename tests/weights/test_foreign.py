@@ -26,18 +26,18 @@ class Evil:
 @pytest.mark.parametrize("new_format", [True, False])
 def test_torch_files_of_both_formats(tmp_path: Path, new_format: bool) -> None:
     weight = torch.randn(2, 3)
-    page = {"meta": {"epoch": 12, "CLASSES": ("a", "b")}, "state_dict": {"module.w": weight}, "optimizer": {}}
-    torch.save(page, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
+    content = {"meta": {"epoch": 12, "CLASSES": ("a", "b")}, "state_dict": {"module.w": weight}, "optimizer": {}}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
     file = read_foreign(tmp_path / "x.pth")
-    assert torch.equal(file.tensors["w"], weight), "and the wrapper's prefix is gone"
+    assert torch.equal(file.tensors["w"], weight), "the prefix `module.` must be removed"
     assert file.about["meta"]["CLASSES"] == ("a", "b")
     assert file.sha256 == hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_arrays(tmp_path: Path, protocol: int) -> None:
-    page = {"model": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}, "__author__": "someone"}
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps(page, protocol))
+    content = {"model": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}, "__author__": "someone"}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
     file = read_foreign(tmp_path / "x.pkl")
     assert file.tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert file.about == {"__author__": "someone"}
@@ -59,12 +59,12 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["new", "old", *range(6)])
-def test_programs_are_refused_and_not_run(tmp_path: Path, kind: str | int) -> None:
-    page = {"state_dict": {"w": torch.ones(1)}, "meta": Evil(f"touch {tmp_path / 'effect'}")}
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, kind: str | int) -> None:
+    content = {"state_dict": {"w": torch.ones(1)}, "meta": Evil(f"touch {tmp_path / 'effect'}")}
     if isinstance(kind, str):
-        torch.save(page, tmp_path / "x.pth", _use_new_zipfile_serialization=kind == "new")
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=kind == "new")
     else:
-        (tmp_path / "x.pth").write_bytes(pickle.dumps({"meta": page["meta"]}, kind))
+        (tmp_path / "x.pth").write_bytes(pickle.dumps({"meta": content["meta"]}, kind))
     with pytest.raises(ValueError, match=r"x\.pth(: the file contains| is refused).*system"):
         read_foreign(tmp_path / "x.pth")
     assert not (tmp_path / "effect").exists()
@@ -79,7 +79,7 @@ def test_hash_is_checked_before_anything_is_parsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 1000])
-def test_cut_files(tmp_path: Path, size: int) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, size: int) -> None:
     torch.save({"w": torch.ones(1000)}, tmp_path / "x.pth")
     save_file({"w": torch.ones(1000)}, tmp_path / "x.safetensors")
     for name in ("x.pth", "x.safetensors"):
@@ -88,14 +88,16 @@ def test_cut_files(tmp_path: Path, size: int) -> None:
             read_foreign(tmp_path / name)
 
 
-def test_packed_files_are_refused(tmp_path: Path) -> None:
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", b"0" * 10**6)
     with pytest.raises(ValueError, match="the file is compressed"):
         read_foreign(tmp_path / "x.pth")
 
 
-def test_too_large_and_empty_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_without_named_tensors_and_large_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save({"epoch": 3}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="expected tensors by name at the top level"):
         read_foreign(tmp_path / "x.pth")
@@ -107,7 +109,7 @@ def test_too_large_and_empty_of_tensors(tmp_path: Path, monkeypatch: pytest.Monk
         read_foreign(tmp_path / "x.pth")
 
 
-def test_torch_with_known_holes_reads_nothing() -> None:
+def test_torch_versions_with_known_vulnerabilities_are_refused() -> None:
     require_safe_torch("2.6.0+cpu")
     require_safe_torch("10.0.1")
     for version in ("2.5.1+cu124", "1.13.0"):

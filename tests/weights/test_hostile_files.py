@@ -1,4 +1,4 @@
-"""Files made to do harm are refused by all that reads weights: with an error of one line, and without effect."""
+"""Every reader of weights refuses malicious files with a one-line error and without side effects."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FILES = {
     "offsets past the end": safetensors({"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}),
     "offsets backwards": safetensors({"a": {**ONE, "data_offsets": [4, 0]}}),
     "a hole": safetensors({"a": {**ONE, "data_offsets": [4, 8]}}, bytes(8)),
-    "bytes behind the end": safetensors({"a": ONE}, bytes(8)),
+    "trailing bytes": safetensors({"a": ONE}, bytes(8)),
     "a header of 2^63 bytes": safetensors({"a": ONE}, length=2**63),
     "a header of 2^64 - 1 bytes": safetensors({"a": ONE}, length=2**64 - 1),
     "a header longer than the file": safetensors({"a": ONE}, length=99_000_000),
@@ -165,7 +165,7 @@ PAGES: dict[str, Any] = {
     "groups a billion wide": body(depth=50, groups=1, width_per_group=10**9),
     "a pyramid a billion wide": body(depth=18, channels=10**9),
     "a billion sizes of images": scales("range", [1, 1], [10**12, 10**12]),
-    "a image a billion wide": resize(10**9),
+    "an image a billion pixels wide": resize(10**9),
     "a detector's class without its parts": experiment(part("detectors.rcnn.RCNN")),
     "a module that is no detector": experiment(part("backbones.fpn.resnet_fpn", depth=18)),
     "a class of a billion blocks": experiment(
@@ -196,7 +196,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", [*PAGES, *TEXTS])
-def test_hostile_pages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_metadata(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = {"format": "boxwright-1", "categories": [{"id": 1, "name": "a"}], "experiment": PAGES.get(name)}
     path = tmp_path / "weights.safetensors"
@@ -209,8 +209,8 @@ def test_hostile_pages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
-def test_a_page_makes_nothing_be_fetched_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that a builder would fetch, and the file's own come over them anyway."""
+def test_metadata_cannot_cause_downloads_or_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata names pretrained weights, which a builder would download and then overwrite with the file's."""
     timm = pytest.importorskip("timm", reason="needs the extra boxwright[timm]")
     asked = []
 
@@ -258,7 +258,7 @@ class Reduces:
 
 
 def programs(command: str) -> dict[str, bytes]:
-    """Pickles that run a command where they are loaded in full, or ask for more than data."""
+    """Pickles that run a command when loaded with `pickle`, or contain something other than data."""
     line = command.encode()
     string = struct.pack("<I", len(line)) + line
     return {
@@ -275,7 +275,7 @@ def programs(command: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", ["plain", "archive"])
 @pytest.mark.parametrize("name", programs(""))
-def test_programs_are_not_run(name: str, place: str, tmp_path: Path) -> None:
+def test_pickled_code_is_not_run(name: str, place: str, tmp_path: Path) -> None:
     program = programs(f"touch {tmp_path / 'hit'}")[name]
     path = tmp_path / "x.pth"
     if place == "plain":
@@ -293,7 +293,7 @@ def test_programs_are_not_run(name: str, place: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
 
 
-def test_archives_that_unpack_to_much_or_elsewhere(tmp_path: Path) -> None:
+def test_archive_bombs_and_escaping_paths_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "inside" / "x.pth"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -308,19 +308,24 @@ def test_archives_that_unpack_to_much_or_elsewhere(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*hit*")) == []
 
 
-def test_names_that_lead_out_of_an_archive_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether what else is in it is whole weights or not: what is unpacked is read, and lands nowhere."""
+def test_escaping_archive_names_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without valid weights in the archive: entries are read into memory and never written to disk."""
     inside = tmp_path / "one" / "two"
     inside.mkdir(parents=True)
     (tmp_path / "hit").write_bytes(b"as it was")
     outside = ["../hit", "../../hit", str(tmp_path / "hit"), "..\\..\\hit"]
-    below = ["x/../../hit", "x/../../../hit", "x/link", "x/link/hit"]  # torch reads a whole archive that holds these
+    below = [
+        "x/../../hit",
+        "x/../../../hit",
+        "x/link",
+        "x/link/hit",
+    ]  # torch reads valid archives that contain these names
     for name, entries in (("y", below + outside), ("x", below)):
         torch.save({"w": torch.ones(2)}, inside / "x.pth")
         path = (inside / "x.pth").rename(inside / f"{name}.pth")
         with zipfile.ZipFile(path, "a") as file:
             for entry in map(zipfile.ZipInfo, entries):
-                if entry.filename == "x/link":  # a symbolic link, as a program that unpacks would make it
+                if entry.filename == "x/link":  # stored as a symbolic link
                     entry.create_system, entry.external_attr = 3, 0o120777 << 16
                 file.writestr(entry, str(tmp_path) if entry.filename == "x/link" else b"overwritten")
     monkeypatch.chdir(inside)
@@ -334,7 +339,7 @@ def test_names_that_lead_out_of_an_archive_write_nothing(tmp_path: Path, monkeyp
 
 
 def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Everything below a folder, with when it was last changed and what it holds."""
+    """Paths below a folder with modification time and content."""
     return {
         str(path.relative_to(folder)): (path.lstat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -352,13 +357,13 @@ def refused(path):
             reader(path)
         except ValueError:
             continue
-        if name == "load":  # the others do not look at pages
+        if name == "load":  # the other readers ignore metadata
             sys.exit(f"{path} is read")
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 
-refused(Path(sys.argv[1]))  # imports what reading wants
+refused(Path(sys.argv[1]))  # imports everything that reading needs
 before = peak()
 for name in sys.argv[2:]:
     refused(Path(name))
@@ -368,13 +373,13 @@ for name in sys.argv[2:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 def test_refusing_takes_little_memory(tmp_path: Path) -> None:
-    """A bomb of 256 MB, headers and shapes of up to 2^63, and pages of models of a billion layers or channels."""
+    """A 256 MB bomb, headers and shapes of up to 2^63, and metadata of models with a billion layers or channels."""
     first = tmp_path / "first.safetensors"
     first.write_bytes(FILES["a huge shape"])
     paths = [tmp_path / "bomb.pth", tmp_path / "bomb in numbers.pth"]
     with zipfile.ZipFile(paths[0], "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.writestr("archive/data.pkl", bytes(2**28))
-    # Pickles that say how long what follows is: 2^31 - 1 bytes, of which there are 4.
+    # Pickles that announce 2^31 - 1 bytes and contain 4.
     paths[1].write_bytes(b"\x80\x02B" + struct.pack("<I", 2**31 - 1) + b"abcd.")
     for name, content in FILES.items():
         if "huge" in name or "header of" in name or "longer" in name or "overflows" in name:
@@ -396,7 +401,7 @@ def test_refusing_takes_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_cut_files(share: float, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     tensors = {"w": torch.ones(1000)}
     for suffix in ("new", "old"):
@@ -407,7 +412,7 @@ def test_cut_files(share: float, tmp_path: Path) -> None:
                 reader(path)
 
 
-def test_a_wrong_hash_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_wrong_hash_is_reported_before_anything_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(programs(f"touch {tmp_path / 'hit'}")["global"])
     arguments = ["weights", "convert", str(path), "--out", str(tmp_path / "out"), "--sha256", "0" * 64]

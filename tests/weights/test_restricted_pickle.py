@@ -1,4 +1,4 @@
-"""Plain data comes back as it was, of every protocol; nothing else comes back or takes effect."""
+"""`read_pickle` restores plain data of every protocol and refuses everything else without running it."""
 
 from __future__ import annotations
 
@@ -42,50 +42,50 @@ def write(folder: Path, data: bytes) -> Path:
     return path
 
 
-def assert_same(given: Any, expected: Any) -> None:
-    assert type(given) is type(expected)
+def assert_same(actual: Any, expected: Any) -> None:
+    assert type(actual) is type(expected)
     if isinstance(expected, np.ndarray):
-        assert given.dtype == expected.dtype
-        assert given.shape == expected.shape
-        np.testing.assert_array_equal(given, expected)
-        assert given.flags.writeable
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.flags.writeable
     elif isinstance(expected, dict):
-        assert list(given) == list(expected)
+        assert list(actual) == list(expected)
         for key in expected:
-            assert_same(given[key], expected[key])
+            assert_same(actual[key], expected[key])
     elif isinstance(expected, (list, tuple)):
-        assert len(given) == len(expected)
-        for one, two in zip(given, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, two in zip(actual, expected, strict=True):
             assert_same(one, two)
     else:
-        assert given == expected
+        assert actual == expected
 
 
 @pytest.mark.parametrize("old_names", [True, False])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_plain_data_comes_back(protocol: int, old_names: bool, tmp_path: Path) -> None:
+def test_plain_data_is_restored(protocol: int, old_names: bool, tmp_path: Path) -> None:
     data = pickle.dumps(PLAIN, protocol)
     expected = pickle.loads(data)
-    if old_names:  # as numpy before 2 wrote them; a length stands before the name in protocols from 4 on
+    if old_names:  # module names of numpy < 2; protocols 4 and 5 store the length before the name
         for module in (b"multiarray", b"numeric"):
             old, new = b"numpy.core." + module, b"numpy._core." + module
             data = data.replace(bytes([len(new)]) + new, bytes([len(old)]) + old).replace(new, old)
-    given = read_pickle(write(tmp_path, data))
-    assert_same(given, expected)
-    assert given["arrays"][0] is given["arrays"][1]
+    actual = read_pickle(write(tmp_path, data))
+    assert_same(actual, expected)
+    assert actual["arrays"][0] is actual["arrays"][1]
 
 
-def test_python_2_comes_back(tmp_path: Path) -> None:
-    """Written byte by byte, as Python 2's cPickle does with protocol 0 and 2: text and array content are `str`."""
+def test_python_2_pickles_are_read(tmp_path: Path) -> None:
+    """Bytes as written by Python 2's cPickle (protocols 0 and 2), where text and array contents are `str`."""
     content = np.array([[1.5, -2.0]], np.float32).tobytes()
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nI2\ntcnumpy\ndtype\n"
     array += b"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
     old = b"(dS'boxes'\n(l" + array + b"S" + repr(content)[1:].encode() + b"\ntbas."
     newer = b"\x80\x02}U\x05boxes](" + array + b"U" + bytes([len(content)]) + content + b"tbes."
     for data in (old, newer):
-        given = read_pickle(write(tmp_path, data))
-        assert list(given) == ["boxes"]
-        np.testing.assert_array_equal(given["boxes"][0], np.array([[1.5, -2.0]], np.float32))
+        actual = read_pickle(write(tmp_path, data))
+        assert list(actual) == ["boxes"]
+        np.testing.assert_array_equal(actual["boxes"][0], np.array([[1.5, -2.0]], np.float32))
     assert read_pickle(write(tmp_path, b"U\x01\xe9.")) == "é"
 
 
@@ -93,22 +93,22 @@ class Reduces:
     """An object whose pickle calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
+        self.reduced = function, arguments
 
     def __reduce__(self) -> Any:
-        return self.call
+        return self.reduced
 
 
 class Plain:
-    """An object of a class of one's own."""
+    """An instance of a user-defined class."""
 
 
 def hostile(folder: Path) -> dict[str, bytes]:
-    """Programs that would make the file `hit`, or bring more than data, if anything ran them."""
+    """Pickles that would create the file `hit`, or return something other than data, if they were run."""
     command = f"touch {folder / 'hit'}"
     line = command.encode()
     string = struct.pack("<I", len(line)) + line
-    found = {
+    pickles = {
         "global and reduce": b"cos\nsystem\n(S'" + line + b"'\ntR.",
         "global of posix": b"\x80\x02cposix\nsystem\nX" + string + b"\x85R.",
         "inst": b"(S'" + line + b"'\nios\nsystem\n.",
@@ -138,30 +138,30 @@ def hostile(folder: Path) -> dict[str, bytes]:
         "a hidden name": b"(lcnumpy\nndarray\na.",
     }
     for protocol in PROTOCOLS:
-        found[f"os.system {protocol}"] = pickle.dumps(Reduces(os.system, command), protocol)
-        found[f"hidden in a list {protocol}"] = pickle.dumps([1, {"a": (Reduces(os.system, command),)}], protocol)
-        found[f"exec {protocol}"] = pickle.dumps(Reduces(exec, f"import os; os.system({command!r})"), protocol)
-        found[f"object array {protocol}"] = pickle.dumps(np.array([None, "x"], dtype=object), protocol)
-        found[f"structured array {protocol}"] = pickle.dumps(np.zeros(2, dtype=[("a", "f4")]), protocol)
-        found[f"array of text {protocol}"] = pickle.dumps(np.array(["x"]), protocol)
-        found[f"own class {protocol}"] = pickle.dumps(Plain(), protocol)
-        found[f"ordered dict {protocol}"] = pickle.dumps(OrderedDict(a=1), protocol)
-        found[f"set {protocol}"] = pickle.dumps({1, 2}, protocol)
-    return found
+        pickles[f"os.system {protocol}"] = pickle.dumps(Reduces(os.system, command), protocol)
+        pickles[f"hidden in a list {protocol}"] = pickle.dumps([1, {"a": (Reduces(os.system, command),)}], protocol)
+        pickles[f"exec {protocol}"] = pickle.dumps(Reduces(exec, f"import os; os.system({command!r})"), protocol)
+        pickles[f"object array {protocol}"] = pickle.dumps(np.array([None, "x"], dtype=object), protocol)
+        pickles[f"structured array {protocol}"] = pickle.dumps(np.zeros(2, dtype=[("a", "f4")]), protocol)
+        pickles[f"array of text {protocol}"] = pickle.dumps(np.array(["x"]), protocol)
+        pickles[f"own class {protocol}"] = pickle.dumps(Plain(), protocol)
+        pickles[f"ordered dict {protocol}"] = pickle.dumps(OrderedDict(a=1), protocol)
+        pickles[f"set {protocol}"] = pickle.dumps({1, 2}, protocol)
+    return pickles
 
 
 HOSTILE = list(hostile(Path("x")))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_whatever_is_more_than_data_is_refused_without_effect(name: str, tmp_path: Path) -> None:
+def test_everything_but_data_is_refused_without_effect(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, hostile(tmp_path)[name])
     with pytest.raises(RefusedPickleError, match=r"file\.pkl is (refused|not a valid pickle)"):
         read_pickle(path)
     assert [file.name for file in tmp_path.iterdir()] == ["file.pkl"]
 
 
-def test_the_hostile_programs_do_harm_where_they_are_run(tmp_path: Path) -> None:
+def test_hostile_pickles_have_an_effect_when_loaded_with_pickle(tmp_path: Path) -> None:
     for name in ("global and reduce", "inst", "obj", "stack global", "os.system 0", "os.system 5"):
         pickle.loads(hostile(tmp_path)[name])
         (tmp_path / "hit").unlink()
@@ -192,12 +192,12 @@ ARRAY += b"tcnumpy\ndtype\n(S'f4'\ntRI00\n%btb."
     ],
     ids=range(15),
 )
-def test_damage_is_told(data: bytes, tmp_path: Path) -> None:
+def test_damaged_pickles_are_refused(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(RefusedPickleError, match=r"file\.pkl is"):
         read_pickle(write(tmp_path, data))
 
 
-def test_an_array_of_the_right_size_is_read(tmp_path: Path) -> None:
+def test_an_array_of_the_declared_size_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         read_pickle(write(tmp_path, ARRAY % (b"(I1\n", b"C\x04" + np.float32(2).tobytes()))), np.float32([2])
     )
@@ -207,7 +207,7 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(restricted_pickle, "MAX_INSTRUCTIONS", 50)
     with pytest.raises(RefusedPickleError, match="more than 50 instructions"):
         read_pickle(write(tmp_path, b"]" * 60))
-    # One text, turned into bytes again and again, may not fill the memory.
+    # Encoding one text repeatedly must not fill the memory.
     monkeypatch.setattr(restricted_pickle, "MAX_BYTES", 2000)
     again = (
         b"(c_codecs\nencode\n(S'" + b"x" * 900 + b"'\np0\nS'latin1'\ntR" + b"c_codecs\nencode\n(g0\nS'latin1'\ntR" * 3
@@ -218,8 +218,8 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read_pickle(write(tmp_path, b"x" * 3000))
 
 
-def test_a_list_in_itself_is_read(tmp_path: Path) -> None:
+def test_a_list_that_contains_itself_is_read(tmp_path: Path) -> None:
     circle: list[Any] = []
     circle.append(circle)
-    given = read_pickle(write(tmp_path, pickle.dumps(circle)))
-    assert given[0] is given
+    actual = read_pickle(write(tmp_path, pickle.dumps(circle)))
+    assert actual[0] is actual
