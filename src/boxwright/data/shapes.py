@@ -83,8 +83,10 @@ def draw_image(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int
     long, short = int(rng.integers(288, 353)), int(rng.integers(208, 273))
     height, width = (short, long) if rng.random() < 0.6 else (long, short)
     canvas, ground = _background(rng, height, width)
-    owner = np.full((height, width), -1)
-    shapes: list[tuple[int, Polygon, NDArray[np.bool_]]] = []
+    # 0 is the background; the shape with index i is i + 1.
+    owner = np.zeros((height, width), np.uint8)
+    shapes: list[tuple[int, Polygon]] = []
+    sizes: list[int] = []
     for _ in range(int(rng.integers(1, _MAX_OBJECTS + 1))):
         category = int(rng.integers(len(NAMES)))
         centre, radius = _place(rng, height, width)
@@ -94,22 +96,23 @@ def draw_image(seed: int, split: int, index: int) -> tuple[Image, list[tuple[int
         # The strongest of red, green and blue identifies the class.
         colour = rng.integers(50, 165, 3).astype(np.float32)
         colour[category] = rng.integers(175, 250)
-        after = np.where(covered, len(shapes), owner)
-        counts = np.bincount(after[after >= 0], minlength=len(shapes) + 1)
-        wholes = np.array([int(mask.sum()) for *_, mask in shapes] + [int(covered.sum())])
+        after = np.where(covered, np.uint8(len(shapes) + 1), owner)
+        counts = np.bincount(after.ravel(), minlength=len(shapes) + 2)[1:]
+        wholes = np.array([*sizes, np.count_nonzero(covered)])
         # Skip a shape that has too little contrast, is mostly outside the image, or hides another shape.
         vanishes = (counts < np.maximum(_MIN_PIXELS, _MIN_VISIBLE * wholes)).any()
         if vanishes or np.abs(colour - ground).max() < _MIN_CONTRAST:
             continue
         _paint(canvas, whole, radius, colour)
         owner = after
-        shapes.append((category, polygon, covered))
+        shapes.append((category, polygon))
+        sizes.append(int(wholes[-1]))
     if not shapes:
         # No shape was drawn: draw the image again with a different index.
         return draw_image(seed, split, index + 1_000_000_007)
     grain = rng.integers(-4, 5, (height, width, 1)).astype(np.float32)
     image = (canvas + grain).round().clip(0, 255).astype(np.uint8)
-    return image, [(category, polygon) for category, polygon, _ in shapes]
+    return image, shapes
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -156,12 +159,13 @@ def _coverage(shape: tuple[int, ...], polygon: Polygon, softness: float) -> tupl
     rows = slice(max(0, int(top)), min(shape[0], int(bottom) + 1))
     columns = slice(max(0, int(left)), min(shape[1], int(right) + 1))
     x, y = np.arange(columns.start, columns.stop) + 0.5, np.arange(rows.start, rows.stop)[:, None] + 0.5
-    inside = np.full((max(0, rows.stop - rows.start), max(0, columns.stop - columns.start)), np.inf, np.float32)
+    inside = np.full((max(0, rows.stop - rows.start), max(0, columns.stop - columns.start)), np.inf)
+    distance = np.empty_like(inside)
     for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         length = np.sqrt((x2 - x1) ** 2 + (y2 - y1) ** 2)
-        distance = (x2 - x1) / length * (y - y1) - (y2 - y1) / length * (x - x1)
-        np.minimum(inside, distance, out=inside, casting="same_kind")
-    return rows, columns, (inside / np.float32(softness) + np.float32(0.5)).clip(0, 1)
+        np.subtract((x2 - x1) / length * (y - y1), (y2 - y1) / length * (x - x1), out=distance)
+        np.minimum(inside, distance, out=inside)
+    return rows, columns, (inside.astype(np.float32) / np.float32(softness) + np.float32(0.5)).clip(0, 1)
 
 
 def _annotation(category: int, polygon: Polygon) -> dict[str, Any]:
