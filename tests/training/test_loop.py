@@ -305,7 +305,7 @@ TRAIN_KEYS = {
 
 
 def _sum_of_parameters(detector: nn.Module) -> dict[str, float]:
-    """An evaluation that draws random numbers, as loaders do. It must not change those of training."""
+    """An evaluation that draws random numbers, as loaders do. Training must not notice it."""
     torch.rand(3)
     return {"parameters": float(sum(parameter.detach().sum() for parameter in detector.parameters()))}
 
