@@ -183,9 +183,7 @@ class Predictor:
 def _check_image(image: np.ndarray) -> np.ndarray:
     """Return the array if it is an RGB image, else raise."""
     if not isinstance(image, np.ndarray):
-        raise ValueError(
-            f"image: expected a path or an array uint8 [height, width, 3], got an object of type {type(image).__name__}"
-        )
+        raise ValueError(f"image: expected a path or an array of pixels, got an object of type {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
             f"image: expected uint8 [height, width, 3] in RGB order, got {image.dtype} {list(image.shape)}"
@@ -347,7 +345,6 @@ def weights_file(place: str | Path) -> Path:
     if not others:
         raise ValueError(f"{path} contains no weights.safetensors. Use a run folder or a weights file.")
     if len(others) > 1:
-        raise ValueError(
-            f"{path} contains several weights files: {', '.join(other.name for other in others)}. Use the path of one."
-        )
+        names = ", ".join(other.name for other in others)
+        raise ValueError(f"{path} contains several weights files: {names}. Use the path of one.")
     return others[0]

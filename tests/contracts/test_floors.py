@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "boxwright"
 FLOORS = [
-    {"checks", "text"},
+    {"text"},
+    {"checks"},
     {"structures", "geometry", "cache", "precision", "distributed"},
     {"weights"},
     {"data"},

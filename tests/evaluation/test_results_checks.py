@@ -110,7 +110,7 @@ def test_scores_and_boxes_that_are_not_finite_are_refused(truth: AnnotationFile,
     ],
 )
 def test_other_faulty_entries_are_refused(truth: AnnotationFile, changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"results.json .*{message}"):
+    with pytest.raises(ValueError, match=rf"results.json.*{message}"):
         read(truth, [*RIGHT, {**ROW, **changed}])
     with pytest.raises(ValueError, match=r"results.json .*Number out of range"):
         read(truth, json.dumps([*RIGHT, ROW]).replace("0.95", "1e999"))
