@@ -35,7 +35,7 @@ from boxwright.ops.roi_align import multilevel_roi_align
 from boxwright.precision import without_gradients
 from boxwright.structures import Detections, Proposals, Targets, take_slots
 
-SAMPLING_SALT = 2
+SAMPLING_SALT = 2  # See `rpn_head.SAMPLING_SALT`.
 
 
 @dataclass(frozen=True, kw_only=True)

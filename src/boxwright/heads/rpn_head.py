@@ -1,7 +1,9 @@
 """Region proposal network (RPN) head: scores every anchor for containing an object of any class, and refines its box.
 
-B images, L levels, A anchors per position, N anchors of all levels together, S sampled anchors, G object slots,
-P proposals.
+Shapes: B images, L levels, A anchors per position, N anchors of all levels, S sampled anchors, G object slots (padded
+ground truth), P proposals.
+
+Terms: objectness is the logit that an anchor contains an object; deltas (dx, dy, dw, dh) move an anchor to a box.
 
 Source: Ren et al., Faster R-CNN (2015), section 3; on a pyramid: Lin et al., Feature Pyramid Networks (2017),
 section 4.1.
@@ -33,6 +35,7 @@ from boxwright.precision import without_gradients
 from boxwright.structures import Batch, Proposals, Targets, take_slots
 
 SAMPLING_SALT = 1
+"""Makes the random numbers of this head differ from other heads', which use the same seeds of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
