@@ -90,7 +90,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 def load_zoo(source: str | Path | None = None) -> dict[str, Entry]:
-    """Load the models of a zoo by name, in the order of its file.
+    """Read the list of models of a zoo, by name in the order of the file. No weights are downloaded.
 
     Args:
         source: path or URL of a TOML file; by default the value of `BOXWRIGHT_ZOO`, or Boxwright's list.

@@ -66,7 +66,10 @@ def memory(stored: Sequence[StoredReport]) -> str:
 
 
 def _published(zoo: Mapping[str, Entry], source: str, family: str, schedule: str) -> str:
-    """The metrics of the first R-50-FPN model that a source published, for each style of backbone."""
+    """Table cell with the published metrics of a source's R-50-FPN model, for each backbone style.
+
+    If several models match, the first one in the zoo file is used.
+    """
     by_style: dict[str, str] = {}
     for entry in zoo.values():
         if entry.collection.title != source or entry.model.family != family or not entry.model.recipe:

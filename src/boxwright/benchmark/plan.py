@@ -128,10 +128,13 @@ def parse_precision(text: str | None, option: str = "--precision") -> Precision 
 
 
 def parse_phases(text: str) -> list[str]:
-    """Parse phases from a text such as train,infer. They come in the order of `PHASES`; an empty text gives all.
+    """Parse a comma-separated list of phases, such as `train,infer`.
+
+    Returns:
+        The phases in the order of `PHASES`; all phases if `text` is empty.
 
     Raises:
-        ValueError: there is no phase of a name.
+        ValueError: A name is not a phase.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

@@ -65,7 +65,7 @@ class Augment:
                 f"scale_jitter: expected 0 < minimum <= maximum, such as (0.8, 1.25), got {self.scale_jitter}"
             )
         if self.crop is not None and not 0 < self.crop <= 1:
-            raise ValueError(f"crop: expected a number above 0, at most 1, got {self.crop}")
+            raise ValueError(f"crop: expected a number above 0 and at most 1, got {self.crop}")
 
     def draw(self, original: tuple[int, int], resize: Resize | None, rng: np.random.Generator) -> Placement:
         """Draw a random placement.

@@ -61,7 +61,8 @@ def decode_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         raise ValueError(f"{path}: cannot be decoded: {_why_not_an_image(data)}") from error
     except Exception as error:  # Pillow's decoders raise many types of exceptions for damaged files
         raise ValueError(
-            f"{path}: cannot be decoded: the file is damaged, truncated or not an image ({error})"
+            f"{path}: cannot be decoded ({error}); the file is damaged, truncated or not an image. Copy it again, or "
+            "remove it from the data set."
         ) from error
 
 

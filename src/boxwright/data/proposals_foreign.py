@@ -34,7 +34,8 @@ def open_proposals(
 
     Args:
         path: File that `boxwright propose` wrote, or a pickle.
-        image_ids: Image ids in the order of the data set, which is the order of the lists of mmdetection 0.5.
+        image_ids: Image ids in the order of the data set. A pickle of mmdetection 0.5 has one array per image in this
+            order, without image ids.
         split: See `ProposalFile`.
         limit: See `ProposalFile`.
 

@@ -163,7 +163,7 @@ def require_labels(detections: Detections, detector: Detector) -> None:
     """Check that the label of each valid detection is a class of the detector.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A valid detection has a label outside 0 to num_classes - 1.
     """
     labels, num_classes = detections.labels[detections.valid], detector.num_classes
     wrong = labels[(labels < 0) | (labels >= num_classes)]

@@ -222,10 +222,13 @@ def _sample_masks(sample: Sample) -> list[dict[str, Any] | None]:
             f"{sample.file_name}: {len(sample.masks)} masks for {len(sample.boxes)} objects. Give each object a "
             "mask or None."
         )
+    runs: list[dict[str, Any] | None] = []
     try:
-        return [_mask_runs(mask, sample.image.shape[:2]) for mask in sample.masks]
+        for index, mask in enumerate(sample.masks):
+            runs.append(_mask_runs(mask, sample.image.shape[:2]))
     except ValueError as error:
-        raise ValueError(f"{sample.file_name}: invalid mask: {error}") from error
+        raise ValueError(f"{sample.file_name}: invalid mask of object {index}: {error}") from error
+    return runs
 
 
 def _mask_runs(mask: Mask, image_size: tuple[int, int]) -> dict[str, Any] | None:
@@ -235,7 +238,10 @@ def _mask_runs(mask: Mask, image_size: tuple[int, int]) -> dict[str, Any] | None
         return None
     if isinstance(mask, bytes):
         if (total := int(rle.decompress(mask).sum())) != height * width:
-            raise ValueError(f"run lengths add up to {total} pixels, but the image has {height} x {width}")
+            raise ValueError(
+                f"run lengths of {total} pixels, expected {height * width} (image of {height} x {width}). Encode the mask at "
+                "the size of the image."
+            )
         counts = mask
     elif isinstance(mask, np.ndarray):
         if mask.shape != image_size:

@@ -120,10 +120,10 @@ def convert(
             classes are unknown.
     """
     known = find_source(file, source)
-    settings = known.settings(file)
-    if norm_eps is not None:
-        settings = replace(settings, norm_eps=norm_eps)
     try:
+        settings = known.settings(file)
+        if norm_eps is not None:
+            settings = replace(settings, norm_eps=norm_eps)
         tensors, unused = _renamed(file, known, settings)
         experiment, classes = None, list[Category]()
         if is_backbone(tensors):

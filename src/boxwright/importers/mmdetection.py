@@ -204,7 +204,7 @@ def _settings(file: ForeignFile, settings: Settings, *, fewer_proposals: bool) -
         settings = replace(settings, rpn=replace(settings.rpn, test_pre_nms_per_level=1000, test_num_proposals=1000))
     text = next((str(metadata[key]) for metadata in _about(file) for key in ("config", "cfg") if key in metadata), "")
     if "ConvWS" in text:
-        raise ValueError("convolutions with weight standardisation (ConvWS) are not supported")
+        raise ValueError("convolutions with weight standardisation (ConvWS) are not supported. Use another model.")
     style = re.search(r"style\s*=\s*'(caffe|pytorch)'", text)
     matches = {name: re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text) for name in ("mean", "std")}
     reverse = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)

@@ -65,7 +65,7 @@ class Source:
     categories: Callable[[ForeignFile, int], Sequence[Category] | None] = lambda file, count: None
     """Called with the file and the number of classes. Returns the classes, or None if their names are unknown."""
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
-    """Changes the renamed tensors."""
+    """Called with the renamed tensors. Returns them after changes such as adding missing statistics of norm layers."""
 
 
 def any_starts(names: Set[str], *prefixes: str) -> bool:

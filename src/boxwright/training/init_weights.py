@@ -124,8 +124,8 @@ def _class_tensors(
             mixed[name] = new
     if not mixed:
         raise ValueError(
-            f"{path}: no layer of the file has class-specific rows for its {num_classes} classes that fit the model. "
-            "Leave out --init-classes (in Python: init_classes)."
+            f"{path}: rows cannot be matched by class name: no layer with rows for the {num_classes} classes of the "
+            "file matches a layer of the model. Leave out --init-classes (in Python: init_classes)."
         )
     return mixed
 

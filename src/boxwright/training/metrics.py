@@ -63,7 +63,7 @@ class Window:
             self.table[: len(rows)] = rows.to(self._device)
 
     def read(self) -> Tensor:
-        """Copy the rows to the host, [steps, names]. The host waits for the device here."""
+        """Copy the rows to the host, [steps, names]. Synchronises with the device."""
         return self.table[: self.num_rows].cpu()
 
     def clear(self) -> None:

@@ -23,7 +23,7 @@ def build_optimizer(config: SGD | AdamW, model: nn.Module) -> torch.optim.Optimi
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("the model has no trainable parameter: every parameter is frozen")
+        raise ValueError("the model has no trainable parameter: all have requires_grad=False. Unfreeze some of them.")
     learning_rate = torch.tensor(config.lr, dtype=torch.float32, device=trained[0].device)
     groups = [{"params": trained, "weight_decay": config.weight_decay}]
     if not config.decay_norm_and_bias:

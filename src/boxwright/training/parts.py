@@ -186,9 +186,8 @@ def _encode(value: Any, path: str, *, factory: bool = False) -> Any:
         return value
     shown = textwrap.shorten(repr(value), 80, placeholder=" ...")
     raise ValueError(
-        f"{_at(path)}an experiment cannot hold {shown} (of type {type(value).__name__}): give a part as "
-        "a function, an nn.Module class or functools.partial(function or class, argument=...), and otherwise numbers, "
-        "strings, None, tuples and dataclasses"
+        f"{_at(path)}expected a number, string, bool, None, tuple, dataclass or part, got {shown} (of type "
+        f"{type(value).__name__}). A part is a function, an nn.Module class, or functools.partial of one."
     )
 
 

@@ -146,11 +146,13 @@ class _Machine:
                 items = self.stack[place + 1 :]
                 del self.stack[place:]
                 return items
-        raise RefusedPickleError("a mark is missing")
+        raise RefusedPickleError("the pickle is damaged (a mark is missing). Copy or download the file again")
 
     def _last(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise RefusedPickleError("an instruction needs more values than the stack has")
+            raise RefusedPickleError(
+                "the pickle is damaged (too few values on its stack). Copy or download the file again"
+            )
         items = self.stack[-count:]
         del self.stack[-count:]
         return items

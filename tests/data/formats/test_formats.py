@@ -232,7 +232,7 @@ def test_two_formats_never_share_a_cached_index(
 
 def test_annotations_in_an_unknown_format_are_an_error(tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.csv: the annotations are not in a known format \(COCO, VOC\)"):
+    with pytest.raises(ValueError, match=r"train\.csv: unknown annotation format\. Supported formats: COCO, VOC"):
         read_index(table)
     with pytest.raises(FileNotFoundError, match=r"no such annotation file.*nowhere\.csv"):
         read_index(tmp_path / "nowhere.csv")

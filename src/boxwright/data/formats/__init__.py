@@ -66,7 +66,9 @@ def format_of(annotations: Path) -> Format:
     if not annotations.exists():
         raise FileNotFoundError(2, "there is no such annotation file", str(annotations))
     names = ", ".join(form.name for form in formats())
-    raise ValueError(f"{annotations}: the annotations are not in a known format ({names})")
+    raise ValueError(
+        f"{annotations}: unknown annotation format. Supported formats: {names}. Convert the annotations to one of them."
+    )
 
 
 def read_index(annotations: Path, images: Path | None = None, *, cache_dir: Path | None = None) -> AnnotationIndex:
