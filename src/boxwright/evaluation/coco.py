@@ -91,7 +91,7 @@ def summary_names(max_detections: Sequence[int] = (1, 10, 100)) -> list[str]:
 
 
 def coco_limits(max_detections: int) -> tuple[int, int, int]:
-    """COCO's limits of 1, 10 and 100 detections per image and category; the last is raised to `max_detections` if that is larger."""
+    """Limits of 1, 10 and 100 detections per image and category, as in COCO; a larger `max_detections` replaces 100."""
     return (1, 10, max(100, max_detections))
 
 

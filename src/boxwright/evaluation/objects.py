@@ -224,10 +224,9 @@ def _sample_masks(sample: Sample) -> list[dict[str, Any] | None]:
         )
     runs: list[dict[str, Any] | None] = []
     try:
-        for index, mask in enumerate(sample.masks):
-            runs.append(_mask_runs(mask, sample.image.shape[:2]))
+        runs.extend(_mask_runs(mask, sample.image.shape[:2]) for mask in sample.masks)
     except ValueError as error:
-        raise ValueError(f"{sample.file_name}: invalid mask of object {index}: {error}") from error
+        raise ValueError(f"{sample.file_name}: invalid mask of object {len(runs)}: {error}") from error
     return runs
 
 
@@ -239,8 +238,8 @@ def _mask_runs(mask: Mask, image_size: tuple[int, int]) -> dict[str, Any] | None
     if isinstance(mask, bytes):
         if (total := int(rle.decompress(mask).sum())) != height * width:
             raise ValueError(
-                f"run lengths of {total} pixels, expected {height * width} (image of {height} x {width}). Encode the mask at "
-                "the size of the image."
+                f"run lengths of {total} pixels, expected {height * width} (image of {height} x {width}). Encode the "
+                "mask at the size of the image."
             )
         counts = mask
     elif isinstance(mask, np.ndarray):

@@ -35,10 +35,10 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Repeatedly keep the best box and lower the scores of the other boxes of its group, until `max_keep` are kept.
 
-    The output score of a box is its score at the moment it is kept. Let u be the IoU of another box of the group with the
-    kept box. The score of the other box is multiplied by 1 - u if u is above `iou_threshold` ("linear"), or by exp(-u^2 / sigma) for
-    any u ("gaussian"). Scores only decrease, so selecting the best box over all groups gives the same result as
-    processing each group separately and sorting. Of equal scores the lower index ranks first.
+    The output score of a box is its score at the moment it is kept. Let u be the IoU of another box of the group with
+    the kept box. The score of the other box is multiplied by 1 - u if u is above `iou_threshold` ("linear"), or by
+    exp(-u^2 / sigma) for any u ("gaussian"). Scores only decrease, so selecting the best box over all groups gives the
+    same result as processing each group separately and sorting. Of equal scores the lower index ranks first.
 
     Each round keeps one box per image. On a CPU a round updates only the group of the kept box. On CUDA it updates all
     candidates, with static shapes and without synchronising with the host.
