@@ -210,7 +210,7 @@ def test_every_mask_format_is_evaluated_and_defines_the_area(form: str) -> None:
 def test_masks_with_wrong_sizes_or_counts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a.png: invalid mask of object 0: shape \(80, 60\)"):
         GroundTruth(OneImage([one_object().T, None]))
-    with pytest.raises(ValueError, match=r"a.png: .* add up to 20 pixels, but the image has 60 x 80"):
+    with pytest.raises(ValueError, match=r"a.png: .* of object 0: run lengths of 20 pixels, expected 4800"):
         GroundTruth(OneImage([FORMS["runs"](np.ones((4, 5), bool)), None]))
     with pytest.raises(ValueError, match=r"a.png: 1 masks for 2 objects"):
         GroundTruth(OneImage([None]))

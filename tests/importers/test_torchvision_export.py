@@ -236,13 +236,13 @@ def export_error(model: Any) -> str:
             partial(faster_rcnn, backbone=R18, conventions=DETECTRON),
             ["plus_one is 1.0", "anchor_rounding is detectron"],
         ),
-        (partial(faster_rcnn, backbone=R18, pixel_stats=CAFFE), ["BGR"]),
+        (partial(faster_rcnn, backbone=R18, pixel_stats=CAFFE), ["the order of the pixels is bgr"]),
         (partial(faster_rcnn, backbone=R18, box=BoxConfig(class_agnostic=True)), ["box.class_agnostic is True"]),
         (partial(faster_rcnn, backbone=R18, box=BoxConfig(nms="linear")), ["box.nms is linear, expected hard"]),
         (partial(faster_rcnn, backbone=R18, rpn=RPNConfig(min_size=0.0)), ["rpn.min_size is 0.0, expected 0.001"]),
         (
             partial(faster_rcnn, backbone=partial(resnet_fpn, depth=50, style="caffe", channels=64, fpn_norm="gn")),
-            ["style caffe", "pyramid has norms", "64 channels"],
+            ["the style of the backbone is caffe", "pyramid has norm layers", "64 channels"],
         ),
         (
             partial(faster_rcnn, backbone=partial(resnet_fpn, norm="gn", extra=None)),

@@ -173,13 +173,13 @@ def test_json_may_call_only_parts_and_settings(name: str, arguments: dict, messa
 
 @pytest.mark.parametrize("data", [None, [], {"call": "x"}, {"call": 3, "arguments": {}}, "experiment"])
 def test_json_that_is_not_an_experiment_is_refused(data: object) -> None:
-    with pytest.raises(ValueError, match=r"expected the JSON of an Experiment|expected an object with the name 'call'"):
+    with pytest.raises(ValueError, match=r"expected the JSON of an Experiment|invalid experiment"):
         from_json(data)
 
 
 @pytest.mark.parametrize("value", [nn.ReLU(), {"a": 1}, dict, print, partial(nn.ReLU())])
 def test_values_without_a_json_form_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(ValueError, match="expected a number, string, bool, None"):
         to_json(partial(pair, left=value))
 
 
